@@ -1,0 +1,211 @@
+"""The `jfbnb` command: reproduce, evaluate, deblur, blur, data."""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from jfbnb import datasets, evaluation, operators
+from jfbnb.common import ROOT, UserError, atomic_path, atomic_write, pick_device
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; bad input ends in one line on stderr and exit status 2."""
+    args = make_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"jfbnb: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # no permission, disk full: the message names the file
+        print(f"jfbnb: error: {error.strerror or error}: {error.filename or 'a file'}; "
+              "nothing that was complete has been touched", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jfbnb: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jfbnb", description=__doc__.split(":")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sub = commands.add_parser("reproduce", help="run the notebooks; regenerate figures and tables")
+    sub.add_argument("--profile", default="quick", help="quick, cpu or paper")
+    sub.add_argument("--data", help="folder, tar or zip of CelebA JPEGs")
+    sub.add_argument("--only", metavar="NN", help="one notebook alone, e.g. 04")
+    sub.add_argument("--force", action="store_true", help="redo what is already done")
+    sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                     help="set a notebook parameter; may be repeated")
+    sub.set_defaults(run=run_reproduce)
+
+    sub = commands.add_parser("evaluate", help="measure methods on a folder of sharp images")
+    sub.add_argument("--data", required=True, help="folder, tar or zip of images")
+    sub.add_argument("--protocol", default="paper", help="paper or code")
+    _add_method(sub, "append", "may be repeated; all by default")
+    sub.add_argument("--limit", type=int, help="use the first N images")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    _add_weights(sub)
+    sub.set_defaults(run=run_evaluate)
+
+    sub = commands.add_parser("deblur", help="restore blurred images of any size")
+    _add_images(sub)
+    _add_method(sub, "store", "jfb by default")
+    _add_weights(sub)
+    sub.set_defaults(run=run_deblur)
+
+    sub = commands.add_parser("blur", help="blur images and add noise, to try deblur on")
+    _add_images(sub)
+    sub.add_argument("--seed", type=int, default=0, help="of the noise")
+    sub.set_defaults(run=run_blur)
+
+    sub = commands.add_parser("data", help="get a data set")
+    sub.add_argument("name", choices=["celeba"])
+    sub.add_argument("--download", action="store_true", help="try to; else say how by hand")
+    sub.add_argument("--out", type=Path, default=ROOT / "data" / "celeba", help="where to")
+    sub.set_defaults(run=run_data)
+    return parser
+
+
+def _add_method(sub: argparse.ArgumentParser, action: str, note: str) -> None:
+    sub.add_argument("--method", action=action, metavar="NAME",
+                     help=f"{', '.join(evaluation.LABELS)}; {note}")
+
+
+def _add_weights(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--weights", type=Path, default=evaluation.RELEASED, metavar="DIR",
+                     help="a folder with tuning.json, denoiser and jfb weights, e.g. runs/quick; "
+                          "by default the released ones")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _add_images(sub: argparse.ArgumentParser) -> None:
+    paper = operators.get_protocol("paper")
+    sub.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR")
+    sub.add_argument("--kernel-size", type=int, default=paper.kernel_size, help="in pixels, odd")
+    sub.add_argument("--kernel-std", type=float, default=paper.kernel_std, help="in pixels")
+    sub.add_argument("--noise-std", type=float, default=paper.noise_std,
+                     help="on pixel values between 0 and 1")
+
+
+def run_reproduce(args: argparse.Namespace) -> None:
+    from jfbnb.reproduce import reproduce
+
+    overrides = {}
+    for text in args.parameters:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"-p {text}: write it as NAME=VALUE")
+        overrides[name] = yaml.safe_load(value)
+    if args.data:
+        overrides["data"] = str(Path(args.data).resolve()) if args.data != "bundled" else "bundled"
+    files = reproduce(args.profile, overrides, args.only, args.force,
+                      log=lambda line: print(line, flush=True))
+    table = next((f for f in files if f.name == "table2_comparison.md"), None)
+    if table:
+        print(f"\nTable 2\n\n{table.read_text()}")
+    print("Written:", *(f"  {f.relative_to(ROOT)}" for f in files), sep="\n")
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    if args.limit is not None and args.limit < 1:
+        raise UserError(f"--limit {args.limit}: give a positive number of images")
+    protocol = operators.get_protocol(args.protocol)
+    device = pick_device(args.device)
+    methods = evaluation.make_methods(args.method or list(evaluation.LABELS), args.weights, device)
+    images = datasets.load_images(args.data, protocol.image_size, stop=args.limit, warn=_warn)
+    A = operators.make_blur(protocol).to(device)
+    x = images.as_float().to(device)
+    d = operators.measure(A, x, protocol.noise_std, 0, images.indices)
+    table = evaluation.evaluate(methods, A, x, d, protocol.noise_std, images.names)
+    summary = evaluation.summarise(table)
+    print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
+    if args.json:
+        records = summary.set_index("method").to_dict(orient="index")
+        results = {name: {k: None if isinstance(v, float) and math.isnan(v) else v
+                          for k, v in row.items()} for name, row in records.items()}
+        document = {"protocol": protocol.name, "images": len(images), "skipped": images.skipped,
+                    "methods": results}
+        atomic_write(args.json, json.dumps(document, indent=2) + "\n")
+
+
+@torch.no_grad()
+def run_deblur(args: argparse.Namespace) -> None:
+    _check_noise(args.noise_std, positive=True)
+    name = args.method or "jfb"
+    device = pick_device(args.device)
+    restore = evaluation.make_methods([name], args.weights, device)[name]
+    for path, target in _targets(args.images, args.out, name):
+        d = _read(path).to(device)
+        A = operators.Blur(tuple(d.shape[2:]), args.kernel_size, args.kernel_std).to(device)
+        x, info = restore(A, d, args.noise_std)
+        _save(target, x, path)
+        state = ""
+        if info is not None:
+            state = (f" ({info.iterations.item()} iterations, relative residual "
+                     f"{info.residual.item():.1e})")
+            if not info.converged.all():
+                _warn(f"warning: {path} did not converge: check --kernel-std and --noise-std")
+        print(f"{target}{state}")
+
+
+def run_blur(args: argparse.Namespace) -> None:
+    _check_noise(args.noise_std, positive=False)
+    for i, (path, target) in enumerate(_targets(args.images, args.out, "blurred")):
+        x = _read(path)
+        A = operators.Blur(tuple(x.shape[2:]), args.kernel_size, args.kernel_std)
+        _save(target, operators.measure(A, x, args.noise_std, args.seed, [i]), path)
+        print(target)
+
+
+def run_data(args: argparse.Namespace) -> None:
+    if args.download:
+        print(f"CelebA is in {datasets.download_celeba(args.out)}")
+    else:
+        print(datasets.MANUAL_STEPS)
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _check_noise(noise_std: float, positive: bool) -> None:
+    if not (0 <= noise_std <= 1) or (positive and noise_std == 0):
+        raise UserError(f"--noise-std {noise_std}: give it on the scale of pixel values in [0, 1], "
+                        "e.g. 0.01")
+
+
+def _targets(images: list[Path], out: Path, suffix: str) -> list[tuple[Path, Path]]:
+    """Each image with the PNG to write. Raises UserError where two would be the same file."""
+    pairs = [(path, out / f"{path.stem}-{suffix}.png") for path in images]
+    targets = [target for _, target in pairs]
+    for path, target in pairs:
+        if targets.count(target) > 1:
+            raise UserError(f"several images would become {target}: {path} needs another --out")
+    return pairs
+
+
+def _read(path: Path) -> torch.Tensor:
+    try:
+        return datasets.as_float(datasets.decode(path))[None]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+
+
+def _save(target: Path, x: torch.Tensor, source: Path) -> None:
+    """Save one image as an 8-bit PNG; grey if its source is."""
+    pixels = (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    with Image.open(source) as original:
+        grey = original.mode in ("1", "L", "LA") or original.mode.startswith("I")
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    with atomic_path(target) as temporary:
+        (image.convert("L") if grey else image).save(temporary)

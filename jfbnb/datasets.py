@@ -1,0 +1,330 @@
+"""Images as float32 tensors in [0, 1]: bundled photographs, CelebA, or any folder or archive.
+
+Decoded images are kept as uint8 (N, 3, H, W), a quarter of the memory; `as_float` makes a batch.
+"""
+
+import hashlib
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from jfbnb.common import ROOT, UserError, atomic_path, seeded_generator
+
+CACHE = ROOT / "data" / "cache"
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+@dataclass
+class ImageSet:
+    """Images (N, 3, H, W) uint8, with one name and one index each.
+
+    The index is the image's place in file order; its measurement's noise is drawn from it.
+    """
+
+    images: Tensor
+    names: list[str]
+    indices: list[int]
+    skipped: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, where: slice) -> "ImageSet":
+        return ImageSet(self.images[where], self.names[where], self.indices[where])
+
+    def as_float(self) -> Tensor:
+        """All images as float32 in [0, 1]."""
+        return as_float(self.images)
+
+
+def as_float(images: Tensor) -> Tensor:
+    """uint8 0..255 -> float32 [0, 1]."""
+    return images.float() / 255
+
+
+# --- the photographs that ship inside scikit-image --------------------------------------------
+
+# Split by photograph, so that nothing of a held-out one is ever trained on.
+PHOTOS = {
+    "train": ("coffee", "rocket", "motorcycle", "hubble_deep_field", "retina",
+              "immunohistochemistry"),
+    "validation": ("chelsea",),
+    "test": ("astronaut",),
+}
+
+
+def bundled_photos(split: str, size: int = 128) -> ImageSet:
+    """`size` x `size` crops of scikit-image's colour photographs, at full and at half scale.
+
+    Not the paper's data: a stand-in that needs no download. "train" crops overlap by half;
+    "validation" (one photograph) and "test" (another) are disjoint within each scale.
+    """
+    crops, names = [], []
+    for photo in PHOTOS[split]:
+        for scale in (2, 1):
+            image = _photo(photo)
+            image = image.resize((image.width // scale, image.height // scale), Image.LANCZOS)
+            stride = size // 2 if split == "train" else size
+            for top in range(0, image.height - size + 1, stride):
+                for left in range(0, image.width - size + 1, stride):
+                    crops.append(np.asarray(image.crop((left, top, left + size, top + size))))
+                    names.append(f"{photo}/{scale}/{top}-{left}")
+    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(images, names, list(range(len(names))))
+
+
+def _photo(name: str) -> Image.Image:
+    loader = skimage.data.stereo_motorcycle if name == "motorcycle" else getattr(skimage.data, name)
+    pixels = loader()
+    image = Image.fromarray(pixels[0] if name == "motorcycle" else pixels).convert("RGB")
+    # The two largest are scans with little detail per pixel, and would outnumber the others.
+    factor = max(1, max(image.size) // 500)
+    return image.resize((image.width // factor, image.height // factor), Image.LANCZOS)
+
+
+# --- files, folders and archives --------------------------------------------------------------
+
+
+def decode(source: Path | io.BytesIO, size: int | None = None) -> Tensor:
+    """One image file as uint8 (3, H, W), resized to `size` x `size` if given.
+
+    Turned upright by its EXIF tag. Grey becomes three equal channels, transparency white, and
+    16 bits become 8. Raises OSError, SyntaxError or ValueError where the file is no readable image.
+    """
+    with Image.open(source) as opened:
+        if opened.mode.startswith("I"):  # 16-bit grey, which convert() would clip
+            image = Image.fromarray((np.asarray(opened) / 257).clip(0, 255).astype(np.uint8))
+        else:
+            image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = image.convert("RGB")
+    if size is not None:
+        image = image.resize((size, size), Image.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def load_images(
+    path: str | Path,
+    size: int = 128,
+    start: int = 0,
+    stop: int | None = None,
+    warn: Callable[[str], None] = print,
+) -> ImageSet:
+    """Images `start` to `stop`, in file order, of a folder, tar or zip; resized to size x size.
+
+    A file that cannot be decoded is named through `warn`, skipped and counted. Its place stays
+    empty, so the other images keep their indices. The decoded images are cached.
+
+    Raises:
+        UserError: if there is no such path, or no readable image in it.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no data at {path}: give a folder, tar or zip of images")
+    listing = list(_list_images(path))
+    if not listing:
+        raise UserError(f"no images in {path}: it must hold {', '.join(SUFFIXES)} files")
+    listing = listing[start:stop]
+    if not listing:
+        raise UserError(f"no image number {start} in {path}: the paper's split needs 10,000 "
+                        "images; set n_train and n_test to what you have")
+    stored = _cache_file(path, listing, size)
+    if stored.exists():
+        images, good = _read_cache(stored)
+    else:
+        images, good = _decode_all(path, listing, size, warn)
+        if good.any():
+            _write_cache(stored, images, good)
+    if not good.any():
+        raise UserError(f"none of the {len(listing)} images in {path} could be decoded")
+    places = np.flatnonzero(good).tolist()
+    names = [listing[i][0] for i in places]
+    skipped = len(listing) - len(places)
+    if skipped:
+        warn(f"warning: skipped {skipped} unreadable of {len(listing)} images in {path}")
+    return ImageSet(torch.from_numpy(images), names, [start + i for i in places], skipped)
+
+
+def fingerprint(path: str | Path) -> str:
+    """A hash of the names, sizes and times of the images at `path`, not of their pixels."""
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"no data at {path}: give a folder, tar or zip of images")
+    return hashlib.sha256(repr(list(_list_images(path))).encode()).hexdigest()
+
+
+def _list_images(path: Path) -> Iterator[tuple[str, int, float]]:
+    """(name, size, time) of each image, sorted by name."""
+    try:
+        if path.is_dir():
+            found = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime)
+                     for p in path.rglob("*") if p.is_file()]
+        elif zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                found = [(m.filename, m.file_size, m.CRC) for m in archive.infolist()
+                         if not m.is_dir()]
+        elif tarfile.is_tarfile(path):
+            with tarfile.open(path) as archive:
+                found = [(m.name, m.size, m.mtime) for m in archive if m.isfile()]
+        else:
+            raise UserError(f"{path} is no folder, tar or zip of images")
+    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    hidden = ("__MACOSX/", ".")
+    return iter(sorted(f for f in found
+                       if f[0].lower().endswith(SUFFIXES) and not f[0].startswith(hidden)))
+
+
+def _decode_all(path, listing, size, warn) -> tuple[np.ndarray, np.ndarray]:
+    images = np.zeros((len(listing), 3, size, size), np.uint8)
+    good = np.zeros(len(listing), bool)
+
+    def one(job: tuple[int, Path | io.BytesIO]) -> str | None:
+        i, source = job
+        try:
+            images[i] = decode(source, size).numpy()
+            good[i] = True
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return f"warning: skipped {listing[i][0]}: {error}"
+
+    with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        for message in pool.map(one, _sources(path, [name for name, *_ in listing])):
+            if message:
+                warn(message)
+    return images, good
+
+
+def _sources(path: Path, names: list[str]) -> Iterator[tuple[int, Path | io.BytesIO]]:
+    if path.is_dir():
+        yield from ((i, path / name) for i, name in enumerate(names))
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            for i, name in enumerate(names):
+                yield i, io.BytesIO(archive.read(name))
+    else:
+        places = {name: i for i, name in enumerate(names)}
+        with tarfile.open(path) as archive:
+            for member in archive:  # in archive order: a tar has no index to seek by
+                if member.name in places:
+                    yield places[member.name], io.BytesIO(archive.extractfile(member).read())
+
+
+def _cache_file(path: Path, listing: list, size: int) -> Path:
+    key = hashlib.sha256(repr((str(path.resolve()), listing, size)).encode()).hexdigest()[:20]
+    return CACHE / f"{key}.npz"
+
+
+def _read_cache(stored: Path) -> tuple[np.ndarray, np.ndarray]:
+    with np.load(stored, allow_pickle=False) as arrays:
+        return arrays["images"], arrays["good"]
+
+
+def _write_cache(stored: Path, images: np.ndarray, good: np.ndarray) -> None:
+    with atomic_path(stored) as temporary:
+        np.savez(temporary, images=images[good], good=good)
+
+
+# --- the splits -------------------------------------------------------------------------------
+
+
+@dataclass
+class Splits:
+    """Three disjoint sets, and where they come from in words, for captions."""
+
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
+    source: str
+
+
+def load_splits(
+    data: str,
+    size: int = 128,
+    n_train: int = 8000,
+    n_validation: int = 200,
+    n_test: int = 2000,
+    warn: Callable[[str], None] = print,
+) -> Splits:
+    """The training, validation and test images.
+
+    Args:
+        data: "bundled" for scikit-image's photographs, else a folder, tar or zip: its first
+            `n_train` files in order are for training, the next `n_test` for the table.
+        n_validation: images held out from the end of the training part.
+
+    Raises:
+        UserError: if the data cannot be read, or a split would be empty.
+    """
+    if data == "bundled":
+        source = "photographs from scikit-image, not the paper's data"
+        return Splits(bundled_photos("train", size), bundled_photos("validation", size),
+                      bundled_photos("test", size), source)
+    if not 0 < n_validation < n_train or n_test < 1:
+        raise UserError(f"n_validation={n_validation} must be between 1 and n_train={n_train}, "
+                        f"and n_test={n_test} at least 1")
+    whole = load_images(data, size, 0, n_train + n_test, warn)
+    is_train = [i < n_train - n_validation for i in whole.indices]
+    is_test = [i >= n_train for i in whole.indices]
+    first, last = sum(is_train), len(whole) - sum(is_test)
+    train, validation, test = whole[:first], whole[first:last], whole[last:]
+    for name, part in (("training", train), ("validation", validation), ("test", test)):
+        if not len(part):
+            raise UserError(f"no {name} images: {data} has {len(whole)} readable images, but "
+                            f"n_train={n_train}, n_validation={n_validation}, n_test={n_test}")
+    return Splits(train, validation, test, f"images from {Path(data).name}")
+
+
+def random_crops(images: Tensor, size: int, *keys: int) -> Tensor:
+    """One random crop of each image, flipped left to right at random; float32 in [0, 1].
+
+    Args:
+        images: uint8 (B, 3, H, W).
+        size: side of the crop in pixels, at most H and W.
+        keys: integers that seed the draw, e.g. (seed, step).
+    """
+    generator = seeded_generator(*keys)
+    rows = torch.randint(images.shape[2] - size + 1, (len(images),), generator=generator)
+    columns = torch.randint(images.shape[3] - size + 1, (len(images),), generator=generator)
+    flips = torch.rand(len(images), generator=generator) < 0.5
+    crops = []
+    for image, row, column, flip in zip(images, rows, columns, flips, strict=True):
+        crop = image[:, row:row + size, column:column + size]
+        crops.append(crop.flip(2) if flip else crop)
+    return as_float(torch.stack(crops))
+
+
+# --- CelebA -----------------------------------------------------------------------------------
+
+MANUAL_STEPS = """\
+To get CelebA by hand:
+  1. Open the data set's page, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, and read its terms.
+  2. From its Align&Cropped Images fetch img_align_celeba.zip (1.4 GB).
+  3. Run `make reproduce PROFILE=cpu DATA=img_align_celeba.zip`; no need to unpack it."""
+
+
+def download_celeba(folder: str | Path) -> Path:
+    """Download CelebA with torchvision into `folder`; return the folder of its JPEGs.
+
+    Raises:
+        UserError: where the download fails, with the manual steps. Its host often refuses.
+    """
+    from torchvision.datasets import CelebA  # slow to import, and needed here only
+
+    try:
+        CelebA(str(folder), split="all", download=True)
+    except Exception as error:  # gdown and torchvision raise all sorts
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        raise UserError(f"the download failed ({reason})\n{MANUAL_STEPS}") from error
+    return Path(folder) / "celeba" / "img_align_celeba"

@@ -1,0 +1,136 @@
+"""Every figure and table of the paper, drawn and written. This module computes nothing.
+
+A figure is saved as PNG and PDF, and what a notebook shows is the saved PNG itself. A table is
+saved as CSV, Markdown and LaTeX.
+"""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from IPython.display import Image as DisplayedImage
+from IPython.display import Markdown
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from jfbnb.common import atomic_path, atomic_write
+from jfbnb.evaluation import LABELS
+
+# One colour per method, the same everywhere; Okabe and Ito's palette is safe for colour-blind eyes.
+COLOURS = {
+    "measurement": "#999999",
+    "direct-inverse": "#CC79A7",
+    "gradient-descent": "#E69F00",
+    "tikhonov": "#D55E00",
+    "plug-and-play": "#56B4E9",
+    "jfb": "#0072B2",
+}
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+    "pdf.fonttype": 42,
+}
+
+
+def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 4.0,
+               **subplot_options) -> tuple[Figure, list[Axes]]:
+    """A figure in the common style and its axes, flat; sizes in inches.
+
+    `subplot_options` go to `Figure.subplots`, which refuses names that it does not know.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots(rows, columns, squeeze=False, **subplot_options)
+        return figure, list(axes.flat)
+
+
+def save_figure(figure: Figure, path: str | Path) -> DisplayedImage:
+    """Write `path`.png and .pdf, without dates, so that equal figures are equal files."""
+    path = Path(path)
+    with mpl.rc_context(STYLE):
+        for suffix, metadata in ((".png", {"Software": None}),
+                                 (".pdf", {"CreationDate": None, "Creator": None})):
+            with atomic_path(path.with_suffix(suffix)) as temporary:
+                figure.savefig(temporary, metadata=metadata)
+    return DisplayedImage(filename=str(path.with_suffix(".png")))
+
+
+def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:
+    """Write `path`.csv, .md and .tex; the CSV keeps full precision."""
+    path = Path(path)
+    with atomic_path(path.with_suffix(".csv")) as temporary:
+        table.to_csv(temporary, index=False)
+    text = table.copy()
+    for column in text.select_dtypes("float"):
+        digits = 3 if "SSIM" in column else 2
+        text[column] = [f"{v:.{digits}f}" if pd.notna(v) else "" for v in text[column]]
+    markdown = text.to_markdown(index=False, disable_numparse=True, colalign=_alignment(table))
+    atomic_write(path.with_suffix(".md"), f"{markdown}\n\n{caption}\n")
+    latex = text.to_latex(index=False, escape=True, caption=caption, label=f"tab:{path.name}")
+    atomic_write(path.with_suffix(".tex"), latex.replace("±", r"$\pm$"))
+    return Markdown(f"{markdown}\n\n*{caption}*")
+
+
+def _alignment(table: pd.DataFrame) -> list[str]:
+    return ["right" if pd.api.types.is_numeric_dtype(table[c]) else "left" for c in table]
+
+
+def show(axes: Axes, image: Tensor, title: str = "") -> None:
+    """One image (3, H, W), clipped to [0, 1], without ticks."""
+    axes.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=11)
+
+
+def image_row(images: dict[str, Tensor], psnrs: dict[str, float], source: str) -> Figure:
+    """Labelled images (3, H, W) side by side, with the PSNR in dB below those that have one."""
+    figure, axes = new_figure(columns=len(images), width=2.6 * len(images), height=3.4)
+    for ax, (label, image) in zip(axes, images.items(), strict=True):
+        show(ax, image, label)
+        if label in psnrs:
+            ax.set_xlabel(f"{psnrs[label]:.1f} dB")
+    figure.supxlabel(source, fontsize=9, color="#555555")
+    return figure
+
+
+def image_table(rows: dict[str, Tensor], source: str) -> Figure:
+    """Table 1: one labelled row per method, the same images (N, 3, H, W) in each."""
+    n = len(next(iter(rows.values())))
+    figure, axes = new_figure(columns=n, rows=len(rows), width=1.6 * n + 1.3,
+                              height=1.6 * len(rows) + 0.3)
+    for r, (label, images) in enumerate(rows.items()):
+        for c in range(n):
+            show(axes[r * n + c], images[c])
+        axes[r * n].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
+    figure.supxlabel(source, fontsize=9, color="#555555")
+    return figure
+
+
+def training_loss(history: pd.DataFrame, source: str) -> Figure:
+    """Fig. 1: average training loss per image against the epoch."""
+    figure, (ax,) = new_figure()
+    ax.plot(history.epoch, history.loss, "o-", color=COLOURS["jfb"], markersize=4)
+    ax.set(xlabel="epoch", ylabel="average training loss per image\n(mean squared error)",
+           title="Training with JFB", yscale="log")
+    ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    figure.supxlabel(source, fontsize=9, color="#555555")
+    return figure
+
+
+def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-") -> None:
+    """A curve in its method's colour, under its method's label."""
+    ax.plot(x, y, color=COLOURS[method], label=LABELS[method], marker=marker, markersize=4,
+            linestyle=linestyle)

@@ -1,0 +1,114 @@
+"""Solve x = T(x), image by image: Picard and Anderson. They know nothing of images.
+
+Both return `(x, info)`; x is the last iterate whose residual was measured, so that what `info`
+says is true of x itself. The residual is `|T(x) - x| / |x|`, one number per image.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SolveInfo:
+    """What a solve did, per image (B,), and the residual at each evaluation of T (k, B)."""
+
+    iterations: Tensor
+    residual: Tensor
+    converged: Tensor
+    residuals: Tensor
+
+
+Callback = Callable[[int, Tensor], None]
+
+
+def picard(
+    T: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    tolerance: float = 1e-4,
+    max_iterations: int = 100,
+    callback: Callback | None = None,
+) -> tuple[Tensor, SolveInfo]:
+    """The iteration x <- T(x) of Eq. 4 (Picard 1890, Banach 1922).
+
+    Args:
+        T: the map, (B, ...) -> (B, ...), acting on each image on its own.
+        x0: where to start, (B, ...).
+        tolerance: an image is done when its relative residual is at most this.
+        max_iterations: evaluations of T at most.
+        callback: called with (k, x) at each evaluation.
+    """
+    return _iterate(T, x0, lambda x, f: f, tolerance, max_iterations, callback)
+
+
+def anderson(
+    T: Callable[[Tensor], Tensor],
+    x0: Tensor,
+    tolerance: float = 1e-4,
+    max_iterations: int = 100,
+    callback: Callback | None = None,
+    window: int = 5,
+    ridge: float = 1e-8,
+) -> tuple[Tensor, SolveInfo]:
+    """Anderson acceleration (1965) in the form of Walker and Ni (2011), Algorithm AA.
+
+    The next iterate is the combination of the last `window` values T(x_i), with weights of sum 1,
+    whose combined residual is smallest. `ridge` is relative to the residuals' Gram matrix: an
+    absolute one would dominate as soon as the residuals are small. Other arguments as in `picard`.
+    """
+    xs: list[Tensor] = []
+    fs: list[Tensor] = []
+
+    def step(x: Tensor, f: Tensor) -> Tensor:
+        xs.append(x.flatten(1))
+        fs.append(f.flatten(1))
+        del xs[:-window], fs[:-window]
+        F = torch.stack(fs, dim=1)  # (B, m, n)
+        G = F - torch.stack(xs, dim=1)
+        gram = (G @ G.mT).double()  # (B, m, m)
+        m = gram.shape[1]
+        scale = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-300)
+        gram = gram / scale[:, None, None] + ridge * torch.eye(m, device=x.device)
+        weights, failed = torch.linalg.solve_ex(gram, gram.new_ones(len(x), m))
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        # Where the small system is singular, fall back on the plain step.
+        usable = (failed == 0) & weights.isfinite().all(dim=1)
+        latest = torch.zeros_like(weights)
+        latest[:, -1] = 1
+        weights = torch.where(usable[:, None], weights, latest)
+        return (weights.to(x.dtype)[:, None] @ F).view_as(x)
+
+    return _iterate(T, x0, step, tolerance, max_iterations, callback)
+
+
+@torch.no_grad()
+def _iterate(T, x0, step, tolerance, max_iterations, callback) -> tuple[Tensor, SolveInfo]:
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}: at least one evaluation is needed")
+    batch = len(x0)
+    shape = (batch,) + (1,) * (x0.dim() - 1)
+    x = x0
+    iterations = torch.zeros(batch, dtype=torch.long, device=x0.device)
+    residual = x0.new_full((batch,), float("inf"))
+    active = torch.ones(batch, dtype=torch.bool, device=x0.device)
+    residuals = []
+    for k in range(1, max_iterations + 1):
+        f = T(x)
+        norm = x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
+        new = (f - x).flatten(1).norm(dim=1) / norm
+        residual = torch.where(active, new, residual)
+        iterations = iterations + active
+        residuals.append(residual)
+        if callback is not None:
+            callback(k, x)
+        # An image that is done, or that has overflowed, stays where it is.
+        active = active & (residual > tolerance) & residual.isfinite()
+        if k == max_iterations or not active.any():
+            break
+        x = torch.where(active.view(shape), step(x, f), x)
+    return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))
+
+
+SOLVERS = {"picard": picard, "anderson": anderson}

@@ -1,0 +1,114 @@
+"""The networks: DnCNN, and the learned regulariser S built from it. They know no operator."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from jfbnb.common import UserError, atomic_path, atomic_write
+
+
+class DnCNN(nn.Module):
+    """The residual denoiser of Zhang et al. (2017): R(x) estimates the noise in x.
+
+    `depth` 3 x 3 convolutions of `width` channels with ReLU between; the receptive field is
+    2 depth + 1 pixels wide. No batch normalisation: its running statistics would change at every
+    application of T, and a map that changes has no fixed point.
+
+    Shapes: (B, channels, H, W) -> the same. `bf16` runs the convolutions in bfloat16.
+    """
+
+    def __init__(self, depth: int, width: int, channels: int = 3, bf16: bool = False):
+        super().__init__()
+        self.depth, self.width, self.channels, self.bf16 = depth, width, channels, bf16
+        sizes = [channels] + [width] * (depth - 1) + [channels]
+        layers = []
+        for c_in, c_out in zip(sizes, sizes[1:], strict=False):
+            layers += [nn.Conv2d(c_in, c_out, kernel_size=3, padding=1), nn.ReLU()]
+        self.layers = nn.Sequential(*layers[:-1])  # no ReLU at the end: noise has both signs
+        for layer in self.layers[:-1]:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(self.layers[-1].weight)  # starts as R = 0, the identity as denoiser
+        self.to(memory_format=torch.channels_last)  # 1.5 to 2 times faster on CPUs and GPUs
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            noise = self.layers(x.contiguous(memory_format=torch.channels_last))
+        return noise.to(x.dtype).contiguous()
+
+
+class Regulariser(nn.Module):
+    """S_Theta of Eq. 4, the network in the place of lambda grad R; it holds all of Theta.
+
+    `S(x) = tau (x - D(x)) = tau R(x)` with R a residual network and D(x) = x - R(x) its denoiser.
+    tau > 0 weighs the denoiser against the data; it is learned, as its logarithm.
+    """
+
+    def __init__(self, network: nn.Module, tau: float):
+        super().__init__()
+        self.network = network
+        self.log_tau = nn.Parameter(torch.tensor(float(tau)).log())
+
+    @property
+    def tau(self) -> Tensor:
+        return self.log_tau.exp()
+
+    def denoise(self, x: Tensor) -> Tensor:
+        """D(x) = x - R(x)."""
+        return x - self.network(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.tau * self.network(x)
+
+
+# --- weights: safetensors beside a JSON model card ----------------------------------------------
+
+
+def save_regulariser(path: str | Path, S: Regulariser, card: dict) -> None:
+    """Write S to `path` (.safetensors) and its model card beside it (.json).
+
+    Args:
+        card: what the reader should know: protocol, training data, metrics, command, versions.
+    """
+    path = Path(path)
+    architecture = {"depth": S.network.depth, "width": S.network.width,
+                    "channels": S.network.channels}
+    tensors = {name: value.detach().cpu().contiguous() for name, value in S.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"architecture": json.dumps(architecture)})
+    n_weights = sum(value.numel() for value in tensors.values())
+    card = {"architecture": architecture, "weights": n_weights, "tau": S.tau.item(), **card}
+    atomic_write(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+
+
+def load_regulariser(path: str | Path) -> Regulariser:
+    """Read what `save_regulariser` wrote. Loading runs no code of the file's.
+
+    Raises:
+        UserError: if there is no such file, or it is truncated, or it holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: train them first (notebooks 03 and 04, or "
+                        "`jfbnb reproduce`), or give the folder that has them")
+    try:
+        with safe_open(path, "pt") as stored:
+            architecture = json.loads((stored.metadata() or {}).get("architecture", "null"))
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
+    expected = {"depth": range(2, 65), "width": range(1, 1025), "channels": range(1, 65)}
+    if (not isinstance(architecture, dict) or set(architecture) != set(expected)
+            or any(architecture[k] not in expected[k] for k in expected)):
+        raise UserError(f"the weights {path} are of another architecture than a DnCNN regulariser")
+    S = Regulariser(DnCNN(**architecture), tau=1.0)
+    try:
+        S.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise UserError(f"the weights {path} do not fit their own architecture {architecture}"
+                        ) from error
+    return S

@@ -1,0 +1,281 @@
+"""Run the five notebooks through papermill, in order, skipping what is already done.
+
+A step is done when its marker says so: a small file, written last and atomically, with the key of
+everything the step depends on and the hash of everything it wrote. An output notebook alone
+proves nothing: it exists as soon as its run starts.
+"""
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import yaml
+
+from jfbnb.common import (
+    CHECK_FAILED,
+    ROOT,
+    UserError,
+    atomic_write,
+    describe_device,
+    pick_device,
+)
+from jfbnb.datasets import fingerprint
+
+NOTEBOOKS = ROOT / "notebooks"
+PROFILES = NOTEBOOKS / "profiles"
+PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
+            "jupyterlab")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A notebook, the artefacts that later ones read (runs/), its figures and tables."""
+
+    name: str
+    artefacts: tuple[str, ...]
+    figures: tuple[str, ...]
+    tables: tuple[str, ...] = ()
+
+    def outputs(self, profile: str) -> list[Path]:
+        """All files the step writes, relative to the project."""
+        runs, figures = Path("runs", profile), Path("figures", profile)
+        return [runs / f"{self.name}.ipynb", *(runs / a for a in self.artefacts),
+                *(figures / f"{f}{s}" for f in self.figures for s in (".png", ".pdf")),
+                *(figures / f"{t}{s}" for t in self.tables for s in (".csv", ".md", ".tex"))]
+
+
+STEPS = (
+    Step("01_problem_setup_and_direct_inverse", (),
+         ("nb1_spectrum", "blog1_direct_inverse")),
+    Step("02_tikhonov_gradient_descent", ("tikhonov.json",),
+         ("nb2_semi_convergence", "nb2_lambda_sweep", "nb2_filter_factors",
+          "blog2_gradient_descent")),
+    Step("03_dncnn_pretraining", ("denoiser.safetensors", "denoiser.json"),
+         ("nb3_training_loss", "nb3_denoised", "nb3_receptive_field")),
+    Step("04_jfb_training",
+         ("jfb.safetensors", "jfb.json", "tuning.json", "jfb_history.csv"),
+         ("nb4_maps", "nb4_solver", "nb4_equilibrium", "fig1_training_loss")),
+    Step("05_evaluation_and_figures", (),
+         ("table1_reconstructions", "nb5_per_image"),
+         ("table2_comparison", "metrics", "psnr_scales")),
+)
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """The names and literal values in a notebook's cell tagged `parameters`."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise UserError(f"{path.name} has {len(cells)} cells tagged parameters, not one")
+    return {node.targets[0].id: ast.literal_eval(node.value)
+            for node in ast.parse(cells[0].source).body if isinstance(node, ast.Assign)}
+
+
+def load_profile(name: str) -> dict[str, Any]:
+    """The parameters in notebooks/profiles/NAME.yaml. Raises UserError for an unknown name."""
+    known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown profile {name!r}: choose one of {', '.join(known)}")
+    return {"profile": name, **(yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) or {})}
+
+
+def step_parameters(steps: tuple[Step, ...], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each step the given parameters that its notebook has.
+
+    Raises:
+        UserError: for a parameter that no notebook of the suite has, or of another type.
+    """
+    defaults = {step.name: notebook_parameters(NOTEBOOKS / f"{step.name}.ipynb") for step in STEPS}
+    known = {name: value for own in defaults.values() for name, value in own.items()}
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"unknown parameter {name!r}: the notebooks have "
+                            f"{', '.join(sorted(known))}")
+        kind = type(known[name])
+        if not (type(value) is kind or (kind is float and type(value) is int)):
+            raise UserError(f"parameter {name} takes a value like {known[name]!r}, not {value!r}")
+    return {step.name: {k: v for k, v in given.items() if k in defaults[step.name]}
+            for step in steps}
+
+
+# --- what a step depends on ---------------------------------------------------------------------
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str, str]:
+    """Hashes of all that decides a step's result: code, data, and what earlier steps made."""
+    notebook = nbformat.read(NOTEBOOKS / f"{step.name}.ipynb", as_version=4)
+    code = "\0".join(c.source for c in notebook.cells if c.cell_type == "code")
+    package = hashlib.sha256()
+    for file in sorted((ROOT / "jfbnb").glob("*.py")):
+        if file.stem not in ("cli", "reproduce"):  # they run notebooks and change no result
+            package.update(file.read_bytes())
+    hashes = {
+        "notebook": hashlib.sha256(code.encode()).hexdigest(),
+        "package": package.hexdigest(),
+        "published values": file_hash(ROOT / "data" / "published_table2.csv"),
+        "parameters": hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest(),
+    }
+    if parameters.get("data", "bundled") != "bundled":
+        hashes["data"] = fingerprint(parameters["data"])
+    for earlier in STEPS[:STEPS.index(step)]:
+        for artefact in earlier.artefacts:
+            path = runs / artefact
+            if not path.exists():
+                raise UserError(f"step {step.name[:2]} needs {artefact} of step "
+                                f"{earlier.name[:2]}: run that one first")
+            hashes[artefact] = file_hash(path)
+    return hashes
+
+
+def read_marker(marker: Path) -> dict[str, Any]:
+    """A step's marker, or an empty one where it is missing or damaged."""
+    try:
+        return json.loads(marker.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def is_done(marker: dict[str, Any], inputs: dict[str, str], base: Path) -> bool:
+    """True if the marker's inputs are today's and every output is there, unchanged."""
+    return marker.get("inputs") == inputs and all(
+        (base / name).is_file() and file_hash(base / name) == digest
+        for name, digest in marker["outputs"].items()
+    )
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def reproduce(
+    profile: str,
+    overrides: dict[str, Any],
+    only: str | None = None,
+    force: bool = False,
+    log: Callable[[str], None] = print,
+) -> list[Path]:
+    """Run the profile's notebooks; return the figures and tables written, then provenance.json.
+
+    Args:
+        overrides: parameter values that replace the profile's.
+        only: a notebook's number, e.g. "04": run that step alone.
+        force: run steps even if they are done, and train from scratch.
+
+    Raises:
+        UserError: for bad input, or where a notebook stops with an error.
+    """
+    steps = tuple(s for s in STEPS if only is None or s.name.startswith(only))
+    if not steps:
+        raise UserError(f"no notebook {only!r}: choose 01 to 0{len(STEPS)}")
+    given = load_profile(profile) | overrides
+    parameters = step_parameters(steps, given)
+    pick_device(given.get("device", "auto"))
+    if given.get("data", "bundled") != "bundled":
+        fingerprint(given["data"])  # fails here, before hours of work, if there is no such data
+    runs, figures = ROOT / "runs" / profile, ROOT / "figures" / profile
+    if force:
+        shutil.rmtree(runs / "checkpoints", ignore_errors=True)
+    earlier = _durations(figures / "provenance.json")
+    clock = time.perf_counter()
+    for number, step in enumerate(steps, 1):
+        title = f"[{number}/{len(steps)}] {step.name}"
+        marker_file = runs / "markers" / f"{step.name}.json"
+        inputs = input_hashes(step, parameters[step.name], runs)
+        if not force and is_done(read_marker(marker_file), inputs, ROOT):
+            log(f"{title}: unchanged, skipped")
+            continue
+        expected = earlier.get(step.name)
+        log(f"{title}: expected {expected:.0f} s" if expected else f"{title}: expected time unknown")
+        marker_file.unlink(missing_ok=True)
+        seconds = run_notebook(step, parameters[step.name], runs)
+        outputs = {str(path): file_hash(ROOT / path) for path in _written(step, profile)}
+        marker = {"inputs": inputs, "outputs": outputs, "parameters": parameters[step.name],
+                  "seconds": seconds}
+        atomic_write(marker_file, json.dumps(marker, indent=2))
+        log(f"{title}: took {seconds:.0f} s, elapsed {time.perf_counter() - clock:.0f} s")
+        for line in (runs / f"{step.name}.log").read_text().splitlines():
+            if line.startswith(CHECK_FAILED):
+                log(f"    {line}")
+    write_provenance(profile, given)
+    written = [ROOT / path for step in steps for path in step.outputs(profile)]
+    return [path for path in written if path.parent == figures] + [figures / "provenance.json"]
+
+
+def _written(step: Step, profile: str) -> list[Path]:
+    missing = [str(path) for path in step.outputs(profile) if not (ROOT / path).is_file()]
+    if missing:
+        raise UserError(f"{step.name} finished without writing {', '.join(missing)}")
+    return step.outputs(profile)
+
+
+def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
+    """Execute one notebook into `runs`; return the seconds. Its prints also go to a .log there."""
+    import papermill  # slow to import, and needed here only
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    runs.mkdir(parents=True, exist_ok=True)
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the kernel warns of frozen modules
+    executed = runs / f"{step.name}.ipynb"
+    clock = time.perf_counter()
+    try:
+        with open(runs / f"{step.name}.log", "w", encoding="utf-8") as stream:
+            papermill.execute_notebook(
+                str(NOTEBOOKS / f"{step.name}.ipynb"), str(executed), parameters=parameters,
+                cwd=str(NOTEBOOKS), kernel_name="python3", progress_bar=False,
+                stdout_file=stream, stderr_file=stream,
+                # Kernels warn, on our terminal, of connections that are not encrypted.
+                config=Config(KernelManager={"transport_encryption": "auto"}),
+            )
+    except PapermillExecutionError as error:
+        where = executed.relative_to(ROOT)
+        raise UserError(f"{step.name} stopped: {error.ename}: {error.evalue} (see {where})"
+                        ) from error
+    except RuntimeError as error:  # nbclient's DeadKernelError is one
+        raise UserError(f"{step.name} stopped: {error}; if memory ran out, lower batch_size or "
+                        "n_train") from error
+    return time.perf_counter() - clock
+
+
+def _durations(provenance: Path) -> dict[str, float]:
+    return {name: step["seconds"] for name, step in read_marker(provenance).get("steps", {}).items()}
+
+
+def write_provenance(profile: str, given: dict[str, Any]) -> None:
+    """figures/PROFILE/provenance.json: how its figures and tables came about."""
+    device = pick_device(given.get("device", "auto"))
+    steps = {}
+    for step in STEPS:
+        marker = read_marker(ROOT / "runs" / profile / "markers" / f"{step.name}.json")
+        if marker:
+            # The data's place is the user's own affair; its fingerprint is among the inputs.
+            own = {k: v if k != "data" or v == "bundled" else Path(v).name
+                   for k, v in marker["parameters"].items()}
+            steps[step.name] = {"seconds": round(marker["seconds"], 1), "parameters": own,
+                                "inputs": marker["inputs"], "outputs": marker["outputs"]}
+    record = {
+        "profile": profile,
+        "device": describe_device(device),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "steps": steps,
+    }
+    atomic_write(ROOT / "figures" / profile / "provenance.json", json.dumps(record, indent=2) + "\n")
