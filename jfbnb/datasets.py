@@ -3,6 +3,7 @@
 Decoded images are kept as uint8 (N, 3, H, W), a quarter of the memory; `as_float` makes a batch.
 """
 
+import contextlib
 import hashlib
 import io
 import tarfile
@@ -131,20 +132,14 @@ def load_images(
         UserError: if there is no such path, or no readable image in it.
     """
     path = Path(path)
-    if not path.exists():
-        raise UserError(f"no data at {path}: give a folder, tar or zip of images")
-    listing = list(_list_images(path))
+    listing = _list_images(path)[start:stop]
     if not listing:
-        raise UserError(f"no images in {path}: it must hold {', '.join(SUFFIXES)} files")
-    listing = listing[start:stop]
-    if not listing:
-        raise UserError(f"no image number {start} in {path}: the paper's split needs 10,000 "
-                        "images; set n_train and n_test to what you have")
+        raise UserError(f"no image number {start} in {path}: it holds fewer")
     stored = _cache_file(path, listing, size)
     if stored.exists():
         images, good = _read_cache(stored)
     else:
-        images, good = _decode_all(path, listing, size, warn)
+        images, good = _decode_all(path, listing, size)
         if good.any():
             _write_cache(stored, images, good)
     if not good.any():
@@ -152,6 +147,8 @@ def load_images(
     places = np.flatnonzero(good).tolist()
     names = [listing[i][0] for i in places]
     skipped = len(listing) - len(places)
+    for i in np.flatnonzero(~good):
+        warn(f"warning: skipped {listing[i][0]}: no readable image")
     if skipped:
         warn(f"warning: skipped {skipped} unreadable of {len(listing)} images in {path}")
     return ImageSet(torch.from_numpy(images), names, [start + i for i in places], skipped)
@@ -159,14 +156,14 @@ def load_images(
 
 def fingerprint(path: str | Path) -> str:
     """A hash of the names, sizes and times of the images at `path`, not of their pixels."""
-    path = Path(path)
+    return hashlib.sha256(repr(_list_images(Path(path))).encode()).hexdigest()
+
+
+def _list_images(path: Path) -> list[tuple[str, int, float]]:
+    """(name, size, time) of each image, sorted by name. Raises UserError where there is none."""
     if not path.exists():
-        raise UserError(f"no data at {path}: give a folder, tar or zip of images")
-    return hashlib.sha256(repr(list(_list_images(path))).encode()).hexdigest()
-
-
-def _list_images(path: Path) -> Iterator[tuple[str, int, float]]:
-    """(name, size, time) of each image, sorted by name."""
+        raise UserError(f"no data at {path}: give a folder, tar or zip of images (CelebA: see "
+                        "`jfbnb data celeba`)")
     try:
         if path.is_dir():
             found = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime)
@@ -182,28 +179,28 @@ def _list_images(path: Path) -> Iterator[tuple[str, int, float]]:
             raise UserError(f"{path} is no folder, tar or zip of images")
     except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
-    hidden = ("__MACOSX/", ".")
-    return iter(sorted(f for f in found
-                       if f[0].lower().endswith(SUFFIXES) and not f[0].startswith(hidden)))
+    images = sorted(f for f in found if f[0].lower().endswith(SUFFIXES)
+                    and not Path(f[0]).name.startswith("."))
+    if not images:
+        raise UserError(f"no images in {path}: it must hold {', '.join(SUFFIXES)} files")
+    return images
 
 
-def _decode_all(path, listing, size, warn) -> tuple[np.ndarray, np.ndarray]:
+def _decode_all(path: Path, listing: list, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images that can be decoded (n, 3, size, size), and which of the listing they are."""
     images = np.zeros((len(listing), 3, size, size), np.uint8)
     good = np.zeros(len(listing), bool)
 
-    def one(job: tuple[int, Path | io.BytesIO]) -> str | None:
+    def one(job: tuple[int, Path | io.BytesIO]) -> None:
         i, source = job
-        try:
+        with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError):
             images[i] = decode(source, size).numpy()
             good[i] = True
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"warning: skipped {listing[i][0]}: {error}"
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        for message in pool.map(one, _sources(path, [name for name, *_ in listing])):
-            if message:
-                warn(message)
-    return images, good
+        for _ in pool.map(one, _sources(path, [name for name, *_ in listing])):
+            pass  # to raise here what a thread raised
+    return (images if good.all() else images[good]), good
 
 
 def _sources(path: Path, names: list[str]) -> Iterator[tuple[int, Path | io.BytesIO]]:
@@ -233,7 +230,7 @@ def _read_cache(stored: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _write_cache(stored: Path, images: np.ndarray, good: np.ndarray) -> None:
     with atomic_path(stored) as temporary:
-        np.savez(temporary, images=images[good], good=good)
+        np.savez(temporary, images=images, good=good)
 
 
 # --- the splits -------------------------------------------------------------------------------

@@ -185,10 +185,12 @@ def reproduce(
     if not steps:
         raise UserError(f"no notebook {only!r}: choose 01 to 0{len(STEPS)}")
     given = load_profile(profile) | overrides
-    parameters = step_parameters(steps, given)
+    step_parameters(steps, given)  # refuses unknown ones before anything uses them
     pick_device(given.get("device", "auto"))
     if given.get("data", "bundled") != "bundled":
+        given["data"] = str((NOTEBOOKS / given["data"]).resolve())
         fingerprint(given["data"])  # fails here, before hours of work, if there is no such data
+    parameters = step_parameters(steps, given)
     runs, figures = ROOT / "runs" / profile, ROOT / "figures" / profile
     if force:
         shutil.rmtree(runs / "checkpoints", ignore_errors=True)
@@ -202,7 +204,7 @@ def reproduce(
             log(f"{title}: unchanged, skipped")
             continue
         expected = earlier.get(step.name)
-        log(f"{title}: expected {expected:.0f} s" if expected else f"{title}: expected time unknown")
+        log(f"{title}: expected {f'{expected:.0f} s' if expected else 'time unknown'}")
         marker_file.unlink(missing_ok=True)
         seconds = run_notebook(step, parameters[step.name], runs)
         outputs = {str(path): file_hash(ROOT / path) for path in _written(step, profile)}
@@ -255,7 +257,8 @@ def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
 
 
 def _durations(provenance: Path) -> dict[str, float]:
-    return {name: step["seconds"] for name, step in read_marker(provenance).get("steps", {}).items()}
+    steps = read_marker(provenance).get("steps", {})
+    return {name: step["seconds"] for name, step in steps.items()}
 
 
 def write_provenance(profile: str, given: dict[str, Any]) -> None:
@@ -278,4 +281,5 @@ def write_provenance(profile: str, given: dict[str, Any]) -> None:
         "packages": {name: version(name) for name in PACKAGES},
         "steps": steps,
     }
-    atomic_write(ROOT / "figures" / profile / "provenance.json", json.dumps(record, indent=2) + "\n")
+    path = ROOT / "figures" / profile / "provenance.json"
+    atomic_write(path, json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,50 @@
+# make reproduce   run the five notebooks, regenerate every figure and table
+# make test        lint, unit tests, and the notebooks against their stored outputs
+# make lab         open the notebooks in JupyterLab
+# make lock        renew requirements.lock
+# make publish     after a clean quick run: its outputs into the notebooks and README.md
+
+PYTHON ?= python3
+PROFILE ?= quick
+DATA ?=
+
+VENV := .venv
+ifeq ($(OS),Windows_NT)
+BIN := $(VENV)/Scripts
+else
+BIN := $(VENV)/bin
+endif
+INSTALLED := $(VENV)/.installed
+
+.PHONY: reproduce test lab lock publish
+
+reproduce: $(INSTALLED)
+	$(BIN)/jfbnb reproduce --profile $(PROFILE) $(if $(DATA),--data "$(DATA)")
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/python -m pytest
+# On a copy: a notebook writes its runs/ and figures/ beside its own folder.
+	rm -rf build/nbval
+	mkdir -p build/nbval
+	cp -r notebooks build/nbval/
+	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 build/nbval
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab --notebook-dir notebooks
+
+lock: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
+	  --no-header --extra test --output-file requirements.lock pyproject.toml
+
+publish: $(INSTALLED)
+	$(BIN)/python tools/publish.py
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "jfbnb needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@

@@ -1,0 +1,41 @@
+"""Small things to test with: an image folder, and a weights folder of a tiny network."""
+
+from pathlib import Path
+
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+
+from jfbnb import datasets
+from jfbnb.evaluation import Tuning
+from jfbnb.networks import DnCNN, Regulariser, save_regulariser
+
+
+@pytest.fixture(autouse=True)
+def no_shared_cache(tmp_path_factory, monkeypatch):
+    """Tests keep their decoded images to themselves."""
+    monkeypatch.setattr(datasets, "CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    """Six JPEGs of 178 x 218 pixels, CelebA's size, cut from a photograph."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    photo = Image.fromarray(skimage.data.astronaut())
+    for i in range(6):
+        crop = photo.crop((40 * i, 30 * i, 40 * i + 178, 30 * i + 218))
+        crop.save(folder / f"{i + 1:06d}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture
+def weights(tmp_path) -> Path:
+    """A folder like runs/quick, with an untrained network of two layers."""
+    torch.manual_seed(0)
+    folder = tmp_path / "weights"
+    for name in ("denoiser", "jfb"):
+        save_regulariser(folder / f"{name}.safetensors", Regulariser(DnCNN(2, 4), 0.05), {})
+    Tuning(noise_std=0.01).save(folder / "tuning.json")
+    return folder

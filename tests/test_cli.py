@@ -1,0 +1,181 @@
+"""The command as its user types it: what it prints, its exit status, what it leaves behind."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jfbnb.cli import main
+
+
+def run(capsys, *words) -> tuple[int, str, str]:
+    status = main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def refused(capsys, *words) -> str:
+    """The one line with which the command refuses."""
+    status, _, err = run(capsys, *words)
+    assert status == 2
+    lines = err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("jfbnb: error: ")
+    return lines[0]
+
+
+def test_evaluate_writes_json(capsys, image_folder, weights, tmp_path):
+    file = tmp_path / "results.json"
+    status, out, _ = run(capsys, "evaluate", "--data", image_folder, "--weights", weights,
+                         "--method", "tikhonov", "--method", "jfb", "--limit", 3, "--json", file)
+    assert status == 0 and "tikhonov" in out
+    results = json.loads(file.read_text())
+    assert results["images"] == 3 and results["protocol"] == "paper"
+    assert set(results["methods"]) == {"tikhonov", "jfb"}
+    row = results["methods"]["jfb"]
+    assert set(row) == {"images", "psnr", "psnr_se", "ssim", "ssim_se", "converged",
+                        "median_iterations", "seconds_per_image"}
+    assert results["methods"]["tikhonov"]["median_iterations"] is None
+    assert results["methods"]["tikhonov"]["psnr"] > 20
+
+
+def test_evaluate_counts_what_it_skips(capsys, image_folder, weights, tmp_path):
+    (image_folder / "000002.jpg").write_bytes(b"not a picture")
+    file = tmp_path / "results.json"
+    status, _, err = run(capsys, "evaluate", "--data", image_folder, "--weights", weights,
+                         "--method", "tikhonov", "--json", file)
+    assert status == 0 and "000002.jpg" in err
+    assert json.loads(file.read_text())["skipped"] == 1
+
+
+def test_blur_then_deblur(capsys, image_folder, weights, tmp_path):
+    source = image_folder / "000001.jpg"
+    blurred, out = tmp_path / "blurred", tmp_path / "sharp"
+    assert run(capsys, "blur", source, "--out", blurred)[0] == 0
+    file = blurred / "000001-blurred.png"
+    assert Image.open(file).size == (178, 218)
+    status, printed, _ = run(capsys, "deblur", file, "--out", out, "--method", "tikhonov",
+                             "--weights", weights)
+    assert status == 0 and "000001-blurred-tikhonov.png" in printed
+
+    def error(path) -> float:
+        return np.square(np.asarray(Image.open(path), float)
+                         - np.asarray(Image.open(source), float)).mean()
+
+    assert error(out / "000001-blurred-tikhonov.png") < 0.8 * error(file)
+
+
+def test_deblur_reports_its_solve(capsys, image_folder, weights, tmp_path):
+    status, printed, _ = run(capsys, "deblur", image_folder / "000001.jpg", "--out", tmp_path,
+                             "--weights", weights)
+    assert status == 0 and "iterations, relative residual" in printed
+
+
+def test_grey_stays_grey_and_transparency_becomes_white(capsys, weights, tmp_path):
+    Image.new("L", (30, 40), 128).save(tmp_path / "grey.png")
+    Image.new("RGBA", (30, 40), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    out = tmp_path / "out"
+    status, _, _ = run(capsys, "blur", tmp_path / "grey.png", tmp_path / "clear.png",
+                       "--out", out, "--noise-std", 0)
+    assert status == 0
+    grey, clear = (Image.open(out / f"{name}-blurred.png") for name in ("grey", "clear"))
+    assert grey.mode == "L" and grey.getpixel((15, 20)) == 128
+    assert clear.mode == "RGB" and clear.getpixel((15, 20)) == (255, 255, 255)
+
+
+def test_bad_data(capsys, weights, tmp_path):
+    line = refused(capsys, "evaluate", "--data", tmp_path / "none", "--weights", weights)
+    assert "no data at" in line
+    (tmp_path / "empty").mkdir()
+    line = refused(capsys, "evaluate", "--data", tmp_path / "empty", "--weights", weights)
+    assert "no images in" in line
+    (tmp_path / "file.jpg").write_text("text")
+    line = refused(capsys, "evaluate", "--data", tmp_path / "file.jpg", "--weights", weights)
+    assert "no folder, tar or zip" in line
+
+
+def test_bad_images(capsys, weights, tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
+    line = refused(capsys, "deblur", tmp_path / "small.png", "--out", tmp_path / "o",
+                   "--weights", weights)
+    assert "smaller than the 5 x 5 blur kernel" in line
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert "cannot read the image" in refused(capsys, "blur", tmp_path / "broken.png",
+                                              "--out", tmp_path / "o")
+    assert "cannot read the image" in refused(capsys, "blur", tmp_path / "none.png",
+                                              "--out", tmp_path / "o")
+    assert "cannot read the image" in refused(capsys, "blur", tmp_path, "--out", tmp_path / "o")
+    assert not (tmp_path / "o").exists()
+
+
+def test_two_images_for_one_output(capsys, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / folder / "x.png")
+    line = refused(capsys, "blur", tmp_path / "a/x.png", tmp_path / "b/x.png", "--out", tmp_path)
+    assert "several images would become" in line
+
+
+def test_bad_names_and_numbers(capsys, image_folder, weights, tmp_path):
+    evaluate = ("evaluate", "--data", image_folder, "--weights", weights)
+    assert "unknown method 'nope'" in refused(capsys, *evaluate, "--method", "nope")
+    assert "unknown protocol 'nope'" in refused(capsys, *evaluate, "--protocol", "nope")
+    assert "--limit 0" in refused(capsys, *evaluate, "--limit", "0")
+    assert "unknown device 'tpu'" in refused(capsys, *evaluate, "--device", "tpu")
+    blur = ("blur", image_folder / "000001.jpg", "--out", tmp_path / "o")
+    assert "kernel size 4" in refused(capsys, *blur, "--kernel-size", 4)
+    assert "kernel std 0" in refused(capsys, *blur, "--kernel-std", 0)
+    assert "--noise-std nan" in refused(capsys, *blur, "--noise-std", "nan")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_one(capsys, image_folder, weights):
+    assert "no CUDA device" in refused(capsys, "evaluate", "--data", image_folder, "--weights",
+                                       weights, "--device", "cuda")
+
+
+def test_bad_weights(capsys, image_folder, weights, tmp_path):
+    evaluate = ("evaluate", "--data", image_folder, "--weights")
+    assert "no tuned parameters" in refused(capsys, *evaluate, tmp_path / "none")
+    (weights / "jfb.safetensors").write_bytes(b"12345")
+    assert "damaged" in refused(capsys, *evaluate, weights)
+    (weights / "tuning.json").write_text("{")
+    assert "no tuned parameters" in refused(capsys, *evaluate, weights)
+
+
+def test_unwritable_output_keeps_what_was_there(capsys, image_folder, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    line = refused(capsys, "blur", image_folder / "000001.jpg", "--out", file)
+    assert str(file) in line and file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
+                                   PermissionError(13, "Permission denied")])
+def test_full_disk_or_no_permission(capsys, image_folder, tmp_path, monkeypatch, error):
+    blur = ("blur", image_folder / "000001.jpg", "--out", tmp_path / "out")
+    assert run(capsys, *blur)[0] == 0
+    file = tmp_path / "out" / "000001-blurred.png"
+    before = file.read_bytes()
+
+    def refuse(*_args):
+        raise error
+
+    monkeypatch.setattr("jfbnb.common.os.fsync", refuse)
+    assert error.strerror in refused(capsys, *blur, "--seed", 1)
+    assert file.read_bytes() == before and len(list(file.parent.iterdir())) == 1
+
+
+def test_interrupt_says_how_to_go_on(capsys, image_folder, tmp_path, monkeypatch):
+    def interrupt(*_args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jfbnb.cli._read", interrupt)
+    status, _, err = run(capsys, "blur", image_folder / "000001.jpg", "--out", tmp_path)
+    assert status == 130 and "goes on from here" in err
+
+
+def test_data_without_download_prints_the_steps(capsys):
+    status, out, _ = run(capsys, "data", "celeba")
+    assert status == 0 and "img_align_celeba.zip" in out

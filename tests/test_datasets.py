@@ -1,0 +1,166 @@
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from jfbnb import datasets
+from jfbnb.common import UserError
+from jfbnb.datasets import bundled_photos, decode, load_images, load_splits, random_crops
+
+
+def test_bundled_photos_are_split_by_photograph():
+    sets = {split: bundled_photos(split) for split in ("train", "validation", "test")}
+    photos = {split: {name.split("/")[0] for name in s.names} for split, s in sets.items()}
+    assert not photos["train"] & photos["validation"]
+    assert not (photos["train"] | photos["validation"]) & photos["test"]
+    for s in sets.values():
+        assert s.images.shape[1:] == (3, 128, 128) and s.images.dtype == torch.uint8
+        assert s.as_float().min() >= 0 and s.as_float().max() <= 1
+    assert len(sets["train"]) > 200 and len(sets["test"]) == 20
+
+
+def test_folder_tar_and_zip_give_the_same(image_folder, tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for path in sorted(image_folder.iterdir(), reverse=True):  # order in it must not matter
+            archive.add(path, path.name)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for path in image_folder.iterdir():
+            archive.write(path, path.name)
+    folder = load_images(image_folder)
+    assert folder.images.shape == (6, 3, 128, 128)
+    assert folder.names == sorted(path.name for path in image_folder.iterdir())
+    for archive in ("a.tar", "a.zip"):
+        other = load_images(tmp_path / archive)
+        assert other.names == folder.names and torch.equal(other.images, folder.images)
+
+
+def test_resize_is_torchvisions(image_folder):
+    import torchvision.transforms as transforms
+
+    path = image_folder / "000001.jpg"
+    steps = transforms.Compose([transforms.Resize((128, 128)), transforms.PILToTensor()])
+    expected = steps(Image.open(path))
+    assert (decode(path, 128).int() - expected.int()).abs().max() <= 1
+
+
+def test_second_load_comes_from_the_cache(image_folder, monkeypatch):
+    first = load_images(image_folder)
+    monkeypatch.setattr(datasets, "decode", lambda *args: pytest.fail("decoded again"))
+    assert torch.equal(load_images(image_folder).images, first.images)
+
+
+def test_a_changed_file_is_decoded_again(image_folder):
+    first = load_images(image_folder)
+    Image.new("RGB", (178, 218), "red").save(image_folder / "000001.jpg")
+    assert not torch.equal(load_images(image_folder).images[0], first.images[0])
+
+
+def test_corrupt_file_is_named_skipped_and_counted(image_folder):
+    whole = load_images(image_folder)
+    path = image_folder / "000003.jpg"
+    path.write_bytes(path.read_bytes()[:200])
+    warnings = []
+    images = load_images(image_folder, warn=warnings.append)
+    assert any("000003.jpg" in line for line in warnings)
+    assert any("skipped 1 unreadable of 6" in line for line in warnings)
+    assert images.skipped == 1 and len(images) == 5
+    # The others keep their place, and so their noise.
+    assert images.indices == [0, 1, 3, 4, 5]
+    assert torch.equal(images.images[2], whole.images[3])
+
+
+@pytest.mark.parametrize("archive", ["tar", "zip"])
+def test_damaged_archive(tmp_path, archive):
+    path = tmp_path / f"a.{archive}"
+    path.write_bytes(b"PK\x03\x04 nothing more")
+    with pytest.raises(UserError, match="no folder, tar or zip"):
+        load_images(path)
+
+
+def test_missing_empty_and_hopeless(tmp_path):
+    with pytest.raises(UserError, match="no data at"):
+        load_images(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in"):
+        load_images(tmp_path / "empty")
+    (tmp_path / "empty" / "a.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the 1 images"):
+        load_images(tmp_path / "empty", warn=lambda _: None)
+
+
+@pytest.mark.parametrize(("mode", "colour", "expected"), [
+    ("L", 128, (128, 128, 128)),
+    ("RGBA", (255, 0, 0, 0), (255, 255, 255)),  # transparent: the white behind it
+    ("RGBA", (255, 0, 0, 255), (255, 0, 0)),
+    ("I;16", 257 * 100, (100, 100, 100)),
+    ("CMYK", (0, 0, 0, 0), (255, 255, 255)),
+    ("P", 0, (0, 0, 0)),
+])
+def test_unusual_modes(tmp_path, mode, colour, expected):
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    Image.new(mode, (20, 10), colour).save(path)
+    pixels = decode(path)
+    assert pixels.shape == (3, 10, 20) and pixels.dtype == torch.uint8
+    assert tuple(pixels[:, 0, 0].tolist()) == expected
+
+
+def test_exif_orientation(tmp_path):
+    image = Image.new("RGB", (20, 10))
+    exif = image.getexif()
+    exif[0x0112] = 6  # a camera held upright
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert decode(tmp_path / "a.jpg").shape == (3, 20, 10)
+
+
+def test_splits_follow_file_order(image_folder):
+    splits = load_splits(str(image_folder), n_train=4, n_validation=1, n_test=2)
+    assert splits.train.indices == [0, 1, 2]
+    assert splits.validation.indices == [3]
+    assert splits.test.indices == [4, 5]
+
+
+def test_splits_keep_their_members_when_a_file_is_corrupt(image_folder):
+    (image_folder / "000002.jpg").write_bytes(b"")
+    splits = load_splits(str(image_folder), n_train=4, n_validation=1, n_test=2,
+                         warn=lambda _: None)
+    assert splits.train.indices == [0, 2] and splits.test.indices == [4, 5]
+
+
+def test_splits_that_cannot_be(image_folder):
+    with pytest.raises(UserError, match="no test images"):
+        load_splits(str(image_folder), n_train=6, n_validation=1, n_test=2)
+    with pytest.raises(UserError, match="n_validation=6 must be between 1 and n_train=6"):
+        load_splits(str(image_folder), n_train=6, n_validation=6, n_test=2)
+
+
+def test_random_crops_depend_on_their_keys_alone():
+    images = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
+    a, b = random_crops(images, 8, 1, 2), random_crops(images, 8, 1, 2)
+    assert torch.equal(a, b) and a.shape == (5, 3, 8, 8)
+    assert not torch.equal(a, random_crops(images, 8, 1, 3))
+
+
+def test_crops_are_cut_from_the_image_and_mirrored():
+    ramp = torch.arange(16, dtype=torch.uint8).expand(40, 3, 16, 16)
+    rises = set()
+    for crop in random_crops(ramp, 8, 0):
+        row = (crop[0, 0] * 255).round()
+        steps = np.diff(row.numpy())
+        assert abs(steps).tolist() == [1.0] * 7
+        rises.add(steps[0])
+    assert rises == {1.0, -1.0}
+
+
+def test_failed_download_prints_the_manual_steps(monkeypatch, tmp_path):
+    import torchvision.datasets
+
+    def refuse(*args, **kwargs):
+        raise RuntimeError("Too many users have viewed or downloaded this file recently.\nmore")
+
+    monkeypatch.setattr(torchvision.datasets, "CelebA", refuse)
+    with pytest.raises(UserError) as caught:
+        datasets.download_celeba(tmp_path)
+    assert "Too many users" in str(caught.value) and "by hand" in str(caught.value)

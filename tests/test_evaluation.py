@@ -1,0 +1,176 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import skimage.metrics
+import torch
+
+from jfbnb import evaluation
+from jfbnb.common import UserError
+from jfbnb.evaluation import (
+    LABELS,
+    Tuning,
+    make_methods,
+    on_published_scale,
+    psnr,
+    reference_table2,
+    ssim,
+    summarise,
+    table2,
+)
+from jfbnb.figures import COLOURS, save_table
+from jfbnb.networks import DnCNN, load_regulariser
+from jfbnb.operators import Blur, measure
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def pair():
+    generator = torch.manual_seed(0)
+    truth = torch.rand(3, 3, 40, 40, generator=generator)
+    return truth + 0.1 * torch.randn(truth.shape, generator=generator), truth
+
+
+def test_psnr_is_scikit_images(pair):
+    x, truth = pair
+    expected = [skimage.metrics.peak_signal_noise_ratio(b.numpy(), a.numpy(), data_range=1)
+                for a, b in zip(x, truth, strict=True)]
+    np.testing.assert_allclose(psnr(x, truth), expected, rtol=1e-5)
+
+
+def test_ssim_is_wang_et_als(pair):
+    """Against scikit-image called channel by channel, on an image at a time."""
+    x, truth = pair
+    for i, value in enumerate(ssim(x, truth)):
+        channels = [skimage.metrics.structural_similarity(
+            x[i, c].numpy(), truth[i, c].numpy(), gaussian_weights=True, sigma=1.5,
+            use_sample_covariance=False, data_range=1) for c in range(3)]
+        assert value.item() == pytest.approx(np.mean(channels), abs=1e-5)
+    torch.testing.assert_close(ssim(truth, truth), torch.ones(3, dtype=torch.float64))
+
+
+def test_published_scale_is_6_db_lower(pair):
+    x, truth = pair
+    np.testing.assert_allclose(psnr(x, truth) - on_published_scale(x, truth),
+                               20 * np.log10(2), atol=1e-4)
+
+
+def test_published_values():
+    published = reference_table2().set_index("method")
+    assert published.psnr.to_dict() == {"total-variation": 26.79, "plug-and-play": 29.77,
+                                        "deq": 32.43, "jfb": 26.88}
+    assert published.ssim.to_dict() == {"total-variation": 0.86, "plug-and-play": 0.88,
+                                        "deq": 0.94, "jfb": 0.91}
+
+
+def test_every_method_has_a_colour_of_its_own():
+    assert set(COLOURS) == set(LABELS)
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
+def test_evaluate_all_methods(weights, pair):
+    _, x = pair
+    A = Blur(40, 5, 2.0)
+    d = measure(A, x, 0.01, 0, [0, 1, 2])
+    table = evaluation.evaluate(make_methods(list(LABELS), weights, CPU), A, x, d, 0.01,
+                                ["a", "b", "c"], batch_size=2)
+    assert len(table) == 3 * len(LABELS)
+    blurred = table[table.method == "measurement"]
+    np.testing.assert_allclose(blurred.psnr, psnr(d, x), rtol=1e-6)
+    assert blurred.iterations.isna().all()
+    solved = table[table.method == "jfb"]
+    assert (solved.iterations > 0).all() and solved.residual.notna().all()
+    summary = summarise(table).set_index("method")
+    assert summary.psnr["tikhonov"] == pytest.approx(table[table.method == "tikhonov"].psnr.mean())
+    assert summary.images.tolist() == [3] * len(LABELS)
+
+
+def test_results_do_not_depend_on_the_batch(weights, pair):
+    _, x = pair
+    A = Blur(40, 5, 2.0)
+    d = measure(A, x, 0.01, 0, [0, 1, 2])
+    tables = [evaluation.evaluate(make_methods(["jfb"], weights, CPU), A, x, d, 0.01,
+                                  ["a", "b", "c"], batch_size=n) for n in (1, 3)]
+    np.testing.assert_allclose(tables[0].psnr, tables[1].psnr, rtol=1e-4)
+    assert tables[0].iterations.tolist() == tables[1].iterations.tolist()
+
+
+def test_standard_error():
+    table = pd.DataFrame({"method": "jfb", "psnr": [30.0, 32.0], "ssim": [0.9, 0.9],
+                          "converged": [1.0, 0.0], "iterations": [5, 9], "seconds": [1.0, 3.0]})
+    row = summarise(table).iloc[0]
+    assert row.psnr_se == pytest.approx(1.0) and row.converged == 0.5
+    assert row.median_iterations == 7 and row.seconds_per_image == 2
+
+
+def test_table2_has_published_and_own_rows(tmp_path):
+    summary = pd.DataFrame({"method": ["tikhonov", "jfb"], "psnr": [28.6, 33.0],
+                            "psnr_se": [0.1, 0.1], "ssim": [0.8, 0.92], "ssim_se": [0.01, 0.01]})
+    table = table2(summary).set_index("Method")
+    assert table.loc["JFB", "Published PSNR"] == 26.88
+    assert table.loc["JFB", "Published PSNR, range 1"] == pytest.approx(26.88 + 6.0206, abs=1e-3)
+    assert table.loc["Deep equilibrium", "Published PSNR, range 1"] == 32.43
+    assert np.isnan(table.loc["Deep equilibrium", "PSNR (dB)"])
+    save_table(table.reset_index(), tmp_path / "t", "A caption.")
+    assert "| JFB" in (tmp_path / "t.md").read_text()
+    assert r"\begin{tabular}" in (tmp_path / "t.tex").read_text()
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), table.reset_index())
+
+
+def test_parameters_follow_the_noise(weights, pair):
+    """At a tenth of the noise lam goes down by 100."""
+    _, x = pair
+    A = Blur(40, 5, 2.0)
+    tuning = Tuning.load(weights / "tuning.json")
+    restored, _ = make_methods(["tikhonov"], weights, CPU)["tikhonov"](A, x, 0.001)
+    expected = A.solve_normal(A.adjoint(x), tuning.lam / 100)
+    torch.testing.assert_close(restored, expected)
+
+
+def test_unknown_method_and_missing_files(weights, tmp_path):
+    with pytest.raises(UserError, match="unknown method 'jbf': choose from"):
+        make_methods(["jbf"], weights, CPU)
+    with pytest.raises(UserError, match=r"no tuned parameters at .*tuning\.json"):
+        make_methods(["jfb"], tmp_path, CPU)
+    (weights / "jfb.safetensors").unlink()
+    with pytest.raises(UserError, match="no weights at"):
+        make_methods(["jfb"], weights, CPU)
+    make_methods(["tikhonov"], weights, CPU)  # needs none
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:64], lambda b: b"", lambda b: b[:-10]])
+def test_truncated_weights(weights, damage):
+    path = weights / "jfb.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"weights .*jfb\.safetensors are damaged"):
+        load_regulariser(path)
+
+
+def test_weights_of_another_architecture(weights):
+    from safetensors.torch import save_file
+
+    path = weights / "jfb.safetensors"
+    save_file({"w": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="of another architecture"):
+        load_regulariser(path)
+    huge = json.dumps({"depth": 10**9, "width": 10**9, "channels": 3})
+    save_file({"w": torch.zeros(3)}, path, metadata={"architecture": huge})
+    with pytest.raises(UserError, match="of another architecture"):
+        load_regulariser(path)
+    small = json.dumps({"depth": 2, "width": 4, "channels": 3})
+    save_file({"w": torch.zeros(3)}, path, metadata={"architecture": small})
+    with pytest.raises(UserError, match="do not fit their own architecture"):
+        load_regulariser(path)
+
+
+def test_network_sees_its_receptive_field_and_no_more():
+    torch.manual_seed(0)
+    network = DnCNN(4, 8)
+    torch.nn.init.normal_(network.layers[-1].weight)
+    x = torch.rand(1, 3, 31, 31, requires_grad=True)
+    network(x)[0, :, 15, 15].sum().backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert rows.min() >= 15 - 4 and rows.max() <= 15 + 4
+    assert len(rows) > 5

@@ -1,0 +1,96 @@
+"""The rules that every notebook keeps."""
+
+import ast
+import json
+import re
+from itertools import pairwise
+
+import nbformat
+import pytest
+
+from jfbnb.reproduce import NOTEBOOKS, STEPS, notebook_parameters
+
+PATHS = [NOTEBOOKS / f"{step.name}.ipynb" for step in STEPS]
+IDS = [path.stem for path in PATHS]
+
+
+@pytest.fixture(params=PATHS, ids=IDS)
+def path(request):
+    return request.param
+
+
+@pytest.fixture
+def notebook(path):
+    return nbformat.read(path, as_version=4)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def test_valid_and_of_reasonable_length(notebook):
+    nbformat.validate(notebook)
+    assert 15 <= len(notebook.cells) <= 40
+    assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 26
+
+
+def test_one_parameters_cell_of_plain_literals(path, notebook):
+    tagged = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    assert len(tagged) == 1
+    statements = ast.parse(tagged[0].source).body
+    assert all(isinstance(s, ast.Assign) for s in statements)
+    assert len(notebook_parameters(path)) == len(statements)
+
+
+def test_first_cell_says_what_and_how_long(notebook):
+    first = notebook.cells[0].source
+    for part in ("# ", "**Covers**", "**You will**", "**Running time**", "**Where we are**"):
+        assert part in first
+    assert re.search(r"<!-- time -->\d+ s .*<!-- end time -->", first)
+
+
+def test_ends_with_check_takeaways_exercises(notebook):
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    for part in ("## Check against the paper", "## Takeaways", "## Exercises", "*Hint:"):
+        assert part in text
+    assert ".ipynb)" in notebook.cells[-1].source  # the way to the next one
+
+
+def test_no_stored_errors_and_no_warnings(notebook):
+    assert not [o for o in outputs(notebook) if o.output_type == "error"]
+    assert not [o for o in outputs(notebook) if o.get("name") == "stderr"]
+
+
+def test_tagged_cells_have_stored_output(notebook):
+    tagged = [c for c in code_cells(notebook)
+              if "nbval-check-output" in c.metadata.get("tags", [])]
+    assert len(tagged) >= 2
+    for cell in tagged:
+        assert "".join(o.get("text", "") for o in cell.outputs).strip(), cell.source
+
+
+def test_stored_checks_are_met(notebook):
+    text = "".join(o.get("text", "") for o in outputs(notebook))
+    assert "ok:" in text and "NOT MET" not in text
+
+
+def test_committed_with_the_outputs_of_one_clean_run(notebook):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+def test_small_and_without_paths_of_a_machine(path):
+    text = path.read_text()
+    assert len(text.encode()) < 1_000_000
+    printed = json.dumps([o.get("text", "") for o in outputs(nbformat.read(path, 4))])
+    assert not re.search(r"(^|[\s\"'(])/(home|root|tmp|work|Users|opt|usr)/", printed)
+    assert "C:\\" not in printed
+
+
+def test_every_name_in_order():
+    for path, following in pairwise(PATHS):
+        assert following.name in nbformat.read(path, 4).cells[-1].source

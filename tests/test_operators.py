@@ -1,0 +1,144 @@
+import math
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.ndimage
+import torch
+import torch.nn.functional as F
+
+from jfbnb.baselines import (
+    direct_inverse,
+    discrepancy_lambda,
+    tikhonov,
+    tikhonov_gradient_descent,
+)
+from jfbnb.common import UserError
+from jfbnb.operators import (
+    Blur,
+    conjugate_gradients,
+    gaussian_kernel,
+    get_protocol,
+    make_blur,
+    measure,
+    toeplitz,
+)
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.manual_seed(seed))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 33)])
+@pytest.mark.parametrize("kernel", [(5, math.sqrt(5)), (9, 1.0)])
+def test_adjoint(size, kernel):
+    A = Blur(size, *kernel)
+    u, v = random(2, 3, *size), random(2, 3, *size, seed=1)
+    torch.testing.assert_close((A(u) * v).sum(), (u * A.adjoint(v)).sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (20, 33)])
+def test_blur_is_conv2d_and_scipy(size):
+    A, g = Blur(size, 5, 2.0), gaussian_kernel(5, 2.0)
+    x = random(2, 3, *size)
+    kernel = torch.outer(g, g)
+    by_torch = F.conv2d(x.flatten(0, 1)[:, None], kernel[None, None], padding=2).view_as(x)
+    torch.testing.assert_close(A(x), by_torch, rtol=0, atol=1e-12)
+    by_scipy = scipy.ndimage.convolve(x[0, 0].numpy(), kernel.numpy(), mode="constant")
+    np.testing.assert_allclose(A(x)[0, 0].numpy(), by_scipy, atol=1e-12)
+
+
+def test_kernel_is_a_sampled_gaussian():
+    g = gaussian_kernel(5, 2.0).numpy()
+    expected = np.exp(-np.array([4, 1, 0, 1, 4]) / 8.0)
+    np.testing.assert_allclose(g, expected / expected.sum(), rtol=1e-14)
+
+
+def test_toeplitz_is_scipys():
+    g = gaussian_kernel(5, 1.5)
+    column = np.r_[g[2:].numpy(), np.zeros(4)]
+    np.testing.assert_array_equal(toeplitz(g, 7).numpy(), scipy.linalg.toeplitz(column))
+
+
+def dense(A: Blur) -> np.ndarray:
+    return np.kron(A.K_h.numpy(), A.K_w.numpy())
+
+
+def test_inverse_tikhonov_and_spectrum_against_dense():
+    A = Blur((10, 12), 5, math.sqrt(5))
+    M, d = dense(A), random(1, 1, 10, 12)
+    rhs = d.numpy().ravel()
+    np.testing.assert_allclose(direct_inverse(A, d).numpy().ravel(), np.linalg.solve(M, rhs),
+                               rtol=1e-8)
+    lam = 0.02
+    expected = np.linalg.solve(M.T @ M + lam * np.eye(len(M)), M.T @ rhs)
+    np.testing.assert_allclose(tikhonov(A, d, lam).numpy().ravel(), expected, rtol=1e-10)
+    assert A.cond == pytest.approx(np.linalg.cond(M), rel=1e-8)
+    np.testing.assert_allclose(np.sort(A.spectrum.numpy().ravel()), np.linalg.eigvalsh(M),
+                               atol=1e-13)
+
+
+def test_gradient_descent_and_conjugate_gradients_reach_the_closed_form():
+    A, d, lam = Blur(16, 5, 2.0), random(2, 3, 16, 16), 0.05
+    exact = tikhonov(A, d, lam)
+    torch.testing.assert_close(tikhonov_gradient_descent(A, d, lam, 1.0, 1000), exact,
+                               rtol=0, atol=1e-10)
+    solved = conjugate_gradients(lambda x: A.adjoint(A(x)) + lam * x, A.adjoint(d), 1e-12)
+    torch.testing.assert_close(solved, exact, rtol=0, atol=1e-10)
+
+
+def test_gradient_descent_calls_back_with_every_iterate():
+    A, d = Blur(16, 5, 2.0), random(1, 3, 16, 16)
+    seen = []
+    last = tikhonov_gradient_descent(A, d, 0.1, 1.0, 3, lambda k, x: seen.append((k, x)))
+    assert [k for k, _ in seen] == [0, 1, 2, 3]
+    assert torch.equal(seen[0][1], d) and torch.equal(seen[-1][1], last)
+
+
+def test_discrepancy_principle_fits_to_the_noise():
+    A = Blur(64, 5, 2.0)
+    x = random(1, 3, 64, 64).cumsum(2).cumsum(3) / 64
+    d = measure(A, x, 0.05, 0, [0])
+    lams = torch.logspace(-5, 1, 121)
+    lam = discrepancy_lambda(A, d, 0.05, lams)
+
+    def misfit(weight: float) -> float:
+        return (A(tikhonov(A, d, weight)) - d).square().mean().item()
+
+    assert misfit(lam) <= 0.05**2 < misfit(lam * 1.2)
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    A = Blur(16, 5, 2.0)
+    x = random(4, 3, 16, 16).float()
+    together = measure(A, x, 0.01, 7, [3, 1, 2, 9])
+    alone = measure(A, x[2:3], 0.01, 7, [2])
+    torch.testing.assert_close(together[2:3], alone, rtol=0, atol=1e-6)
+    assert not torch.allclose(measure(A, x[2:3], 0.01, 8, [2]), alone, atol=1e-3)
+    with pytest.raises(ValueError, match="4 images but 1 indices"):
+        measure(A, x, 0.01, 7, [0])
+
+
+def test_noise_has_the_protocols_strength():
+    A = Blur(128, 5, 2.0)
+    x = torch.zeros(4, 3, 128, 128)
+    assert measure(A, x, 0.01, 0, [0, 1, 2, 3]).std().item() == pytest.approx(0.01, rel=0.01)
+
+
+def test_protocols():
+    # The design's measurements: cond(A) is 7e4 and 4e4.
+    assert make_blur(get_protocol("paper")).cond == pytest.approx(7.5e4, rel=0.05)
+    assert make_blur(get_protocol("code")).cond == pytest.approx(4e4, rel=0.2)
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Blur(4, 5, 2.0), "smaller than the 5 x 5 blur kernel"),
+    (lambda: gaussian_kernel(4, 2.0), "odd"),
+    (lambda: gaussian_kernel(-1, 2.0), "odd"),
+    (lambda: gaussian_kernel(5, 0.0), "positive"),
+    (lambda: gaussian_kernel(5, float("nan")), "positive"),
+    (lambda: get_protocol("papr"), "unknown protocol 'papr': choose one of paper, code"),
+])
+def test_bad_input(make, message):
+    with pytest.raises(UserError, match=message):
+        make()

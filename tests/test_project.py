@@ -1,0 +1,99 @@
+"""What surrounds the code: dependencies, the lock, README's numbers, what may not be committed."""
+
+import importlib.util
+import json
+import re
+import subprocess
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from jfbnb.common import ROOT
+
+CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+
+
+def pyproject() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirements() -> list[Requirement]:
+    project = pyproject()
+    return [Requirement(text) for text in
+            project["dependencies"] + project["optional-dependencies"]["test"]]
+
+
+def test_environment_asks_for_what_pyproject_asks_for():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    conda = [d for d in environment["dependencies"] if isinstance(d, str)]
+    expected = {f"{CONDA_NAMES.get(r.name, r.name)}{r.specifier}" for r in requirements()}
+    expected |= {f"python{pyproject()['requires-python']}", "pip"}
+    assert set(conda) == expected
+    assert environment["dependencies"][-1] == {"pip": ["-e ."]}
+
+
+def test_lock_has_every_requirement_pinned_with_hashes():
+    text = (ROOT / "requirements.lock").read_text()
+    pins: dict[str, list[str]] = {}
+    for name, version in re.findall(r"^([\w.-]+)==([\w.+]+)", text, flags=re.M):
+        pins.setdefault(name, []).append(version)
+    for requirement in requirements():
+        versions = pins[requirement.name.lower()]
+        assert all(requirement.specifier.contains(v) for v in versions)
+    blocks = re.split(r"^(?=[\w.-]+==)", text, flags=re.M)[1:]
+    assert len(blocks) > 100 and all("--hash=sha256:" in block for block in blocks)
+    assert "://" not in text
+
+
+def committed(path: str) -> str:
+    """The file as staged in git. A later run may have rewritten the one in the folder."""
+    result = subprocess.run(["git", "show", f":{path}"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip(f"{path} is not in git here")
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def publish():
+    spec = importlib.util.spec_from_file_location("publish", ROOT / "tools" / "publish.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_numbers_are_those_of_the_stored_runs(publish):
+    readme = committed("README.md")
+    for name, text in publish.readme_blocks(committed).items():
+        assert publish.replace_block(readme, name, text) == readme
+
+
+def test_notebook_times_are_those_of_the_stored_run(publish):
+    provenance = json.loads(committed("figures/quick/provenance.json"))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        first = nbformat.read(path, as_version=4).cells[0].source
+        assert publish.running_time(provenance, path.stem) in first
+
+
+def tracked() -> list[str]:
+    result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode:
+        pytest.skip("not a git checkout")
+    return result.stdout.splitlines()
+
+
+def test_no_faces_pickles_or_large_files():
+    for name in tracked():
+        path = ROOT / name
+        assert not re.search(r"(^|/)\d{6}\.jpg$", name), name
+        assert path.suffix not in (".pt", ".pth", ".pkl", ".pickle"), name
+        if path.is_file():
+            assert path.stat().st_size < 10_000_000, name
+    # Pictures of CelebA's images may not be kept; those of the bundled photographs may.
+    pictures = ("table1_reconstructions", "blog1_direct_inverse", "blog2_gradient_descent",
+                "nb3_denoised")
+    for name in tracked():
+        if name.startswith("figures/") and not name.startswith("figures/quick/"):
+            assert not any(picture in name for picture in pictures), name

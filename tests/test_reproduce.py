@@ -1,0 +1,227 @@
+"""The runner, on a small suite of its own: three notebooks, each with a parameter and a file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from jfbnb import reproduce as runner
+from jfbnb.cli import main
+from jfbnb.common import UserError
+
+NOTEBOOK = """
+from pathlib import Path
+import time
+runs, figures = Path("../runs") / profile, Path("../figures") / profile
+for folder in (runs, figures):
+    folder.mkdir(parents=True, exist_ok=True)
+earlier = "".join(sorted(p.read_text() for p in runs.glob("*.txt") if p.name < "{name}"))
+time.sleep(delay if "{name}" == "02_b" else 0)
+(runs / "{name}.txt").write_text(f"{name} {{size}} after [{{earlier}}]")
+(figures / "{name}.png").write_text("png")
+(figures / "{name}.pdf").write_text("pdf")
+"""
+PARAMETERS = 'profile = "quick"\nsize = 1\ndelay = 0.0\ndata = "bundled"\nrate = 0.5'
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch) -> Path:
+    make_suite(tmp_path)
+    point_runner_at(tmp_path, monkeypatch.setattr)
+    return tmp_path
+
+
+def make_suite(folder: Path) -> None:
+    notebooks = folder / "notebooks"
+    (notebooks / "profiles").mkdir(parents=True)
+    (folder / "jfbnb").mkdir()
+    (folder / "data").mkdir()
+    (folder / "data" / "published_table2.csv").write_text("method\n")
+    (notebooks / "profiles" / "quick.yaml").write_text("size: 1\n")
+    for name in ("01_a", "02_b", "03_c"):
+        cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+                 nbformat.v4.new_code_cell(NOTEBOOK.format(name=name))]
+        nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {
+            "name": "python3", "display_name": "Python 3", "language": "python"}}),
+            notebooks / f"{name}.ipynb")
+
+
+def point_runner_at(folder: Path, setattr_=setattr) -> None:
+    setattr_(runner, "ROOT", folder)
+    setattr_(runner, "NOTEBOOKS", folder / "notebooks")
+    setattr_(runner, "PROFILES", folder / "notebooks" / "profiles")
+    setattr_(runner, "STEPS", tuple(runner.Step(name, (f"{name}.txt",), (name,))
+                                    for name in ("01_a", "02_b", "03_c")))
+
+
+def go(**options) -> list[str]:
+    """Run the suite; return for each step whether it was skipped or took its time."""
+    lines = []
+    runner.reproduce("quick", options.pop("overrides", {}), log=lines.append, **options)
+    return ["skipped" if "skipped" in line else "ran" for line in lines
+            if "skipped" in line or "took" in line]
+
+
+def test_runs_then_skips_then_runs_what_changed(suite):
+    assert go() == ["ran", "ran", "ran"]
+    assert go() == ["skipped", "skipped", "skipped"]
+    # Another value of a parameter: all three depend on it.
+    assert go(overrides={"size": 2}) == ["ran", "ran", "ran"]
+    assert "01_a 2" in (suite / "runs/quick/03_c.txt").read_text()
+    # Code of the second notebook: the first is untouched, the third sees the same artefact.
+    path = suite / "notebooks" / "02_b.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells[-1].source += "\n# a comment"
+    nbformat.write(notebook, path)
+    assert go(overrides={"size": 2}) == ["skipped", "ran", "skipped"]
+    # Prose changes nothing.
+    notebook.cells.append(nbformat.v4.new_markdown_cell("prose"))
+    nbformat.write(notebook, path)
+    assert go(overrides={"size": 2}) == ["skipped"] * 3
+    # A damaged figure: only its own step; a changed artefact: its step, then all after it skip,
+    # because it comes out the same.
+    (suite / "figures/quick/03_c.png").write_text("damaged")
+    assert go(overrides={"size": 2}) == ["skipped", "skipped", "ran"]
+    (suite / "runs/quick/01_a.txt").write_text("damaged")
+    assert go(overrides={"size": 2})[0] == "ran"
+    # Package code: everything.
+    (suite / "jfbnb" / "new.py").write_text("")
+    assert go(overrides={"size": 2}) == ["ran"] * 3
+    # A damaged marker is no marker.
+    (suite / "runs/quick/markers/02_b.json").write_text("{")
+    assert go(overrides={"size": 2}) == ["skipped", "ran", "skipped"]
+
+
+def test_only_and_force(suite):
+    with pytest.raises(UserError, match=r"needs 01_a.txt of step 01: run that one first"):
+        go(only="02")
+    go()
+    assert go(only="02") == ["skipped"]
+    assert go(only="02", force=True) == ["ran"]
+    with pytest.raises(UserError, match="no notebook '07'"):
+        go(only="07")
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"sise": 3}, "unknown parameter 'sise': the notebooks have data, delay, profile, rate, size"),
+    ({"size": "big"}, "parameter size takes a value like 1, not 'big'"),
+    ({"size": 1.5}, "takes a value like 1"),
+    ({"size": True}, "takes a value like 1"),
+    ({"data": "nowhere"}, "no data at"),
+])
+def test_bad_parameters_are_refused_before_anything_runs(suite, overrides, message):
+    with pytest.raises(UserError, match=message):
+        go(overrides=overrides)
+    assert not (suite / "runs").exists()
+
+
+def test_an_integer_will_do_for_a_float(suite):
+    assert runner.step_parameters(runner.STEPS, {"rate": 1})["01_a"] == {"rate": 1}
+
+
+def test_unknown_profile(suite, capsys):
+    assert main(["reproduce", "--profile", "fast"]) == 2
+    assert "unknown profile 'fast': choose one of quick" in capsys.readouterr().err
+
+
+def test_malformed_parameter(suite, capsys):
+    assert main(["reproduce", "-p", "size"]) == 2
+    assert "write it as NAME=VALUE" in capsys.readouterr().err
+
+
+def test_a_failing_notebook_is_named_and_earlier_outputs_stay(suite):
+    go()
+    before = (suite / "runs/quick/02_b.txt").read_text()
+    path = suite / "notebooks" / "02_b.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells.insert(1, nbformat.v4.new_code_cell("raise ValueError('no such luck')"))
+    nbformat.write(notebook, path)
+    with pytest.raises(UserError, match=r"02_b stopped: ValueError: no such luck \(see runs/quick"):
+        go()
+    assert (suite / "runs/quick/02_b.txt").read_text() == before
+    assert not (suite / "runs/quick/markers/02_b.json").exists()
+
+
+def test_a_notebook_that_does_not_write_its_outputs(suite, monkeypatch):
+    steps = (runner.Step("01_a", ("other.txt",), ()),)
+    monkeypatch.setattr(runner, "STEPS", steps)
+    with pytest.raises(UserError, match=r"finished without writing runs/quick/other\.txt"):
+        go()
+
+
+def test_failed_checks_are_shown(suite):
+    path = suite / "notebooks" / "01_a.ipynb"
+    notebook = nbformat.read(path, 4)
+    notebook.cells.append(nbformat.v4.new_code_cell(
+        "from jfbnb.common import check\ncheck('pigs fly', False)\ncheck('pigs walk', True)"))
+    nbformat.write(notebook, path)
+    lines = []
+    runner.reproduce("quick", {}, only="01", log=lines.append)
+    assert [line.strip() for line in lines if "pigs" in line] == ["NOT MET: pigs fly"]
+
+
+def test_provenance(suite):
+    go(overrides={"size": 2})
+    record = json.loads((suite / "figures/quick/provenance.json").read_text())
+    assert record["profile"] == "quick" and "torch" in record["packages"]
+    step = record["steps"]["02_b"]
+    assert step["parameters"] == {"profile": "quick", "size": 2}
+    assert step["seconds"] > 0 and {"notebook", "package", "01_a.txt"} <= set(step["inputs"])
+    lines = []
+    runner.reproduce("quick", {"size": 3}, log=lines.append)
+    assert "expected" in lines[0] and "unknown" not in lines[0]
+
+
+def test_killed_anywhere_the_next_run_goes_on(suite, tmp_path):
+    """SIGKILL in the second notebook: the first is skipped, the second runs again, whole."""
+    script = textwrap.dedent(f"""
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        from test_reproduce import point_runner_at
+        from jfbnb.reproduce import reproduce
+        point_runner_at(Path({str(suite)!r}))
+        reproduce("quick", {{"delay": 60.0}})
+    """)
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    marker = suite / "runs/quick/markers/01_a.json"
+    deadline = time.monotonic() + 120
+    while not (marker.exists() and (suite / "runs/quick/02_b.ipynb").exists()):
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    (suite / "runs/quick/01_a.txt").touch()
+    # delay plays a part in the parameters, so the same value has to be given: 60 s would be too
+    # long here, and the marker's inputs are rewritten for a short one.
+    record = json.loads(marker.read_text())
+    record["inputs"]["parameters"] = runner.input_hashes(
+        runner.STEPS[0], {"profile": "quick", "size": 1, "delay": 0.0},
+        suite / "runs/quick")["parameters"]
+    marker.write_text(json.dumps(record))
+    assert go(overrides={"delay": 0.0}) == ["skipped", "ran", "ran"]
+    assert "02_b 1" in (suite / "runs/quick/02_b.txt").read_text()
+
+
+def test_the_suites_own_steps_and_profiles():
+    """Every profile's parameters exist, and plain papermill takes the same files."""
+    for profile in ("quick", "cpu", "paper"):
+        parameters = runner.step_parameters(runner.STEPS, runner.load_profile(profile))
+        assert parameters["04_jfb_training"]["profile"] == profile
+    assert [step.name[:2] for step in runner.STEPS] == ["01", "02", "03", "04", "05"]
+
+
+def test_quick_is_what_the_notebooks_say_themselves():
+    quick = runner.load_profile("quick")
+    for step in runner.STEPS:
+        own = runner.notebook_parameters(runner.NOTEBOOKS / f"{step.name}.ipynb")
+        assert {k: quick[k] for k in own if k in quick} == {k: v for k, v in own.items()
+                                                          if k in quick}

@@ -1,0 +1,145 @@
+"""Maps, fixed-point solvers and gradients."""
+
+import copy
+
+import pytest
+import torch
+
+from jfbnb.fixed_point import anderson, picard
+from jfbnb.gradients import jfb
+from jfbnb.maps import GradientMap, PreconditionedMap
+from jfbnb.networks import DnCNN, Regulariser
+from jfbnb.operators import Blur
+
+
+class Contractive(DnCNN):
+    """R(x) = x / 2 + a small DnCNN: nonlinear, and D = I - R contracts."""
+
+    def forward(self, x):
+        return 0.5 * x + super().forward(x)
+
+
+@pytest.fixture
+def problem():
+    """A small regulariser in float64 that contracts, a blur and a measurement."""
+    torch.manual_seed(0)
+    network = Contractive(3, 8)
+    torch.nn.init.normal_(network.layers[-1].weight, std=0.01)
+    S = Regulariser(network, tau=0.3).double()
+    A = Blur(16, 5, 1.0)
+    d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    return A, S, d
+
+
+class Shrink(torch.nn.Module):
+    """R(x) = x / 2, so that D(x) = x / 2 contracts and everything has a closed form."""
+
+    def forward(self, x):
+        return 0.5 * x
+
+
+def test_both_maps_have_the_closed_forms_fixed_point():
+    A, S = Blur(16, 5, 1.0), Regulariser(Shrink(), tau=0.2).double()
+    d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    exact = A.solve_normal(A.adjoint(d), S.tau.item() / 2)  # A'(Ax - d) + tau x / 2 = 0
+    for T in (GradientMap(A, S), PreconditionedMap(A, S)):
+        x, info = anderson(lambda z, T=T: T(z, d), d, 1e-10, 1000)
+        assert info.converged.all()
+        torch.testing.assert_close(x, exact, rtol=0, atol=1e-6)
+
+
+def test_fixed_points_of_both_maps_agree(problem):
+    A, S, d = problem
+    x, info = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-12, 1000)
+    y, info_y = anderson(lambda z: GradientMap(A, S)(z, d), d, 1e-10, 5000)
+    assert info.converged.all() and info_y.converged.all()
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+def test_anderson_meets_picard_in_fewer_evaluations(problem):
+    A, S, d = problem
+    T = PreconditionedMap(A, S)
+    x, info_x = picard(lambda z: T(z, d), d, 1e-10, 2000)
+    y, info_y = anderson(lambda z: T(z, d), d, 1e-10, 2000)
+    assert info_x.converged.all() and info_y.converged.all()
+    torch.testing.assert_close(x, y, rtol=0, atol=1e-8)
+    assert (info_y.iterations < info_x.iterations).all()
+
+
+@pytest.mark.parametrize("solver", [picard, anderson])
+def test_reported_residual_is_that_of_the_returned_point(problem, solver):
+    A, S, d = problem
+    T = PreconditionedMap(A, S)
+    x, info = solver(lambda z: T(z, d), d, 1e-3, 7)
+    with torch.no_grad():
+        residual = (T(x, d) - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
+    torch.testing.assert_close(info.residual, residual)
+
+
+@pytest.mark.parametrize("solver", [picard, anderson])
+def test_each_image_stops_on_its_own(solver):
+    rate = torch.tensor([[0.1], [0.9]])
+    T = lambda x: rate * x + 1  # noqa: E731
+    x, info = solver(T, torch.zeros(2, 3), 1e-5, 500)
+    assert info.converged.all()
+    assert info.iterations[0] <= info.iterations[1]
+    torch.testing.assert_close(x, (1 / (1 - rate)).expand(2, 3), rtol=1e-3, atol=0)
+    alone, info_alone = solver(lambda x: 0.1 * x + 1, torch.zeros(1, 3), 1e-5, 500)
+    torch.testing.assert_close(alone[0], x[0])
+    assert info_alone.iterations[0] == info.iterations[0]
+
+
+def test_a_diverging_image_is_reported_and_harms_no_other():
+    rate = torch.tensor([[0.5], [1e5]])
+    x, info = picard(lambda x: rate * x + 1, torch.ones(2, 3), 1e-6, 100)
+    assert info.converged.tolist() == [True, False]
+    assert x.isfinite().all()
+
+
+def test_solvers_refuse_no_iterations():
+    with pytest.raises(ValueError, match="at least one"):
+        picard(lambda x: x, torch.ones(1, 1), 1e-3, 0)
+
+
+def test_callback_sees_every_iterate():
+    seen = []
+    picard(lambda x: 0.5 * x + 1, torch.zeros(1, 1), 1e-9, 4,
+           lambda k, x: seen.append((k, x.item())))
+    assert seen == [(1, 0.0), (2, 1.0), (3, 1.5), (4, 1.75)]
+
+
+def test_jfb_is_one_vector_jacobian_product(problem):
+    A, S, d = problem
+    T = PreconditionedMap(A, S)
+    truth = torch.rand_like(d)
+    x_star, _ = anderson(lambda z: T(z, d), d, 1e-8, 500)
+    output = jfb(lambda z: T(z, d), x_star)
+    (output - truth).square().sum().backward()
+    # dl/dx* at the solution, pulled back through Theta alone, by forward differences.
+    residual = 2 * (output - truth).detach()
+    for parameter in (S.log_tau, S.network.layers[0].bias, S.network.layers[-1].weight):
+        direction = torch.randn_like(parameter)
+        step = 1e-6
+        shifted = copy.deepcopy(S)
+        dict(shifted.named_parameters())[
+            next(n for n, p in S.named_parameters() if p is parameter)].data += step * direction
+        with torch.no_grad():
+            moved = PreconditionedMap(A, shifted)(x_star, d)
+        expected = (residual * (moved - output.detach())).sum() / step
+        torch.testing.assert_close((parameter.grad * direction).sum(), expected,
+                                   rtol=1e-4, atol=1e-6)
+
+
+def test_jfb_is_generic_in_the_map():
+    # T(x) = a x + b: JFB's gradients are x* and 1, the exact ones 1 / (1 - a) times as large.
+    a, b = torch.tensor(0.5, requires_grad=True), torch.tensor(1.0, requires_grad=True)
+    x_star, _ = picard(lambda x: a * x + b, torch.zeros(1, 1), 1e-7, 100)
+    jfb(lambda x: a * x + b, x_star).sum().backward()
+    assert a.grad.item() == pytest.approx(2.0, abs=1e-5)
+    assert b.grad.item() == pytest.approx(1.0)
+
+
+def test_solves_track_no_gradient(problem):
+    A, S, d = problem
+    x, _ = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-3, 5)
+    assert not x.requires_grad

@@ -1,0 +1,175 @@
+import math
+
+import pytest
+import torch
+
+from jfbnb import training
+from jfbnb.common import UserError
+from jfbnb.maps import PreconditionedMap
+from jfbnb.networks import DnCNN, Regulariser, load_regulariser, save_regulariser
+from jfbnb.operators import Blur
+from jfbnb.training import (
+    DenoiserLoss,
+    JFBLoss,
+    TrainingConfig,
+    contraction_estimate,
+    load_checkpoint,
+    train,
+)
+
+CPU = torch.device("cpu")
+CONFIG = TrainingConfig(epochs=3, batch_size=4, crop=16, learning_rate=1e-3, seed=0)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randint(0, 256, (10, 3, 24, 24), dtype=torch.uint8,
+                         generator=torch.manual_seed(0))
+
+
+def make(loss: str = "jfb"):
+    torch.manual_seed(0)
+    S = Regulariser(DnCNN(3, 6), 0.1)
+    if loss == "denoiser":
+        return S, DenoiserLoss(S, 0.1)
+    T = PreconditionedMap(Blur(16, 5, 2.0), S)
+    return S, JFBLoss(T, 0.01, 1e-3, 8, 1, 0.9, 0.1)
+
+
+def weights_of(S) -> list[torch.Tensor]:
+    return [value.clone() for value in S.state_dict().values()]
+
+
+@pytest.mark.parametrize("kind", ["denoiser", "jfb"])
+def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, images, tmp_path):
+    S, loss = make(kind)
+    whole = train(S, loss, images, CONFIG, CPU, tmp_path / "whole")
+    uninterrupted = weights_of(S)
+
+    class Killed(Exception):
+        pass
+
+    def die_in_epoch_2(line: str) -> None:
+        if line.startswith("epoch 2"):
+            raise Killed
+
+    S, loss = make(kind)
+    with pytest.raises(Killed):
+        train(S, loss, images, CONFIG, CPU, tmp_path / "cut", log=die_in_epoch_2)
+    S, loss = make(kind)
+    lines = []
+    resumed = train(S, loss, images, CONFIG, CPU, tmp_path / "cut", log=lines.append)
+    assert lines[0] == "resumed after epoch 2 of 3"
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(S), uninterrupted, strict=True))
+    assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
+
+
+def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
+    S, loss = make()
+    train(S, loss, images, CONFIG, CPU, tmp_path)
+    S, _ = make()
+    other = JFBLoss(PreconditionedMap(Blur(16, 5, 2.0), S), 0.01, 1e-3, 9, 1, 0.9, 0.1)
+    lines = []
+    train(S, other, images, CONFIG, CPU, tmp_path, log=lines.append)
+    assert not any("resumed" in line for line in lines)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_training_lowers_the_loss_and_reports_the_solves(images):
+    S, loss = make()
+    history = train(S, loss, images, TrainingConfig(6, 4, 16, 3e-3, 0), CPU)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "contraction",
+            "seconds"} == set(history[0])
+    assert S.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
+
+
+def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
+    # 10 images in batches of 4, 4 and 2: a loss that returns the batch size averages to 3.6.
+    S, _ = make()
+
+    def size_as_loss(x, keys):
+        return S.log_tau * 0 + len(x), {}
+
+    assert train(S, size_as_loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU
+                 )[0]["loss"] == pytest.approx(3.6)
+
+
+def test_contraction_estimate_finds_the_slowest_mode():
+    torch.manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
+    J = Q @ torch.diag(torch.linspace(0.1, 0.8, 20, dtype=torch.float64)) @ Q.T
+    T = lambda x: x @ J + 1  # noqa: E731
+    x = torch.zeros(3, 20, dtype=torch.float64)
+    for _ in range(10):
+        x = T(x)
+    estimate = contraction_estimate(T, x, T(x), power_iterations=60)
+    torch.testing.assert_close(estimate, torch.full((3,), 0.8, dtype=torch.float64),
+                               rtol=1e-2, atol=0)
+
+
+def test_penalty_lowers_the_contraction():
+    """A linear denoiser with factor 1.2 is pushed below the tolerated 0.5."""
+
+    class Gain(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.tensor(-0.2))
+
+        def forward(self, x):
+            return self.gain * x  # D(x) = (1 - gain) x
+
+    S = Regulariser(Gain(), 5.0)
+    T = PreconditionedMap(Blur(16, 5, 2.0), S)
+    images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    loss = JFBLoss(T, 0.01, 1e-3, 5, 2, contraction=0.5, penalty=100.0)
+    history = train(S, loss, images, TrainingConfig(60, 8, 16, 0.05, 0), CPU, log=lambda _: None)
+    assert history[0]["contraction"] > 1
+    assert history[-1]["contraction"] < 0.6
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_place(images):
+    S, _ = make()
+    with pytest.raises(UserError, match=r"loss is nan at epoch 1, step 0, images \["):
+        train(S, lambda x, keys: (S.log_tau * float("nan"), {}), images, CONFIG, CPU)
+
+
+def test_crop_larger_than_the_images(images):
+    S, loss = make()
+    with pytest.raises(UserError, match="crop=48 does not fit"):
+        train(S, loss, images, TrainingConfig(1, 4, 48, 1e-3, 0), CPU)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-50]])
+def test_damaged_checkpoint_is_refused_by_name(images, tmp_path, damage):
+    S, loss = make("denoiser")
+    train(S, loss, images, CONFIG, CPU, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=f"{file.name} is damaged"):
+        load_checkpoint(file, S, torch.optim.Adam(S.parameters()))
+
+
+def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
+    S, loss = make("denoiser")
+    train(S, loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    before = file.read_bytes()
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("jfbnb.common.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        training.save_checkpoint(file, S, torch.optim.Adam(S.parameters()), [])
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_weights_round_trip(tmp_path):
+    S, _ = make()
+    save_regulariser(tmp_path / "s.safetensors", S, {"protocol": "paper"})
+    loaded = load_regulariser(tmp_path / "s.safetensors")
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(loaded(x), S(x))
+    assert '"protocol": "paper"' in (tmp_path / "s.json").read_text()

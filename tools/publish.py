@@ -1,0 +1,102 @@
+"""Carry a finished run's results into what people read: the notebooks and README.md.
+
+`make publish` copies the outputs of runs/quick into notebooks/, writes each notebook's running
+time into its first cell, and fills README.md's marked blocks. No number there is typed by hand.
+"""
+
+import io
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = "quick"
+Read = Callable[[str], str]  # a project file's text, by its path
+
+
+def main() -> int:
+    def read(path: str) -> str:
+        return (ROOT / path).read_text(encoding="utf-8")
+
+    provenance = json.loads(read(f"figures/{RUN}/provenance.json"))
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        publish_notebook(path, ROOT / "runs" / RUN / path.name, running_time(provenance, path.stem))
+    readme = read("README.md")
+    for name, text in readme_blocks(read).items():
+        readme = replace_block(readme, name, text)
+    (ROOT / "README.md").write_text(readme, encoding="utf-8")
+    return 0
+
+
+def running_time(provenance: dict, name: str) -> str:
+    """What a notebook's first cell says."""
+    seconds = provenance["steps"][name]["seconds"]
+    return f"{seconds:.0f} s for profile `{RUN}` on {provenance['machine']}"
+
+
+def publish_notebook(path: Path, executed_path: Path, time: str) -> None:
+    """Store the executed notebook's outputs, cell by cell, and the running time."""
+    notebook = nbformat.read(path, as_version=4)
+    executed = {c.id: c for c in nbformat.read(executed_path, as_version=4).cells}
+    count = 0
+    for cell in notebook.cells:
+        if cell.cell_type != "code":
+            continue
+        if executed[cell.id].source != cell.source:
+            sys.exit(f"{path.name}: {cell.id} has changed since the run; run it again")
+        count += 1
+        cell.outputs = executed[cell.id].outputs
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output["execution_count"] = count
+    notebook.cells[0].source = replace_block(notebook.cells[0].source, "time", time, inline=True)
+    nbformat.write(notebook, path)
+
+
+def replace_block(text: str, name: str, new: str, inline: bool = False) -> str:
+    """Put `new` between <!-- name --> and <!-- end name -->."""
+    gap = "" if inline else "\n"
+    pattern = rf"(<!-- {name} -->).*?(<!-- end {name} -->)"
+    text, found = re.subn(pattern, lambda m: f"{m[1]}{gap}{new}{gap}{m[2]}", text, flags=re.S)
+    if found != 1:
+        sys.exit(f"{found} blocks named {name}, not one")
+    return text
+
+
+def readme_blocks(read: Read) -> dict[str, str]:
+    """README.md's generated blocks, from the files that runs wrote."""
+    blocks = {"times": times_table(read)}
+    for profile in profiles():
+        markdown = read(f"figures/{profile}/table2_comparison.md")
+        blocks[f"table2 {profile}"] = markdown.strip()
+    return blocks
+
+
+def profiles() -> list[str]:
+    """The profiles whose results are kept in the repository."""
+    return [p for p in ("quick", "cpu", "paper")
+            if (ROOT / "figures" / p / "table2_comparison.md").exists()]
+
+
+def times_table(read: Read) -> str:
+    """Seconds per notebook, one row per profile and machine."""
+    rows = []
+    for profile in profiles():
+        provenance = json.loads(read(f"figures/{profile}/provenance.json"))
+        seconds = {name[:2]: step["seconds"] for name, step in provenance["steps"].items()}
+        rows.append({"profile": profile, "machine": provenance["machine"],
+                     "device": provenance["device"], **seconds, "all": sum(seconds.values())})
+    table = pd.DataFrame(rows)
+    buffer = io.StringIO()
+    table.to_markdown(buffer, index=False, floatfmt=".0f")
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
