@@ -66,10 +66,10 @@ class Tuning:
     """
 
     noise_std: float
-    lam: float = 0.016
-    gradient_descent_steps: int = 60
-    gradient_descent_step_size: float = 1.0
-    plug_and_play_tau: float = 0.04
+    lam: float
+    gradient_descent_steps: int
+    gradient_descent_step_size: float
+    plug_and_play_tau: float
 
     def save(self, path: Path) -> None:
         atomic_write(path, json.dumps(asdict(self), indent=2) + "\n")

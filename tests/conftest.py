@@ -37,5 +37,6 @@ def weights(tmp_path) -> Path:
     folder = tmp_path / "weights"
     for name in ("denoiser", "jfb"):
         save_regulariser(folder / f"{name}.safetensors", Regulariser(DnCNN(2, 4), 0.05), {})
-    Tuning(noise_std=0.01).save(folder / "tuning.json")
+    Tuning(noise_std=0.01, lam=0.016, gradient_descent_steps=20, gradient_descent_step_size=1.0,
+           plug_and_play_tau=0.04).save(folder / "tuning.json")
     return folder

@@ -20,7 +20,7 @@ from jfbnb.evaluation import (
     table2,
 )
 from jfbnb.figures import COLOURS, save_table
-from jfbnb.networks import DnCNN, load_regulariser
+from jfbnb.networks import DnCNN, Regulariser, load_regulariser
 from jfbnb.operators import Blur, measure
 
 CPU = torch.device("cpu")
@@ -163,6 +163,11 @@ def test_weights_of_another_architecture(weights):
     save_file({"w": torch.zeros(3)}, path, metadata={"architecture": small})
     with pytest.raises(UserError, match="do not fit their own architecture"):
         load_regulariser(path)
+
+
+def test_network_starts_as_the_identity():
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(Regulariser(DnCNN(3, 8), 1.0).denoise(x), x)
 
 
 def test_network_sees_its_receptive_field_and_no_more():

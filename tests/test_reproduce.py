@@ -92,7 +92,7 @@ def test_runs_then_skips_then_runs_what_changed(suite):
     (suite / "runs/quick/01_a.txt").write_text("damaged")
     assert go(overrides={"size": 2})[0] == "ran"
     # Package code: everything.
-    (suite / "jfbnb" / "new.py").write_text("")
+    (suite / "jfbnb" / "new.py").write_text("x = 1\n")
     assert go(overrides={"size": 2}) == ["ran"] * 3
     # A damaged marker is no marker.
     (suite / "runs/quick/markers/02_b.json").write_text("{")

@@ -5,6 +5,7 @@ import torch
 
 from jfbnb import training
 from jfbnb.common import UserError
+from jfbnb.datasets import bundled_photos
 from jfbnb.maps import PreconditionedMap
 from jfbnb.networks import DnCNN, Regulariser, load_regulariser, save_regulariser
 from jfbnb.operators import Blur
@@ -23,8 +24,7 @@ CONFIG = TrainingConfig(epochs=3, batch_size=4, crop=16, learning_rate=1e-3, see
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.randint(0, 256, (10, 3, 24, 24), dtype=torch.uint8,
-                         generator=torch.manual_seed(0))
+    return bundled_photos("test", 24).images[:400:40].clone()
 
 
 def make(loss: str = "jfb"):
