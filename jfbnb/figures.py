@@ -52,9 +52,15 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0, height: floa
         return figure, list(axes.flat)
 
 
-def save_figure(figure: Figure, path: str | Path) -> DisplayedImage:
-    """Write `path`.png and .pdf, without dates, so that equal figures are equal files."""
+def save_figure(figure: Figure, path: str | Path, source: str = "") -> DisplayedImage:
+    """Write `path`.png and .pdf, without dates, so that equal figures are equal files.
+
+    Args:
+        source: where the images come from that the figure shows or measures, for its foot.
+    """
     path = Path(path)
+    if source:
+        figure.supxlabel(source, fontsize=9, color="#555555")
     with mpl.rc_context(STYLE):
         for suffix, metadata in ((".png", {"Software": None}),
                                  (".pdf", {"CreationDate": None, "Creator": None})):
@@ -94,18 +100,17 @@ def show(axes: Axes, image: Tensor, title: str = "") -> None:
         axes.set_title(title, fontsize=11)
 
 
-def image_row(images: dict[str, Tensor], psnrs: dict[str, float], source: str) -> Figure:
+def image_row(images: dict[str, Tensor], psnrs: dict[str, float]) -> Figure:
     """Labelled images (3, H, W) side by side, with the PSNR in dB below those that have one."""
     figure, axes = new_figure(columns=len(images), width=2.6 * len(images), height=3.4)
     for ax, (label, image) in zip(axes, images.items(), strict=True):
         show(ax, image, label)
         if label in psnrs:
             ax.set_xlabel(f"{psnrs[label]:.1f} dB")
-    figure.supxlabel(source, fontsize=9, color="#555555")
     return figure
 
 
-def image_table(rows: dict[str, Tensor], source: str) -> Figure:
+def image_table(rows: dict[str, Tensor]) -> Figure:
     """Table 1: one labelled row per method, the same images (N, 3, H, W) in each."""
     n = len(next(iter(rows.values())))
     figure, axes = new_figure(columns=n, rows=len(rows), width=1.3 * n + 1.3,
@@ -114,19 +119,17 @@ def image_table(rows: dict[str, Tensor], source: str) -> Figure:
         for c in range(n):
             show(axes[r * n + c], images[c])
         axes[r * n].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
-    figure.supxlabel(source, fontsize=9, color="#555555")
     return figure
 
 
-def training_loss(history: pd.DataFrame, source: str) -> Figure:
-    """Fig. 1: average training loss per image against the epoch."""
+def training_loss(history: pd.DataFrame, title: str, method: str) -> Figure:
+    """Fig. 1: average training loss per image against the epoch, in the method's colour."""
     figure, (ax,) = new_figure()
-    ax.plot(history.epoch, history.loss, "o-", color=COLOURS["jfb"], markersize=4)
+    ax.plot(history.epoch, history.loss, "o-", color=COLOURS[method], markersize=4)
     ax.set(xlabel="epoch", ylabel="average training loss per image\n(mean squared error)",
-           title="Training with JFB", yscale="log")
+           title=title, yscale="log")
     ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    figure.supxlabel(source, fontsize=9, color="#555555")
     return figure
 
 

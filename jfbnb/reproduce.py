@@ -93,7 +93,7 @@ def load_profile(name: str) -> dict[str, Any]:
 
 
 def step_parameters(steps: tuple[Step, ...], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """For each step the given parameters that its notebook has.
+    """For each step its notebook's parameters, the given ones in the place of its own.
 
     Raises:
         UserError: for a parameter that no notebook of the suite has, or of another type.
@@ -107,7 +107,7 @@ def step_parameters(steps: tuple[Step, ...], given: dict[str, Any]) -> dict[str,
         kind = type(known[name])
         if not (type(value) is kind or (kind is float and type(value) is int)):
             raise UserError(f"parameter {name} takes a value like {known[name]!r}, not {value!r}")
-    return {step.name: {k: v for k, v in given.items() if k in defaults[step.name]}
+    return {step.name: {k: given.get(k, v) for k, v in defaults[step.name].items()}
             for step in steps}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 
 from jfbnb import reproduce as runner
 from jfbnb.cli import main
@@ -123,12 +124,18 @@ def test_bad_parameters_are_refused_before_anything_runs(suite, overrides, messa
 
 
 def test_an_integer_will_do_for_a_float(suite):
-    assert runner.step_parameters(runner.STEPS, {"rate": 1})["01_a"] == {"rate": 1}
+    assert runner.step_parameters(runner.STEPS, {"rate": 1})["01_a"]["rate"] == 1
 
 
 def test_unknown_profile(suite, capsys):
     assert main(["reproduce", "--profile", "fast"]) == 2
     assert "unknown profile 'fast': choose one of quick" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_one(capsys):
+    assert main(["reproduce", "-p", "device=cuda"]) == 2
+    assert "PyTorch sees no CUDA device" in capsys.readouterr().err
 
 
 def test_malformed_parameter(suite, capsys):
@@ -172,7 +179,8 @@ def test_provenance(suite):
     record = json.loads((suite / "figures/quick/provenance.json").read_text())
     assert record["profile"] == "quick" and "torch" in record["packages"]
     step = record["steps"]["02_b"]
-    assert step["parameters"] == {"profile": "quick", "size": 2}
+    assert step["parameters"] == {"profile": "quick", "size": 2, "delay": 0.0,
+                                  "data": "bundled", "rate": 0.5}
     assert step["seconds"] > 0 and {"notebook", "package", "01_a.txt"} <= set(step["inputs"])
     lines = []
     runner.reproduce("quick", {"size": 3}, log=lines.append)
@@ -199,15 +207,12 @@ def test_killed_anywhere_the_next_run_goes_on(suite, tmp_path):
         time.sleep(0.1)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    (suite / "runs/quick/01_a.txt").touch()
-    # delay plays a part in the parameters, so the same value has to be given: 60 s would be too
-    # long here, and the marker's inputs are rewritten for a short one.
+    # Waiting 60 s again would be too long, and delay is among the marker's inputs.
+    quick = runner.step_parameters(runner.STEPS, runner.load_profile("quick"))["01_a"]
     record = json.loads(marker.read_text())
-    record["inputs"]["parameters"] = runner.input_hashes(
-        runner.STEPS[0], {"profile": "quick", "size": 1, "delay": 0.0},
-        suite / "runs/quick")["parameters"]
+    record["inputs"] = runner.input_hashes(runner.STEPS[0], quick, suite / "runs/quick")
     marker.write_text(json.dumps(record))
-    assert go(overrides={"delay": 0.0}) == ["skipped", "ran", "ran"]
+    assert go() == ["skipped", "ran", "ran"]
     assert "02_b 1" in (suite / "runs/quick/02_b.txt").read_text()
 
 
