@@ -12,7 +12,12 @@ import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from jfbnb.baselines import direct_inverse, tikhonov, tikhonov_gradient_descent
+from jfbnb.baselines import (
+    direct_inverse,
+    tikhonov,
+    tikhonov_gradient_descent,
+    total_variation,
+)
 from jfbnb.common import ROOT, UserError, atomic_write
 from jfbnb.fixed_point import SolveInfo, anderson
 from jfbnb.maps import PreconditionedMap
@@ -51,6 +56,7 @@ LABELS = {
     "direct-inverse": "Direct inverse",
     "gradient-descent": "Gradient descent",
     "tikhonov": "Tikhonov",
+    "total-variation": "Total variation",
     "plug-and-play": "Plug-and-play",
     "jfb": "JFB",
 }
@@ -69,6 +75,7 @@ class Tuning:
     lam: float
     gradient_descent_steps: int
     gradient_descent_step_size: float
+    total_variation_weight: float
     plug_and_play_tau: float
 
     def save(self, path: Path) -> None:
@@ -129,6 +136,8 @@ def make_methods(names: list[str], weights: Path, device: torch.device) -> dict[
         "gradient-descent": lambda: gradient_descent,
         "tikhonov": lambda: lambda A, d, noise_std: (
             tikhonov(A, d, tuning.lam * variance_ratio(noise_std)), None),
+        "total-variation": lambda: lambda A, d, noise_std: total_variation(
+            A, d, tuning.total_variation_weight * variance_ratio(noise_std)),
         "plug-and-play": lambda: learned("denoiser.safetensors", tuning.plug_and_play_tau),
         "jfb": lambda: learned("jfb.safetensors", None),
     }

@@ -23,6 +23,7 @@ COLOURS = {
     "direct-inverse": "#CC79A7",
     "gradient-descent": "#E69F00",
     "tikhonov": "#D55E00",
+    "total-variation": "#009E73",
     "plug-and-play": "#56B4E9",
     "jfb": "#0072B2",
 }

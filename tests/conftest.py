@@ -11,6 +11,8 @@ from jfbnb import datasets
 from jfbnb.evaluation import Tuning
 from jfbnb.networks import DnCNN, Regulariser, save_regulariser
 
+torch.set_num_threads(1)  # the tensors here are too small to share out
+
 
 @pytest.fixture(autouse=True)
 def no_shared_cache(tmp_path_factory, monkeypatch):
@@ -38,5 +40,5 @@ def weights(tmp_path) -> Path:
     for name in ("denoiser", "jfb"):
         save_regulariser(folder / f"{name}.safetensors", Regulariser(DnCNN(2, 4), 0.05), {})
     Tuning(noise_std=0.01, lam=0.016, gradient_descent_steps=20, gradient_descent_step_size=1.0,
-           plug_and_play_tau=0.04).save(folder / "tuning.json")
+           total_variation_weight=1e-3, plug_and_play_tau=0.04).save(folder / "tuning.json")
     return folder

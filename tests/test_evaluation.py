@@ -80,8 +80,9 @@ def test_evaluate_all_methods(weights, pair):
     blurred = table[table.method == "measurement"]
     np.testing.assert_allclose(blurred.psnr, psnr(d, x), rtol=1e-6)
     assert blurred.iterations.isna().all()
-    solved = table[table.method == "jfb"]
-    assert (solved.iterations > 0).all() and solved.residual.notna().all()
+    for method in ("total-variation", "plug-and-play", "jfb"):
+        solved = table[table.method == method]
+        assert (solved.iterations > 0).all() and solved.residual.notna().all()
     summary = summarise(table).set_index("method")
     assert summary.psnr["tikhonov"] == pytest.approx(table[table.method == "tikhonov"].psnr.mean())
     assert summary.images.tolist() == [3] * len(LABELS)

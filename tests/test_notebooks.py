@@ -34,7 +34,7 @@ def outputs(notebook):
 
 def test_valid_and_of_reasonable_length(notebook):
     nbformat.validate(notebook)
-    assert 15 <= len(notebook.cells) <= 40
+    assert 15 <= len(notebook.cells) <= 36
     assert max(len(cell.source.splitlines()) for cell in code_cells(notebook)) <= 26
 
 

@@ -4,14 +4,20 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.ndimage
+import scipy.optimize
+import skimage.restoration
 import torch
 import torch.nn.functional as F
 
 from jfbnb.baselines import (
     direct_inverse,
     discrepancy_lambda,
+    image_gradient,
+    image_gradient_adjoint,
     tikhonov,
     tikhonov_gradient_descent,
+    total_variation,
+    total_variation_objective,
 )
 from jfbnb.common import UserError
 from jfbnb.operators import (
@@ -106,6 +112,58 @@ def test_discrepancy_principle_fits_to_the_noise():
         return (A(tikhonov(A, d, weight)) - d).square().mean().item()
 
     assert misfit(lam) <= 0.05**2 < misfit(lam * 1.2)
+
+
+def test_image_gradient_and_its_adjoint():
+    x, p = random(2, 3, 7, 9), random(2, 2, 3, 7, 9, seed=1)
+    torch.testing.assert_close((image_gradient(x) * p).sum(),
+                               (x * image_gradient_adjoint(p)).sum(), rtol=1e-12, atol=0)
+    # The step size relies on a squared norm below 8.
+    v = random(1, 1, 16, 16)
+    for _ in range(100):
+        v = image_gradient_adjoint(image_gradient(v / v.norm()))
+    assert 7 < v.norm() < 8
+
+
+def test_total_variation_denoises_like_scikit_image():
+    identity = Blur(24, 1, 1.0)  # a kernel of one pixel: denoising
+    d = random(1, 1, 24, 24) * 0.2 + 0.5
+    ours, info = total_variation(identity, d, 0.1, 1e-6, 5000, step=1.0)
+    assert info.converged.all()
+    theirs = torch.from_numpy(skimage.restoration.denoise_tv_chambolle(
+        d[0, 0].numpy(), weight=0.1, eps=1e-10, max_num_iter=5000))[None, None]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    ours, theirs = (total_variation_objective(identity, x, d, 0.1) for x in (ours, theirs))
+    assert ours <= theirs * (1 + 1e-5)
+
+
+def test_total_variation_deblurs_to_the_minimum():
+    """Against L-BFGS on the objective with |.| rounded off near 0, in colour."""
+    A, weight = Blur(8, 5, 1.0), 0.02
+    d = random(1, 3, 8, 8) * 0.3
+    ours, info = total_variation(A, d, weight, 1e-7, 20_000)
+    assert info.converged.all() and info.residual.max() <= 1e-7
+
+    def smoothed(values):
+        x = torch.from_numpy(values).view_as(d).requires_grad_()
+        lengths = (image_gradient(x).square().sum((0, 2)) + 1e-9).sqrt()
+        value = 0.5 * (A(x) - d).square().sum() + weight * lengths.sum()
+        value.backward()
+        return value.item(), x.grad.numpy().ravel()
+
+    found = scipy.optimize.minimize(smoothed, ours.numpy().ravel() + 0.01, jac=True,
+                                    method="L-BFGS-B", options={"maxiter": 4000, "ftol": 1e-14,
+                                                                "maxfun": 50_000})
+    objective = total_variation_objective(A, ours, d, weight).item()
+    assert objective <= found.fun
+    assert objective == pytest.approx(found.fun, rel=1e-3)
+
+
+def test_total_variation_reports_what_has_not_converged():
+    A, d = Blur(16, 5, 2.0), random(2, 3, 16, 16)
+    _, info = total_variation(A, d, 0.01, 1e-12, 5)
+    assert info.iterations.tolist() == [5, 5] and not info.converged.any()
+    assert info.residuals.shape == (5, 2)
 
 
 def test_noise_depends_on_seed_and_index_alone():

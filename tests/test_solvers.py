@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from jfbnb.fixed_point import anderson, picard
-from jfbnb.gradients import jfb
-from jfbnb.maps import GradientMap, PreconditionedMap
+from jfbnb.gradients import implicit, jfb, neumann, unrolled
+from jfbnb.maps import MAPS, ADMMMap, GradientMap, PreconditionedMap, ProximalMap
 from jfbnb.networks import DnCNN, Regulariser
 from jfbnb.operators import Blur
 
@@ -143,3 +143,91 @@ def test_solves_track_no_gradient(problem):
     A, S, d = problem
     x, _ = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-3, 5)
     assert not x.requires_grad
+
+
+def test_proximal_map_has_its_documented_fixed_point():
+    # D(x) = x / 2: x = (x - eta A'(Ax - d)) / 2, so (A'A + I / eta) x = A'd.
+    A, S, eta = Blur(16, 5, 1.0), Regulariser(Shrink(), tau=0.2).double(), 0.7
+    d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    T = ProximalMap(A, S, eta)
+    x, info = anderson(lambda z: T(z, d), d, 1e-10, 1000)
+    assert info.converged.all()
+    torch.testing.assert_close(x, A.solve_normal(A.adjoint(d), 1 / eta), rtol=0, atol=1e-8)
+
+
+def test_admm_shares_the_proximal_maps_fixed_point(problem):
+    A, S, d = problem
+    T = ADMMMap(A, S)
+    state, info = anderson(lambda z: T(z, d), T.start(d), 1e-11, 2000)
+    assert info.converged.all()
+    z, u = state.chunk(2, dim=1)
+    assert torch.equal(T.image(state), z)
+    with torch.no_grad():
+        torch.testing.assert_close(S.tau * u, A.adjoint(d - A(z)), rtol=0, atol=1e-8)
+        again = ProximalMap(A, S, eta=1 / S.tau.item())(z, d)
+    torch.testing.assert_close(again, z, rtol=0, atol=1e-8)
+
+
+def gradients_of(T, S, x, truth, method) -> torch.Tensor:
+    """All of Theta's gradients in one vector, by a method that takes (T, x)."""
+    S.zero_grad()
+    (T.image(method(lambda z: T(z, truth), x)) - truth).square().sum().backward()
+    return torch.cat([p.grad.flatten() for p in S.parameters() if p.grad is not None]).clone()
+
+
+@pytest.mark.parametrize("name", list(MAPS))
+def test_implicit_gradient_is_that_of_unrolling_to_convergence(problem, name):
+    A, S, d = problem
+    T = MAPS[name](A, S)
+    state, info = anderson(lambda z: T(z, d), T.start(d), 1e-12, 5000)
+    assert info.converged.all()
+    reports = []
+    ours = gradients_of(T, S, state, d, lambda T, x: implicit(T, x, 1e-12, 5000, reports.append))
+    assert reports[0].converged.all()
+    exact = gradients_of(T, S, state, d, lambda T, x: unrolled(T, x, 400))
+    assert (ours - exact).norm() / exact.norm() < 1e-6
+
+
+def test_implicit_gradient_against_finite_differences(problem):
+    A, S, d = problem
+
+    def loss() -> float:
+        x, info = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-13, 2000)
+        assert info.residual.max() < 1e-12
+        return (x - d).square().sum().item()
+
+    T = PreconditionedMap(A, S)
+    x_star, _ = anderson(lambda z: T(z, d), d, 1e-13, 2000)
+    gradients_of(T, S, x_star, d, lambda T, x: implicit(T, x, 1e-12, 2000))
+    for parameter in (S.log_tau, S.network.layers[0].weight):
+        direction = torch.randn_like(parameter, generator=None)
+        expected = (parameter.grad * direction).sum().item()
+        step = 1e-5
+        with torch.no_grad():
+            parameter += step * direction
+            up = loss()
+            parameter -= 2 * step * direction
+            down = loss()
+            parameter += step * direction
+        assert (up - down) / (2 * step) == pytest.approx(expected, rel=1e-6)
+
+
+def test_neumann_series_goes_from_jfb_to_the_implicit_gradient(problem):
+    A, S, d = problem
+    T = PreconditionedMap(A, S)
+    x_star, _ = anderson(lambda z: T(z, d), d, 1e-12, 2000)
+    exact = gradients_of(T, S, x_star, d, lambda T, x: implicit(T, x, 1e-12, 2000))
+    series = [gradients_of(T, S, x_star, d, lambda T, x, k=k: neumann(T, x, k))
+              for k in (1, 2, 4, 8, 200)]
+    assert torch.equal(series[0], gradients_of(T, S, x_star, d, jfb))
+    errors = [((g - exact).norm() / exact.norm()).item() for g in series]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-6
+    with pytest.raises(ValueError, match="at least the first"):
+        neumann(T, x_star, 0)
+
+
+def test_unrolled_is_plain_backpropagation():
+    # x_2 = a (a x_0 + 1) + 1, so d x_2 / da = 2 a x_0 + 1.
+    a = torch.tensor(0.5, requires_grad=True)
+    unrolled(lambda x: a * x + 1, torch.tensor(3.0), 2).backward()
+    assert a.grad.item() == pytest.approx(2 * 0.5 * 3 + 1)
