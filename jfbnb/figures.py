@@ -41,15 +41,12 @@ STYLE = {
 }
 
 
-def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0, height: float = 4.0,
-               **subplot_options) -> tuple[Figure, list[Axes]]:
-    """A figure in the common style and its axes, flat; sizes in inches.
-
-    `subplot_options` go to `Figure.subplots`, which refuses names that it does not know.
-    """
+def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0,
+               height: float = 4.0) -> tuple[Figure, list[Axes]]:
+    """A figure in the common style and its axes, flat, row by row; sizes in inches."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
-        axes = figure.subplots(rows, columns, squeeze=False, **subplot_options)
+        axes = figure.subplots(rows, columns, squeeze=False)
         return figure, list(axes.flat)
 
 

@@ -7,6 +7,7 @@ products. Nothing is approximated at the border.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -154,7 +155,10 @@ def measure(A: nn.Module, x: Tensor, noise_std: float, seed: int, indices: list[
 
 
 def conjugate_gradients(
-    apply: nn.Module, b: Tensor, tolerance: float = 1e-8, max_iterations: int = 1000
+    apply: Callable[[Tensor], Tensor],
+    b: Tensor,
+    tolerance: float = 1e-8,
+    max_iterations: int = 1000,
 ) -> Tensor:
     """Solve `apply(x) = b` for a symmetric positive definite linear map, image by image.
 

@@ -21,6 +21,7 @@ from jfbnb.common import UserError, atomic_path, seeded_generator
 from jfbnb.datasets import random_crops
 from jfbnb.fixed_point import SolveInfo, anderson
 from jfbnb.gradients import jfb
+from jfbnb.maps import ImplicitMap
 from jfbnb.networks import Regulariser
 from jfbnb.operators import measure
 
@@ -97,7 +98,7 @@ class JFBLoss:
         contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`.
     """
 
-    T: nn.Module
+    T: ImplicitMap
     noise_std: float
     tolerance: float
     max_iterations: int
@@ -108,9 +109,10 @@ class JFBLoss:
     def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
         T = self.T
         d = measure(T.A, x, self.noise_std, hash_keys(keys), list(range(len(x))))
-        x_star, info = anderson(lambda z: T(z, d), d, self.tolerance, self.max_iterations)
+        x_star, info = anderson(lambda z: T(z, d), T.start(d), self.tolerance,
+                                self.max_iterations)
         Tx = jfb(lambda z: T(z, d), x_star)
-        error = (Tx - x).square().mean()
+        error = (T.image(Tx) - x).square().mean()
         half = slice(0, (len(x) + 1) // 2)
         factor = contraction_estimate(lambda z: T(z, d[half]), x_star[half], Tx[half],
                                       self.power_iterations)

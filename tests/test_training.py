@@ -6,7 +6,7 @@ import torch
 from jfbnb import training
 from jfbnb.common import UserError
 from jfbnb.datasets import bundled_photos
-from jfbnb.maps import PreconditionedMap
+from jfbnb.maps import MAPS, PreconditionedMap
 from jfbnb.networks import DnCNN, Regulariser, load_regulariser, save_regulariser
 from jfbnb.operators import Blur
 from jfbnb.training import (
@@ -82,6 +82,14 @@ def test_training_lowers_the_loss_and_reports_the_solves(images):
     assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "contraction",
             "seconds"} == set(history[0])
     assert S.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
+
+
+@pytest.mark.parametrize("name", list(MAPS))
+def test_every_map_can_be_trained(images, name):
+    S, _ = make()
+    loss = JFBLoss(MAPS[name](Blur(16, 5, 2.0), S), 0.01, 1e-3, 8, 1, 0.9, 0.1)
+    history = train(S, loss, images, TrainingConfig(6, 4, 16, 3e-3, 0), CPU, log=lambda _: None)
+    assert history[-1]["loss"] < history[0]["loss"]
 
 
 def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
