@@ -84,13 +84,21 @@ class Tuning:
     @staticmethod
     def load(path: Path) -> "Tuning":
         """Raises UserError if the file is missing or not a tuning."""
-        if not path.is_file():
-            raise UserError(f"no tuned parameters at {path}: run notebooks 02 to 04 first, or "
-                            "`jfbnb reproduce`")
         try:
-            return Tuning(**json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            return Tuning(**load_tuned(path))
+        except TypeError as error:
             raise UserError(f"{path} holds no tuned parameters ({error})") from error
+
+
+def load_tuned(path: Path) -> dict:
+    """What an earlier notebook tuned and stored. Raises UserError if there is no such file."""
+    if not path.is_file():
+        raise UserError(f"no tuned parameters at {path}: run notebooks 02 to 04 first, in order, "
+                        "or `jfbnb reproduce`")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} holds no tuned parameters ({error})") from error
 
 
 def solve(S: Regulariser, A: Blur, d: Tensor, tolerance: float = 1e-4,
