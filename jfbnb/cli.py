@@ -122,7 +122,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
     protocol = operators.get_protocol(args.protocol)
     device = pick_device(args.device)
     methods = evaluation.make_methods(args.method or list(evaluation.LABELS), args.weights, device)
-    images = datasets.load_images(args.data, protocol.image_size, stop=args.limit, warn=_warn)
+    images = datasets.load_images(args.data, protocol.image_size, args.limit, _warn)
     A = operators.make_blur(protocol).to(device)
     x = images.as_float().to(device)
     d = operators.measure(A, x, protocol.noise_std, 0, images.indices)

@@ -119,11 +119,10 @@ def decode(source: Path | io.BytesIO, size: int | None = None) -> Tensor:
 def load_images(
     path: str | Path,
     size: int = 128,
-    start: int = 0,
-    stop: int | None = None,
+    limit: int | None = None,
     warn: Callable[[str], None] = print,
 ) -> ImageSet:
-    """Images `start` to `stop`, in file order, of a folder, tar or zip; resized to size x size.
+    """The first `limit` images, in file order, of a folder, tar or zip; resized to size x size.
 
     A file that cannot be decoded is named through `warn`, skipped and counted. Its place stays
     empty, so the other images keep their indices. The decoded images are cached.
@@ -132,9 +131,7 @@ def load_images(
         UserError: if there is no such path, or no readable image in it.
     """
     path = Path(path)
-    listing = _list_images(path)[start:stop]
-    if not listing:
-        raise UserError(f"no image number {start} in {path}: it holds fewer")
+    listing = _list_images(path)[:limit]
     stored = _cache_file(path, listing, size)
     if stored.exists():
         images, good = _read_cache(stored)
@@ -151,7 +148,7 @@ def load_images(
         warn(f"warning: skipped {listing[i][0]}: no readable image")
     if skipped:
         warn(f"warning: skipped {skipped} unreadable of {len(listing)} images in {path}")
-    return ImageSet(torch.from_numpy(images), names, [start + i for i in places], skipped)
+    return ImageSet(torch.from_numpy(images), names, places, skipped)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -271,7 +268,7 @@ def load_splits(
     if not 0 < n_validation < n_train or n_test < 1:
         raise UserError(f"n_validation={n_validation} must be between 1 and n_train={n_train}, "
                         f"and n_test={n_test} at least 1")
-    whole = load_images(data, size, 0, n_train + n_test, warn)
+    whole = load_images(data, size, n_train + n_test, warn)
     is_train = [i < n_train - n_validation for i in whole.indices]
     is_test = [i >= n_train for i in whole.indices]
     first, last = sum(is_train), len(whole) - sum(is_test)

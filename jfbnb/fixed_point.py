@@ -109,6 +109,3 @@ def _iterate(T, x0, step, tolerance, max_iterations, callback) -> tuple[Tensor, 
             break
         x = torch.where(active.view(shape), step(x, f), x)
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))
-
-
-SOLVERS = {"picard": picard, "anderson": anderson}

@@ -1,4 +1,4 @@
-"""Small things to test with: an image folder, and a weights folder of a tiny network."""
+"""Small things to test with: an image folder, a weights folder, a map that contracts."""
 
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from PIL import Image
 from jfbnb import datasets
 from jfbnb.evaluation import Tuning
 from jfbnb.networks import DnCNN, Regulariser, save_regulariser
+from jfbnb.operators import Blur
 
 torch.set_num_threads(1)  # the tensors here are too small to share out
 
@@ -42,3 +43,22 @@ def weights(tmp_path) -> Path:
     Tuning(noise_std=0.01, lam=0.016, gradient_descent_steps=20, gradient_descent_step_size=1.0,
            total_variation_weight=1e-3, plug_and_play_tau=0.04).save(folder / "tuning.json")
     return folder
+
+
+class Contractive(DnCNN):
+    """R(x) = x / 2 + a small DnCNN: nonlinear, and D = I - R contracts."""
+
+    def forward(self, x):
+        return 0.5 * x + super().forward(x)
+
+
+@pytest.fixture
+def problem():
+    """A small regulariser in float64 that contracts, a blur and a measurement."""
+    torch.manual_seed(0)
+    network = Contractive(3, 8)
+    torch.nn.init.normal_(network.layers[-1].weight, std=0.01)
+    S = Regulariser(network, tau=0.3).double()
+    A = Blur(16, 5, 1.0)
+    d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    return A, S, d

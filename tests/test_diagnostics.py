@@ -5,23 +5,11 @@ from jfbnb.diagnostics import exact_gradient, neumann_cosines, parameter_gradien
 from jfbnb.fixed_point import anderson
 from jfbnb.gradients import jfb, unrolled
 from jfbnb.maps import GradientMap, PreconditionedMap
-from jfbnb.networks import DnCNN, Regulariser
-from jfbnb.operators import Blur
-
-
-class Contractive(DnCNN):
-    def forward(self, x):
-        return 0.3 * x + super().forward(x)
 
 
 @pytest.fixture
-def solved():
-    torch.manual_seed(0)
-    network = Contractive(3, 6)
-    torch.nn.init.normal_(network.layers[-1].weight, std=0.01)
-    S = Regulariser(network, tau=0.05).double()
-    A = Blur(12, 5, 1.0)
-    x = torch.rand(2, 3, 12, 12, dtype=torch.float64)
+def solved(problem):
+    A, S, x = problem
     d = A(x)
     T = PreconditionedMap(A, S)
     x_star, info = anderson(lambda z: T(z, d), d, 1e-12, 2000)

@@ -8,27 +8,8 @@ import torch
 from jfbnb.fixed_point import anderson, picard
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
 from jfbnb.maps import MAPS, ADMMMap, GradientMap, PreconditionedMap, ProximalMap
-from jfbnb.networks import DnCNN, Regulariser
+from jfbnb.networks import Regulariser
 from jfbnb.operators import Blur
-
-
-class Contractive(DnCNN):
-    """R(x) = x / 2 + a small DnCNN: nonlinear, and D = I - R contracts."""
-
-    def forward(self, x):
-        return 0.5 * x + super().forward(x)
-
-
-@pytest.fixture
-def problem():
-    """A small regulariser in float64 that contracts, a blur and a measurement."""
-    torch.manual_seed(0)
-    network = Contractive(3, 8)
-    torch.nn.init.normal_(network.layers[-1].weight, std=0.01)
-    S = Regulariser(network, tau=0.3).double()
-    A = Blur(16, 5, 1.0)
-    d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    return A, S, d
 
 
 class Shrink(torch.nn.Module):
