@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from jfbnb import datasets, evaluation, operators
+from jfbnb import datasets, evaluation, methods, operators
 from jfbnb.common import ROOT, UserError, atomic_path, atomic_write, pick_device
 
 
@@ -77,12 +77,12 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_method(sub: argparse.ArgumentParser, action: str, note: str) -> None:
     sub.add_argument("--method", action=action, metavar="NAME",
-                     help=f"{', '.join(evaluation.LABELS)}; {note}")
+                     help=f"{', '.join(methods.LABELS)}; {note}")
 
 
 def _add_weights(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--weights", type=Path, default=evaluation.RELEASED, metavar="DIR",
-                     help="a folder with tuning.json, denoiser and jfb weights, e.g. runs/quick; "
+    sub.add_argument("--weights", type=Path, default=methods.RELEASED, metavar="DIR",
+                     help="a folder with tuning.json and the methods' weights, e.g. runs/quick; "
                           "by default the released ones")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
 
@@ -121,12 +121,12 @@ def run_evaluate(args: argparse.Namespace) -> None:
         raise UserError(f"--limit {args.limit}: give a positive number of images")
     protocol = operators.get_protocol(args.protocol)
     device = pick_device(args.device)
-    methods = evaluation.make_methods(args.method or list(evaluation.LABELS), args.weights, device)
+    chosen = methods.make_methods(args.method or list(methods.LABELS), args.weights, device)
     images = datasets.load_images(args.data, protocol.image_size, args.limit, _warn)
     A = operators.make_blur(protocol).to(device)
     x = images.as_float().to(device)
     d = operators.measure(A, x, protocol.noise_std, 0, images.indices)
-    table = evaluation.evaluate(methods, A, x, d, protocol.noise_std, images.names)
+    table = evaluation.evaluate(chosen, A, x, d, protocol.noise_std, images.names)
     summary = evaluation.summarise(table)
     print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
     if args.json:
@@ -143,7 +143,7 @@ def run_deblur(args: argparse.Namespace) -> None:
     _check_noise(args.noise_std, positive=True)
     name = args.method or "jfb"
     device = pick_device(args.device)
-    restore = evaluation.make_methods([name], args.weights, device)[name]
+    restore = methods.make_methods([name], args.weights, device)[name]
     for path, target in _targets(args.images, args.out, name):
         d = _read(path).to(device)
         A = operators.Blur(tuple(d.shape[2:]), args.kernel_size, args.kernel_std).to(device)
@@ -154,7 +154,7 @@ def run_deblur(args: argparse.Namespace) -> None:
             state = (f" ({info.iterations.item()} iterations, relative residual "
                      f"{info.residual.item():.1e})")
             if not info.converged.all():
-                _warn(f"warning: {path} did not converge: check --kernel-std and --noise-std")
+                _warn(f"warning: {info.complaint([str(path)])}")
         print(f"{target}{state}")
 
 

@@ -1,5 +1,7 @@
-"""What the theory asks of a map and of a gradient, measured."""
+"""What the theory asks of a map and of a gradient, and what a gradient costs; measured."""
 
+import os
+import time
 from collections.abc import Callable
 
 import torch
@@ -23,7 +25,9 @@ def parameter_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
     Leaves the parameters' own `.grad` alone.
     """
     output = T.image(method(lambda z: T(z, d), state))
-    gradients = torch.autograd.grad((output - truth).square().mean(), list(T.S.parameters()))
+    # DE-PROX does without tau, whose gradient is then 0.
+    gradients = torch.autograd.grad((output - truth).square().mean(), list(T.S.parameters()),
+                                    materialize_grads=True)
     return torch.cat([g.flatten() for g in gradients])
 
 
@@ -48,23 +52,105 @@ def exact_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
     return gradient, reports[0]
 
 
+class Jacobian:
+    """J = dT/dx at x*, as products with vectors: J v and u J; image by image (B, ...)."""
+
+    def __init__(self, T: Callable[[Tensor], Tensor], x_star: Tensor):
+        self.x = x_star.detach().requires_grad_()
+        with torch.enable_grad():
+            self.image = T(self.x)
+            # u J is linear in u, and its derivative along v is J v.
+            self.u = torch.zeros_like(self.image, requires_grad=True)
+            (self.uJ,) = torch.autograd.grad(self.image, self.x, self.u, create_graph=True)
+
+    def times(self, v: Tensor) -> Tensor:
+        """J v."""
+        return torch.autograd.grad(self.uJ, self.u, v, retain_graph=True)[0]
+
+    def transposed_times(self, u: Tensor) -> Tensor:
+        """J' u."""
+        return torch.autograd.grad(self.image, self.x, u, retain_graph=True)[0]
+
+
 def spectral_radius(T: Callable[[Tensor], Tensor], x_star: Tensor, iterations: int = 50,
                     generator: torch.Generator | None = None) -> Tensor:
-    """The modulus of the largest eigenvalue of J = dT/dx at x*, per image (B,).
+    """The modulus of the largest eigenvalue of J = dT/dx at x*, per image (B,), by power iteration.
 
-    By power iteration; J v is the derivative of u J, which is linear in u. The mean growth over
-    the last half of the iterations is returned: a complex pair of eigenvalues makes single steps
-    oscillate.
+    Below 1 deviations die out in the end. The mean growth over the last half of the iterations is
+    returned: a complex pair of eigenvalues makes single steps oscillate.
     """
-    x = x_star.detach().requires_grad_()
-    with torch.enable_grad():
-        image = T(x)
-        u = torch.zeros_like(image, requires_grad=True)
-        (pullback,) = torch.autograd.grad(image, x, u, create_graph=True)  # u J, linear in u
-    v = torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+    J = Jacobian(T, x_star)
+    growths = _power_iteration(J.times, x_star, iterations, generator)
+    return growths[iterations // 2:].log().mean(dim=0).exp()
+
+
+def jacobian_norm(T: Callable[[Tensor], Tensor], x_star: Tensor, iterations: int = 50,
+                  generator: torch.Generator | None = None) -> Tensor:
+    """The largest singular value of J at x*, per image (B,): power iteration on J'J.
+
+    Below 1 every deviation shrinks at every step: T contracts there in the Euclidean norm. It is
+    an estimate from below, like every power iteration.
+    """
+    J = Jacobian(T, x_star)
+    growths = _power_iteration(lambda v: J.transposed_times(J.times(v)), x_star, iterations,
+                               generator)
+    return growths[-1].sqrt()
+
+
+def _power_iteration(apply: Callable[[Tensor], Tensor], like: Tensor, iterations: int,
+                     generator: torch.Generator | None) -> Tensor:
+    """|M v| at each step from a random unit v, (iterations, B)."""
+    v = torch.randn(like.shape, generator=generator, dtype=like.dtype).to(like.device)
     growths = []
     for _ in range(iterations):
         v = v / v.flatten(1).norm(dim=1).view(-1, *(1,) * (v.dim() - 1))
-        (v,) = torch.autograd.grad(pullback, u, v, retain_graph=True)  # J v
+        v = apply(v)
         growths.append(v.flatten(1).norm(dim=1))
-    return torch.stack(growths[iterations // 2:]).log().mean(dim=0).exp()
+    return torch.stack(growths)
+
+
+def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
+    """M = dT/dTheta at a fixed point, a matrix (values in the state, parameters).
+
+    For networks small enough. The paper's section 4 asks that M has full column rank and that
+    cond(M'M) is at most 1 / gamma, gamma being the contraction factor, for JFB to descend.
+    """
+    parameters = dict(T.S.named_parameters())
+
+    def apply(theta: dict[str, Tensor]) -> Tensor:
+        named = {f"S.{name}": value for name, value in theta.items()}
+        return torch.func.functional_call(T, named, (state, d)).flatten()
+
+    columns = torch.func.jacrev(apply)(parameters)
+    return torch.cat([columns[name].reshape(state.numel(), -1) for name in parameters], dim=1)
+
+
+def step_cost(step: Callable[[], object]) -> tuple[float, int]:
+    """What one call takes: seconds, and the peak of the memory that it allocates, in bytes.
+
+    On a CPU the peak is counted from PyTorch's own record of tensors made and freed. The call is
+    made three times: to warm up, to time, and to count.
+    """
+    step()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    clock = time.perf_counter()
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+        return time.perf_counter() - clock, torch.cuda.max_memory_allocated() - before
+    seconds = time.perf_counter() - clock
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        step()
+    changes = [(event.start_ns(), event.nbytes())
+               for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for _, nbytes in sorted(changes):
+        total += nbytes
+        peak = max(peak, total)
+    return seconds, peak

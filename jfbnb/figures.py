@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from jfbnb.common import atomic_path, atomic_write
-from jfbnb.evaluation import LABELS
+from jfbnb.methods import LABELS
 
-# One colour per method, the same everywhere; Okabe and Ito's palette is safe for colour-blind eyes.
+# One colour per method, the same everywhere. The classical ones, plug-and-play and JFB have Okabe
+# and Ito's, safe for colour-blind eyes.
 COLOURS = {
     "measurement": "#999999",
     "direct-inverse": "#CC79A7",
@@ -25,6 +26,13 @@ COLOURS = {
     "tikhonov": "#D55E00",
     "total-variation": "#009E73",
     "plug-and-play": "#56B4E9",
+    "feedforward": "#B8A000",
+    "feedforward-tikhonov": "#8C510A",
+    "unrolled": "#762A83",
+    "de-grad": "#C51B7D",
+    "de-prox": "#4D9221",
+    "de-admm": "#35978F",
+    "deq": "#000000",
     "jfb": "#0072B2",
 }
 STYLE = {

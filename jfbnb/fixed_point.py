@@ -4,7 +4,7 @@ Both return `(x, info)`; x is the last iterate whose residual was measured, so t
 says is true of x itself. The residual is `|T(x) - x| / |x|`, one number per image.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,26 @@ class SolveInfo:
     residual: Tensor
     converged: Tensor
     residuals: Tensor
+
+    def complaint(self, names: Sequence[str] | None = None, most: int = 4) -> str:
+        """One line on the images that did not converge, by name or number; "" if all did."""
+        failed = (~self.converged).nonzero().flatten().tolist()
+        if not failed:
+            return ""
+        lines = []
+        for i in failed[:most]:
+            trend = "still falling"
+            if not self.residual[i].isfinite():
+                trend = "diverged"
+            elif self.residual[i] > 0.9 * self.residuals[len(self.residuals) // 2, i]:
+                trend = "no longer falling"
+            lines.append(f"{names[i] if names else f'image {i}'} (relative residual "
+                         f"{self.residual[i].item():.1e}, {trend})")
+        more = f" and {len(failed) - most} more" if len(failed) > most else ""
+        return (f"{len(failed)} of {len(self.converged)} did not converge in "
+                f"{self.iterations.max().item()} iterations: {', '.join(lines)}{more}; where the "
+                "residual still falls more iterations help, elsewhere the map does not contract: "
+                "check the blur and the noise level")
 
 
 Callback = Callable[[int, Tensor], None]

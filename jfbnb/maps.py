@@ -27,7 +27,18 @@ class ImplicitMap(nn.Module):
         return state
 
 
-class GradientMap(ImplicitMap):
+class SteppedMap(ImplicitMap):
+    """A map with a gradient step of size eta on the data term; eta < 2, as |A'A| is almost 1."""
+
+    def __init__(self, A: nn.Module, S: Regulariser, eta: float = 1.0):
+        super().__init__(A, S)
+        self.eta = eta
+
+    def extra_repr(self) -> str:
+        return f"eta={self.eta}"
+
+
+class GradientMap(SteppedMap):
     """Eq. 4 (DE-GRAD): T(x; d) = x - eta (A'(A x - d) + S(x)).
 
     The paper writes the gradient of |A x - d|^2, whose factor 2 is taken up by eta and S here.
@@ -36,10 +47,6 @@ class GradientMap(ImplicitMap):
 
     Shapes: x and d (B, C, H, W) -> (B, C, H, W).
     """
-
-    def __init__(self, A: nn.Module, S: Regulariser, eta: float = 1.0):
-        super().__init__(A, S)
-        self.eta = eta
 
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
         A, S = self.A, self.S
@@ -60,16 +67,12 @@ class PreconditionedMap(ImplicitMap):
         return A.solve_normal(A.adjoint(d) + S.tau * S.denoise(x), S.tau)
 
 
-class ProximalMap(ImplicitMap):
+class ProximalMap(SteppedMap):
     """Section 3.3 ii (DE-PROX): T(x; d) = D(x - eta A'(A x - d)).
 
     The paper writes S_Theta for the network that stands in for the proximal map; here that is D.
     Shapes: x and d (B, C, H, W) -> (B, C, H, W).
     """
-
-    def __init__(self, A: nn.Module, S: Regulariser, eta: float = 1.0):
-        super().__init__(A, S)
-        self.eta = eta
 
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
         A, S = self.A, self.S

@@ -13,20 +13,22 @@ from jfbnb.common import UserError, atomic_path, atomic_write
 
 
 class DnCNN(nn.Module):
-    """The residual denoiser of Zhang et al. (2017): R(x) estimates the noise in x.
+    """The residual denoiser of Zhang et al. (2017): R(x; sigma) estimates the noise in x.
 
     `depth` 3 x 3 convolutions of `width` channels with ReLU between; the receptive field is
-    2 depth + 1 pixels wide. No batch normalisation: its running statistics would change at every
-    application of T, and a map that changes has no fixed point.
+    2 depth + 1 pixels wide. The noise level sigma is told to it as one more input channel, as in
+    FFDNet (Zhang et al. 2018). No batch normalisation: its running statistics would change at
+    every application of T, and a map that changes has no fixed point.
 
-    Shapes: (B, channels, H, W) -> the same. `bf16` runs the convolutions in bfloat16:
-    faster where the hardware has it, but its rounding limits how well a fixed point is known.
+    Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W).
+    `bf16` runs the convolutions in bfloat16: faster where the hardware has it, but its rounding
+    limits how well a fixed point is known.
     """
 
     def __init__(self, depth: int, width: int, channels: int = 3, bf16: bool = False):
         super().__init__()
         self.depth, self.width, self.channels, self.bf16 = depth, width, channels, bf16
-        sizes = [channels] + [width] * (depth - 1) + [channels]
+        sizes = [channels + 1] + [width] * (depth - 1) + [channels]
         layers = []
         for c_in, c_out in pairwise(sizes):
             layers += [nn.Conv2d(c_in, c_out, kernel_size=3, padding=1), nn.ReLU()]
@@ -38,34 +40,47 @@ class DnCNN(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
         self.to(memory_format=torch.channels_last)  # the faster layout, on CPUs and GPUs
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        told = torch.cat([x, level.expand(len(x), 1, *x.shape[2:])], dim=1)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            noise = self.layers(x.contiguous(memory_format=torch.channels_last))
+            noise = self.layers(told.contiguous(memory_format=torch.channels_last))
         return noise.to(x.dtype).contiguous()
 
 
 class Regulariser(nn.Module):
     """S_Theta of Eq. 4, the network in the place of lambda grad R; it holds all of Theta.
 
-    `S(x) = tau (x - D(x)) = tau R(x)` with R a residual network and D(x) = x - R(x) its denoiser.
-    tau > 0 weighs the denoiser against the data; it is learned, as its logarithm.
+    `S(x) = tau (x - D(x)) = tau R(x; sigma)` with R a residual network and D(x) = x - R(x; sigma)
+    its denoiser. tau > 0 weighs the denoiser against the data; it is learned, as its logarithm.
+    sigma, the noise level that the denoiser is told, is fixed.
     """
 
-    def __init__(self, network: nn.Module, tau: float):
+    def __init__(self, network: nn.Module, tau: float, sigma: float):
         super().__init__()
         self.network = network
         self.log_tau = nn.Parameter(torch.tensor(float(tau)).log())
+        self.register_buffer("sigma", torch.tensor(float(sigma)))
 
     @property
     def tau(self) -> Tensor:
         return self.log_tau.exp()
 
     def denoise(self, x: Tensor) -> Tensor:
-        """D(x) = x - R(x)."""
-        return x - self.network(x)
+        """D(x) = x - R(x; sigma)."""
+        return x - self.network(x, self.sigma)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tau * self.network(x)
+        return self.tau * self.network(x, self.sigma)
+
+
+def matched_sigma(noise_std: float, tau: float) -> float:
+    """The denoiser's noise level that goes with tau: noise_std / sqrt(tau).
+
+    In half-quadratic splitting (Zhang et al. 2017) the data term weighs 1 / noise_std^2 and the
+    denoiser's 1 / sigma^2; tau is the ratio of the two.
+    """
+    return noise_std / tau**0.5
 
 
 # --- weights: safetensors beside a JSON model card ----------------------------------------------
@@ -84,7 +99,8 @@ def save_regulariser(path: str | Path, S: Regulariser, card: dict) -> None:
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"architecture": json.dumps(architecture)})
     n_weights = sum(value.numel() for value in tensors.values())
-    card = {"architecture": architecture, "weights": n_weights, "tau": S.tau.item(), **card}
+    card = {"architecture": architecture, "weights": n_weights, "tau": S.tau.item(),
+            "sigma": S.sigma.item(), **card}
     atomic_write(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
 
 
@@ -108,7 +124,7 @@ def load_regulariser(path: str | Path) -> Regulariser:
     if (not isinstance(architecture, dict) or set(architecture) != set(expected)
             or any(architecture[k] not in expected[k] for k in expected)):
         raise UserError(f"the weights {path} are of another architecture than a DnCNN regulariser")
-    S = Regulariser(DnCNN(**architecture), tau=1.0)
+    S = Regulariser(DnCNN(**architecture), tau=1.0, sigma=0.0)
     try:
         S.load_state_dict(tensors)
     except RuntimeError as error:

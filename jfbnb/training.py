@@ -1,4 +1,4 @@
-"""Denoiser pretraining and equilibrium training by JFB (Algorithm 1), with resumable checkpoints.
+"""Denoiser pretraining and end-to-end training (Algorithm 1), with resumable checkpoints.
 
 Every random draw depends on (seed, epoch, step) alone, so a training that was stopped and resumed
 gives the same weights, bit for bit on one machine, as one that was not.
@@ -19,15 +19,16 @@ from torch import Tensor, nn
 
 from jfbnb.common import UserError, atomic_path, seeded_generator
 from jfbnb.datasets import random_crops
+from jfbnb.explicit import deep_unrolling, feedforward
 from jfbnb.fixed_point import SolveInfo, anderson
-from jfbnb.gradients import jfb
+from jfbnb.gradients import implicit, jfb, neumann
 from jfbnb.maps import ImplicitMap
 from jfbnb.networks import Regulariser
 from jfbnb.operators import measure
 
 # The modules that a training depends on: when one changes, old checkpoints are not taken up.
 CODE = ("common", "datasets", "operators", "networks", "maps", "fixed_point", "gradients",
-        "training")
+        "baselines", "explicit", "training")
 
 # Loss of a batch of crops x, given the keys that seed its draws: (loss, figures to average).
 BatchLoss = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, dict[str, float]]]
@@ -35,28 +36,76 @@ BatchLoss = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, dict[str, float]]]
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long and how fast: Adam with a cosine schedule from `learning_rate` to 0."""
+    """How long and how fast: Adam with a cosine schedule from `learning_rate` to 0.
+
+    `unconverged_limit` is the share of an epoch's fixed-point solves that may end above their
+    tolerance: above half of it training warns, above all of it training stops.
+    """
 
     epochs: int
     batch_size: int
     crop: int  # side in pixels
     learning_rate: float
     seed: int
+    unconverged_limit: float = 0.5
+
+
+# --- losses -------------------------------------------------------------------------------------
+# `evaluations` is what a loss costs at most: evaluations of the network per image and step. One
+# forward counts as one, and so does each of the two halves of a backward pass, the gradient in
+# the input and the gradient in the weights.
 
 
 @dataclass(frozen=True)
 class DenoiserLoss:
-    """|D(x + sigma n) - x|^2, with sigma uniform in [0, noise_max] for each image."""
+    """|D(x + sigma n; sigma) - x|^2, with sigma uniform in [0, noise_max] for each image."""
 
     S: Regulariser
     noise_max: float
 
     def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
         generator = seeded_generator(*keys)
-        sigma = self.noise_max * torch.rand(len(x), 1, 1, 1, generator=generator)
-        noise = torch.randn(x.shape, generator=generator)
-        noisy = x + (sigma * noise).to(x)
-        return (self.S.denoise(noisy) - x).square().mean(), {}
+        sigma = (self.noise_max * torch.rand(len(x), 1, 1, 1, generator=generator)).to(x)
+        noisy = x + sigma * torch.randn(x.shape, generator=generator).to(x)
+        return (noisy - self.S.network(noisy, sigma) - x).square().mean(), {}
+
+
+@dataclass(frozen=True)
+class FeedforwardLoss:
+    """|D(d) - x|^2, or with `lam` |D(Tikhonov(d)) - x|^2; A must fit the crops."""
+
+    A: nn.Module
+    S: Regulariser
+    noise_std: float
+    lam: float | None
+    evaluations = 3.0
+
+    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
+        d = draw_measurement(self.A, x, self.noise_std, keys)
+        return (feedforward(self.A, self.S, d, self.lam) - x).square().mean(), {}
+
+
+@dataclass(frozen=True)
+class UnrolledLoss:
+    """|T^K(d) - x|^2, differentiated through all K = `iterations` applications."""
+
+    T: ImplicitMap
+    noise_std: float
+    iterations: int
+
+    @property
+    def evaluations(self) -> float:
+        return 3.0 * self.iterations
+
+    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
+        d = draw_measurement(self.T.A, x, self.noise_std, keys)
+        return (deep_unrolling(self.T, d, self.iterations) - x).square().mean(), {}
+
+
+def draw_measurement(A: nn.Module, x: Tensor, noise_std: float, keys: tuple[int, ...]) -> Tensor:
+    """A measurement of each crop, whose noise depends on the keys alone."""
+    seed = seeded_generator(*keys).initial_seed() >> 1
+    return measure(A, x, noise_std, seed, list(range(len(x))))
 
 
 def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, Tx: Tensor,
@@ -87,15 +136,22 @@ def _norm(x: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class JFBLoss:
-    """Algorithm 1's loss |N(d) - x|^2, and a penalty that keeps T a contraction.
+class EquilibriumLoss:
+    """Algorithm 1's loss |N(d) - x|^2 at the fixed point, and a penalty that keeps T contracting.
 
     Args:
         T: the map T(x; d); its A must fit the crops.
         noise_std: of the measurements, on images in [0, 1].
-        tolerance, max_iterations: of the solve for x*, by Anderson without gradient.
+        tolerance, max_iterations: of the solve for x*, by Anderson without gradient, and of the
+            adjoint equation's.
         power_iterations: of the contraction estimate, on the first half of the batch.
-        contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`.
+        contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`; a penalty of 0
+            leaves the estimate out.
+        gradient: "jfb", "neumann" or "implicit".
+        terms: of the Neumann series.
+
+    Raises:
+        ValueError: for another gradient.
     """
 
     T: ImplicitMap
@@ -105,20 +161,50 @@ class JFBLoss:
     power_iterations: int
     contraction: float
     penalty: float
+    gradient: str = "jfb"
+    terms: int = 5
+
+    def __post_init__(self) -> None:
+        if self.gradient not in ("jfb", "neumann", "implicit"):
+            raise ValueError(f"gradient is {self.gradient!r}, not jfb, neumann or implicit")
+
+    @property
+    def evaluations(self) -> float:
+        extra = {"jfb": 0, "neumann": self.terms, "implicit": 1 + self.max_iterations}
+        watch = 0.5 * (self.power_iterations + 3) if self.penalty > 0 else 0.0
+        return self.max_iterations + 3 + extra[self.gradient] + watch
 
     def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
         T = self.T
-        d = measure(T.A, x, self.noise_std, hash_keys(keys), list(range(len(x))))
+        d = draw_measurement(T.A, x, self.noise_std, keys)
         x_star, info = anderson(lambda z: T(z, d), T.start(d), self.tolerance,
                                 self.max_iterations)
-        Tx = jfb(lambda z: T(z, d), x_star)
-        error = (T.image(Tx) - x).square().mean()
-        half = slice(0, (len(x) + 1) // 2)
-        factor = contraction_estimate(lambda z: T(z, d[half]), x_star[half], Tx[half],
-                                      self.power_iterations)
-        excess = (factor - self.contraction).clamp_min(0).square().mean()
-        return error + self.penalty * excess, {"mse": error.item(), **_solve_figures(info),
-                                               "contraction": factor.mean().item()}
+        figures = _solve_figures(info)
+        Tx = self._track(lambda z: T(z, d), x_star, figures)
+        loss = (T.image(Tx) - x).square().mean()
+        figures["mse"] = loss.item()
+        if self.penalty > 0:
+            half = slice(0, (len(x) + 1) // 2)
+            # The other gradients' Tx would send the penalty through the adjoint equation too.
+            plain = Tx[half] if self.gradient == "jfb" else T(x_star[half], d[half])
+            factor = contraction_estimate(lambda z: T(z, d[half]), x_star[half], plain,
+                                          self.power_iterations)
+            figures["contraction"] = factor.mean().item()
+            loss = loss + self.penalty * (factor - self.contraction).clamp_min(0).square().mean()
+        return loss, figures
+
+    def _track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
+               figures: dict[str, float]) -> Tensor:
+        """T(x*), whose backward pass is the chosen gradient's."""
+        if self.gradient == "jfb":
+            return jfb(T, x_star)
+        if self.gradient == "neumann":
+            return neumann(T, x_star, self.terms)
+
+        def report(adjoint: SolveInfo) -> None:  # called in the backward pass
+            figures["adjoint_residual"] = adjoint.residual.mean().item()
+
+        return implicit(T, x_star, self.tolerance, self.max_iterations, report)
 
 
 def _solve_figures(info: SolveInfo) -> dict[str, float]:
@@ -127,9 +213,7 @@ def _solve_figures(info: SolveInfo) -> dict[str, float]:
             "converged": info.converged.float().mean().item()}
 
 
-def hash_keys(keys: tuple[int, ...]) -> int:
-    """One integer from several, for functions that take a single seed."""
-    return seeded_generator(*keys).initial_seed() >> 1
+# --- the loop -----------------------------------------------------------------------------------
 
 
 def train(
@@ -153,7 +237,8 @@ def train(
         images: uint8 (N, 3, H, W).
 
     Raises:
-        UserError: if the loss is not finite, or a checkpoint cannot be read.
+        UserError: if the loss is not finite, if too many solves do not converge, or if a
+            checkpoint cannot be read.
     """
     if not 0 < config.crop <= min(images.shape[2:]):
         raise UserError(f"crop={config.crop} does not fit images of {tuple(images.shape[2:])}")
@@ -166,33 +251,54 @@ def train(
         if file.exists():
             history = load_checkpoint(file, module, optimizer)
             log(f"resumed after epoch {len(history)} of {config.epochs}")
-    steps = math.ceil(len(images) / config.batch_size)
     for epoch in range(len(history) + 1, config.epochs + 1):
         start = time.perf_counter()
-        order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
-        totals: dict[str, float] = {}
-        for step, batch in enumerate(order.split(config.batch_size)):
-            progress = ((epoch - 1) * steps + step) / (config.epochs * steps)
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-            x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0).to(device)
-            loss, figures = batch_loss(x, (config.seed, epoch, step, 1))
-            if not loss.isfinite():
-                raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}, images "
-                                f"{batch.tolist()}: lower the learning rate")
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            for name, value in {"loss": loss.item(), **figures}.items():
-                totals[name] = totals.get(name, 0.0) + value * len(batch)
-        record = {"epoch": epoch, **{k: v / len(images) for k, v in totals.items()}}
+        last_good = f"; the last good checkpoint is {file}" if file and history else ""
+        record = {"epoch": epoch, **_train_epoch(module, batch_loss, images, config, device,
+                                                 optimizer, epoch, last_good)}
         record.update(validate() if validate else {})
         record["seconds"] = time.perf_counter() - start
         history.append(record)
         if file is not None:
             save_checkpoint(file, module, optimizer, history)
         log("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+        if 1 - record.get("converged", 1) > config.unconverged_limit / 2:
+            log(f"warning: {1 - record['converged']:.0%} of the solves of epoch {epoch} did not "
+                f"converge; training stops above {config.unconverged_limit:.0%}")
     return history
+
+
+def _train_epoch(module: nn.Module, batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
+                 device: torch.device, optimizer: torch.optim.Optimizer, epoch: int,
+                 last_good: str) -> dict[str, float]:
+    """One crop of each image; the means of the loss and of what it reports."""
+    order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
+    batches = order.split(config.batch_size)
+    totals: dict[str, float] = {}
+    done = 0
+    for step, batch in enumerate(batches):
+        progress = ((epoch - 1) * len(batches) + step) / (config.epochs * len(batches))
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0).to(device)
+        loss, figures = batch_loss(x, (config.seed, epoch, step, 1))
+        if not loss.isfinite():
+            raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}, images "
+                            f"{batch.tolist()}: lower the learning rate{last_good}")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        done += len(batch)
+        for name, value in {"loss": loss.item(), **figures}.items():
+            totals[name] = totals.get(name, 0.0) + value * len(batch)
+        unconverged = 1 - totals.get("converged", done) / done
+        if unconverged > config.unconverged_limit and (step >= 20 or step == len(batches) - 1):
+            raise UserError(
+                f"{unconverged:.0%} of the solves up to epoch {epoch}, step {step} did not "
+                f"converge (mean residual {totals['residual'] / done:.1e}): the map does not "
+                "contract; lower the learning rate, raise penalty or max_iterations, or raise "
+                f"unconverged_limit to go on{last_good}")
+    return {name: total / done for name, total in totals.items()}
 
 
 # --- checkpoints: safetensors, so that loading one runs no code ---------------------------------

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from jfbnb import datasets
-from jfbnb.evaluation import Tuning
+from jfbnb.methods import TRAINED, Tuning
 from jfbnb.networks import DnCNN, Regulariser, save_regulariser
 from jfbnb.operators import Blur
 
@@ -35,21 +35,30 @@ def image_folder(tmp_path) -> Path:
 
 @pytest.fixture
 def weights(tmp_path) -> Path:
-    """A folder like runs/quick, with an untrained network of two layers."""
+    """A folder like runs/quick, with untrained networks of two layers."""
     torch.manual_seed(0)
     folder = tmp_path / "weights"
-    for name in ("denoiser", "jfb"):
-        save_regulariser(folder / f"{name}.safetensors", Regulariser(DnCNN(2, 4), 0.05), {})
-    Tuning(noise_std=0.01, lam=0.016, gradient_descent_steps=20, gradient_descent_step_size=1.0,
-           total_variation_weight=1e-3, plug_and_play_tau=0.04).save(folder / "tuning.json")
+    for name in ("denoiser", *TRAINED):
+        save_regulariser(folder / f"{name}.safetensors", Regulariser(DnCNN(2, 4), 0.05, 0.04), {})
+    make_tuning().save(folder / "tuning.json")
     return folder
+
+
+def make_tuning() -> Tuning:
+    prior = {"tau": 0.05, "sigma": 0.04}
+    chosen = {"tikhonov": {"lam": 0.016}, "gradient-descent": {"steps": 20, "step_size": 1.0},
+              "total-variation": {"weight": 1e-3}, "plug-and-play": prior,
+              "feedforward": {"sigma": 0.04}, "feedforward-tikhonov": {"lam": 0.005, "sigma": 0.04},
+              "unrolled": {**prior, "iterations": 3}, "de-grad": {**prior, "eta": 1.0},
+              "de-prox": {"sigma": 0.04, "eta": 1.0}, "de-admm": prior, "deq": prior, "jfb": prior}
+    return Tuning(noise_std=0.01, images=1, chosen=chosen, searches={})
 
 
 class Contractive(DnCNN):
     """R(x) = x / 2 + a small DnCNN: nonlinear, and D = I - R contracts."""
 
-    def forward(self, x):
-        return 0.5 * x + super().forward(x)
+    def forward(self, x, sigma):
+        return 0.5 * x + super().forward(x, sigma)
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def problem():
     torch.manual_seed(0)
     network = Contractive(3, 8)
     torch.nn.init.normal_(network.layers[-1].weight, std=0.01)
-    S = Regulariser(network, tau=0.3).double()
+    S = Regulariser(network, tau=0.3, sigma=0.05).double()
     A = Blur(16, 5, 1.0)
     d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     return A, S, d

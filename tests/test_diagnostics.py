@@ -1,8 +1,16 @@
 import pytest
 import torch
 
-from jfbnb.diagnostics import exact_gradient, neumann_cosines, parameter_gradient, spectral_radius
-from jfbnb.fixed_point import anderson
+from jfbnb.diagnostics import (
+    exact_gradient,
+    jacobian_norm,
+    neumann_cosines,
+    parameter_gradient,
+    parameter_jacobian,
+    spectral_radius,
+    step_cost,
+)
+from jfbnb.fixed_point import anderson, picard
 from jfbnb.gradients import jfb, unrolled
 from jfbnb.maps import GradientMap, PreconditionedMap
 
@@ -54,3 +62,61 @@ def test_spectral_radius_of_a_known_matrix():
     radius = spectral_radius(lambda x: x @ J.T, torch.zeros(3, 5, dtype=torch.float64))
     torch.testing.assert_close(radius, torch.full((3,), 0.9, dtype=torch.float64), rtol=1e-3,
                                atol=0)
+
+
+def test_jacobian_norm_is_the_largest_singular_value():
+    torch.manual_seed(0)
+    J = torch.randn(8, 8, dtype=torch.float64)
+    norm = jacobian_norm(lambda x: x @ J.T, torch.zeros(2, 8, dtype=torch.float64), 500)
+    expected = torch.linalg.matrix_norm(J, 2).expand(2)
+    torch.testing.assert_close(norm, expected, rtol=1e-6, atol=0)
+
+
+def test_jacobian_norm_bounds_the_spectral_radius(solved):
+    A, S, _, d, x_star = solved
+    T = PreconditionedMap(A, S)
+    norm = jacobian_norm(lambda z: T(z, d), x_star, 200)
+    radius = spectral_radius(lambda z: T(z, d), x_star, 200)
+    assert (radius <= norm * 1.001).all() and (radius > 0.1).all()
+
+
+def test_parameter_jacobian_gives_jfbs_gradient(solved):
+    """Eq. 6 is the loss's gradient times M."""
+    A, S, x, d, x_star = solved
+    T = PreconditionedMap(A, S)
+    M = parameter_jacobian(T, x_star, d)
+    assert M.shape == (x_star.numel(), sum(p.numel() for p in S.parameters()))
+    g = (2 * (T(x_star, d) - x) / x.numel()).detach().flatten()
+    torch.testing.assert_close(g @ M, parameter_gradient(T, x_star, d, x, jfb), rtol=1e-6,
+                               atol=1e-12)
+
+
+def test_step_cost_counts_the_peak():
+    def step():
+        a = torch.ones(1000, 1000)  # 4 MB
+        b = torch.ones(1000, 500)  # 2 MB beside it
+        del a
+        return b + 1  # 2 MB more, but 4 have gone
+
+    seconds, peak = step_cost(step)
+    assert peak == pytest.approx(6e6, rel=0.01)
+    assert 0 < seconds < 1
+
+
+def test_jfbs_memory_does_not_grow_with_the_solve(solved):
+    A, S, x, d, _ = solved
+
+    def memory(method, iterations: int) -> int:
+        T = PreconditionedMap(A, S)
+
+        def step():
+            start = d
+            if method is jfb:
+                start, _ = picard(lambda z: T(z, d), d, 0.0, iterations)
+                return parameter_gradient(T, start, d, x, jfb)
+            return parameter_gradient(T, start, d, x, lambda F, z: unrolled(F, z, iterations))
+
+        return step_cost(step)[1]
+
+    assert memory(jfb, 100) < 1.05 * memory(jfb, 5)
+    assert memory(unrolled, 50) > 5 * memory(unrolled, 5)

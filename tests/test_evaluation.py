@@ -9,9 +9,6 @@ import torch
 from jfbnb import evaluation
 from jfbnb.common import UserError
 from jfbnb.evaluation import (
-    LABELS,
-    Tuning,
-    make_methods,
     on_published_scale,
     psnr,
     reference_table2,
@@ -20,6 +17,7 @@ from jfbnb.evaluation import (
     table2,
 )
 from jfbnb.figures import COLOURS, save_table
+from jfbnb.methods import EQUILIBRIA, LABELS, make_methods
 from jfbnb.networks import DnCNN, Regulariser, load_regulariser
 from jfbnb.operators import Blur, measure
 
@@ -80,7 +78,7 @@ def test_evaluate_all_methods(weights, pair):
     blurred = table[table.method == "measurement"]
     np.testing.assert_allclose(blurred.psnr, psnr(d, x), rtol=1e-6)
     assert blurred.iterations.isna().all()
-    for method in ("total-variation", "plug-and-play", "jfb"):
+    for method in ("total-variation", *EQUILIBRIA):
         solved = table[table.method == method]
         assert (solved.iterations > 0).all() and solved.residual.notna().all()
     summary = summarise(table).set_index("method")
@@ -120,27 +118,6 @@ def test_table2_has_published_and_own_rows(tmp_path):
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), table.reset_index())
 
 
-def test_parameters_follow_the_noise(weights, pair):
-    """At a tenth of the noise lam goes down by 100."""
-    _, x = pair
-    A = Blur(40, 5, 2.0)
-    tuning = Tuning.load(weights / "tuning.json")
-    restored, _ = make_methods(["tikhonov"], weights, CPU)["tikhonov"](A, x, 0.001)
-    expected = A.solve_normal(A.adjoint(x), tuning.lam / 100)
-    torch.testing.assert_close(restored, expected)
-
-
-def test_unknown_method_and_missing_files(weights, tmp_path):
-    with pytest.raises(UserError, match="unknown method 'jbf': choose from"):
-        make_methods(["jbf"], weights, CPU)
-    with pytest.raises(UserError, match=r"no tuned parameters at .*tuning\.json"):
-        make_methods(["jfb"], tmp_path, CPU)
-    (weights / "jfb.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights at"):
-        make_methods(["jfb"], weights, CPU)
-    make_methods(["tikhonov"], weights, CPU)  # needs none
-
-
 @pytest.mark.parametrize("damage", [lambda b: b[:64], lambda b: b"", lambda b: b[:-10]])
 def test_truncated_weights(weights, damage):
     path = weights / "jfb.safetensors"
@@ -168,7 +145,7 @@ def test_weights_of_another_architecture(weights):
 
 def test_network_starts_as_the_identity():
     x = torch.rand(1, 3, 16, 16)
-    assert torch.equal(Regulariser(DnCNN(3, 8), 1.0).denoise(x), x)
+    assert torch.equal(Regulariser(DnCNN(3, 8), 1.0, 0.0).denoise(x), x)
 
 
 def test_network_sees_its_receptive_field_and_no_more():
@@ -176,7 +153,7 @@ def test_network_sees_its_receptive_field_and_no_more():
     network = DnCNN(4, 8)
     torch.nn.init.normal_(network.layers[-1].weight)
     x = torch.rand(1, 3, 31, 31, requires_grad=True)
-    network(x)[0, :, 15, 15].sum().backward()
+    network(x, 0.1)[0, :, 15, 15].sum().backward()
     rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
     assert rows.min() >= 15 - 4 and rows.max() <= 15 + 4
     assert len(rows) > 5

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from jfbnb.datasets import bundled_photos
-from jfbnb.evaluation import RELEASED, evaluate, make_methods, summarise
+from jfbnb.evaluation import evaluate, summarise
+from jfbnb.methods import RELEASED, make_methods
 from jfbnb.operators import get_protocol, make_blur, measure
 
 

@@ -15,12 +15,12 @@ from jfbnb.operators import Blur
 class Shrink(torch.nn.Module):
     """R(x) = x / 2, so that D(x) = x / 2 contracts and everything has a closed form."""
 
-    def forward(self, x):
+    def forward(self, x, sigma):
         return 0.5 * x
 
 
 def test_both_maps_have_the_closed_forms_fixed_point():
-    A, S = Blur(16, 5, 1.0), Regulariser(Shrink(), tau=0.2).double()
+    A, S = Blur(16, 5, 1.0), Regulariser(Shrink(), tau=0.2, sigma=0.0).double()
     d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     exact = A.solve_normal(A.adjoint(d), S.tau.item() / 2)  # A'(Ax - d) + tau x / 2 = 0
     for T in (GradientMap(A, S), PreconditionedMap(A, S)):
@@ -77,6 +77,18 @@ def test_a_diverging_image_is_reported_and_harms_no_other():
     assert x.isfinite().all()
 
 
+def test_complaint_names_the_images_and_what_their_residuals_do():
+    rate = torch.tensor([[0.5], [0.95], [1.0], [1e5]])
+    _, info = picard(lambda x: rate * x + 1, torch.ones(4, 2), 1e-6, 40)
+    text = info.complaint(["a", "b", "c", "d"])
+    assert text.startswith("3 of 4 did not converge in 40 iterations: b (relative residual ")
+    assert "still falling), c (" in text and "d (relative residual inf, diverged)" in text
+    assert "check the blur and the noise level" in text
+    assert "image 1 (" in info.complaint() and " and 2 more" in info.complaint(most=1)
+    _, info = picard(lambda x: 0.5 * x + 1, torch.ones(1, 2), 1e-6, 100)
+    assert info.complaint() == ""
+
+
 def test_solvers_refuse_no_iterations():
     with pytest.raises(ValueError, match="at least one"):
         picard(lambda x: x, torch.ones(1, 1), 1e-3, 0)
@@ -128,7 +140,7 @@ def test_solves_track_no_gradient(problem):
 
 def test_proximal_map_has_its_documented_fixed_point():
     # D(x) = x / 2: x = (x - eta A'(Ax - d)) / 2, so (A'A + I / eta) x = A'd.
-    A, S, eta = Blur(16, 5, 1.0), Regulariser(Shrink(), tau=0.2).double(), 0.7
+    A, S, eta = Blur(16, 5, 1.0), Regulariser(Shrink(), tau=0.2, sigma=0.0).double(), 0.7
     d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
     T = ProximalMap(A, S, eta)
     x, info = anderson(lambda z: T(z, d), d, 1e-10, 1000)
@@ -205,6 +217,15 @@ def test_neumann_series_goes_from_jfb_to_the_implicit_gradient(problem):
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-6
     with pytest.raises(ValueError, match="at least the first"):
         neumann(T, x_star, 0)
+
+
+def test_unrolling_from_the_solution_is_the_neumann_series(problem):
+    A, S, d = problem
+    T = PreconditionedMap(A, S)
+    x_star, _ = anderson(lambda z: T(z, d), d, 1e-13, 2000)
+    series = gradients_of(T, S, x_star, d, lambda T, x: neumann(T, x, 4))
+    unroll = gradients_of(T, S, x_star, d, lambda T, x: unrolled(T, x, 4))
+    torch.testing.assert_close(series, unroll, rtol=1e-8, atol=1e-10)
 
 
 def test_unrolled_is_plain_backpropagation():

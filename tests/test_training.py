@@ -6,12 +6,12 @@ import torch
 from jfbnb import training
 from jfbnb.common import UserError
 from jfbnb.datasets import bundled_photos
-from jfbnb.maps import MAPS, PreconditionedMap
+from jfbnb.maps import PreconditionedMap
 from jfbnb.networks import DnCNN, Regulariser, load_regulariser, save_regulariser
 from jfbnb.operators import Blur
 from jfbnb.training import (
     DenoiserLoss,
-    JFBLoss,
+    EquilibriumLoss,
     TrainingConfig,
     contraction_estimate,
     load_checkpoint,
@@ -19,7 +19,8 @@ from jfbnb.training import (
 )
 
 CPU = torch.device("cpu")
-CONFIG = TrainingConfig(epochs=3, batch_size=4, crop=16, learning_rate=1e-3, seed=0)
+# Networks this small and young rarely converge in the few iterations given here.
+CONFIG = TrainingConfig(3, batch_size=4, crop=16, learning_rate=1e-3, seed=0, unconverged_limit=1.0)
 
 
 @pytest.fixture
@@ -29,11 +30,11 @@ def images() -> torch.Tensor:
 
 def make(loss: str = "jfb"):
     torch.manual_seed(0)
-    S = Regulariser(DnCNN(3, 6), 0.1)
+    S = Regulariser(DnCNN(3, 6), 0.1, 0.03)
     if loss == "denoiser":
         return S, DenoiserLoss(S, 0.1)
     T = PreconditionedMap(Blur(16, 5, 2.0), S)
-    return S, JFBLoss(T, 0.01, 1e-3, 8, 1, 0.9, 0.1)
+    return S, EquilibriumLoss(T, 0.01, 1e-3, 8, 1, 0.9, 0.1)
 
 
 def weights_of(S) -> list[torch.Tensor]:
@@ -68,7 +69,7 @@ def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
     S, loss = make()
     train(S, loss, images, CONFIG, CPU, tmp_path)
     S, _ = make()
-    other = JFBLoss(PreconditionedMap(Blur(16, 5, 2.0), S), 0.01, 1e-3, 9, 1, 0.9, 0.1)
+    other = EquilibriumLoss(PreconditionedMap(Blur(16, 5, 2.0), S), 0.01, 1e-3, 9, 1, 0.9, 0.1)
     lines = []
     train(S, other, images, CONFIG, CPU, tmp_path, log=lines.append)
     assert not any("resumed" in line for line in lines)
@@ -77,19 +78,11 @@ def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
 
 def test_training_lowers_the_loss_and_reports_the_solves(images):
     S, loss = make()
-    history = train(S, loss, images, TrainingConfig(6, 4, 16, 3e-3, 0), CPU)
+    history = train(S, loss, images, TrainingConfig(20, 4, 16, 3e-3, 0, 1.0), CPU)
     assert history[-1]["loss"] < history[0]["loss"]
     assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "contraction",
             "seconds"} == set(history[0])
     assert S.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
-
-
-@pytest.mark.parametrize("name", list(MAPS))
-def test_every_map_can_be_trained(images, name):
-    S, _ = make()
-    loss = JFBLoss(MAPS[name](Blur(16, 5, 2.0), S), 0.01, 1e-3, 8, 1, 0.9, 0.1)
-    history = train(S, loss, images, TrainingConfig(6, 4, 16, 3e-3, 0), CPU, log=lambda _: None)
-    assert history[-1]["loss"] < history[0]["loss"]
 
 
 def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
@@ -124,14 +117,15 @@ def test_penalty_lowers_the_contraction():
             super().__init__()
             self.gain = torch.nn.Parameter(torch.tensor(-0.2))
 
-        def forward(self, x):
+        def forward(self, x, sigma):
             return self.gain * x  # D(x) = (1 - gain) x
 
-    S = Regulariser(Gain(), 5.0)
+    S = Regulariser(Gain(), 5.0, 0.0)
     T = PreconditionedMap(Blur(16, 5, 2.0), S)
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    loss = JFBLoss(T, 0.01, 1e-3, 5, 2, contraction=0.5, penalty=100.0)
-    history = train(S, loss, images, TrainingConfig(60, 8, 16, 0.05, 0), CPU, log=lambda _: None)
+    loss = EquilibriumLoss(T, 0.01, 1e-3, 5, 2, contraction=0.5, penalty=100.0)
+    config = TrainingConfig(60, 8, 16, 0.05, 0, 1.0)
+    history = train(S, loss, images, config, CPU, log=lambda _: None)
     assert history[0]["contraction"] > 1
     assert history[-1]["contraction"] < 0.6
 
@@ -140,6 +134,34 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(images):
     S, _ = make()
     with pytest.raises(UserError, match=r"loss is nan at epoch 1, step 0, images \["):
         train(S, lambda x, keys: (S.log_tau * float("nan"), {}), images, CONFIG, CPU)
+
+
+def test_nan_after_a_checkpoint_names_it(images, tmp_path):
+    S, loss = make()
+
+    def fails_in_epoch_2(x, keys):
+        value, figures = loss(x, keys)
+        return (value * float("nan") if keys[1:3] == (2, 1) else value), figures
+
+    with pytest.raises(UserError, match=r"epoch 2, step 1, .*good checkpoint is .*\.safetensors"):
+        train(S, fails_in_epoch_2, images, CONFIG, CPU, tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_solves_that_do_not_converge_warn_and_then_stop(images):
+    S, _ = make()
+
+    def converging(share):
+        return lambda x, keys: (S.log_tau.square(), {"converged": share, "residual": 0.1})
+
+    lines = []
+    config = TrainingConfig(1, 4, 16, 1e-3, 0, unconverged_limit=0.5)
+    train(S, converging(0.9), images, config, CPU, log=lines.append)
+    assert len(lines) == 1
+    train(S, converging(0.6), images, config, CPU, log=lines.append)
+    assert lines[-1].startswith("warning: 40% of the solves of epoch 1 did not converge")
+    with pytest.raises(UserError, match="80% of the solves up to epoch 1, step 2 did not converge"):
+        train(S, converging(0.2), images, config, CPU)
 
 
 def test_crop_larger_than_the_images(images):
