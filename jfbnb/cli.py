@@ -129,6 +129,8 @@ def run_evaluate(args: argparse.Namespace) -> None:
     table = evaluation.evaluate(chosen, A, x, d, protocol.noise_std, images.names)
     summary = evaluation.summarise(table)
     print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
+    for line in evaluation.complaints(table):
+        _warn(f"warning: {line}")
     if args.json:
         records = summary.set_index("method").to_dict(orient="index")
         results = {name: {k: None if isinstance(v, float) and math.isnan(v) else v

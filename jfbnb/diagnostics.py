@@ -5,11 +5,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from jfbnb.fixed_point import SolveInfo
-from jfbnb.gradients import implicit, neumann
-from jfbnb.maps import ImplicitMap
+from jfbnb.fixed_point import SolveInfo, anderson, picard
+from jfbnb.gradients import implicit, jfb, neumann, unrolled
+from jfbnb.maps import GradientMap, ImplicitMap, PreconditionedMap
+from jfbnb.networks import Regulariser
 
 Gradient = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
@@ -50,6 +51,25 @@ def exact_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
         T, state, d, truth,
         lambda F, x: implicit(F, x, tolerance, max_iterations, reports.append))
     return gradient, reports[0]
+
+
+def direction(A: nn.Module, S: Regulariser, d: Tensor, truth: Tensor,
+              seed: int = 0) -> dict[str, float]:
+    """JFB's direction through the preconditioned map and through Eq. 4's, at their common x*.
+
+    Returns:
+        cosine_* to the exact gradient, and radius_*, the median spectral radius of J over the
+        images, with * = preconditioned and gradient.
+    """
+    maps = {"preconditioned": PreconditionedMap(A, S), "gradient": GradientMap(A, S)}
+    x_star, _ = anderson(lambda z: maps["preconditioned"](z, d), d, 1e-5, 200)
+    exact, _ = exact_gradient(maps["preconditioned"], x_star, d, truth, 1e-4, 200)
+    found = {}
+    for name, T in maps.items():
+        found[f"cosine_{name}"] = neumann_cosines(T, x_star, d, truth, [1], exact)[0]
+        found[f"radius_{name}"] = spectral_radius(
+            lambda z, T=T: T(z, d), x_star, generator=torch.manual_seed(seed)).median().item()
+    return found
 
 
 class Jacobian:
@@ -123,6 +143,32 @@ def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
 
     columns = torch.func.jacrev(apply)(parameters)
     return torch.cat([columns[name].reshape(state.numel(), -1) for name in parameters], dim=1)
+
+
+def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor,
+                   iterations: list[int]) -> list[dict]:
+    """Time and memory of one training step by JFB, implicit and unrolled gradient.
+
+    Args:
+        iterations: values of K, the number of plain iterations that find x*, of adjoint
+            iterations (implicit), or of tracked applications of T (unrolled).
+
+    Returns:
+        A record for each gradient and K: gradient, K, seconds, bytes.
+    """
+    def step(gradient: str, K: int) -> Tensor:
+        if gradient == "unrolled":
+            return parameter_gradient(T, T.start(d), d, truth, lambda F, z: unrolled(F, z, K))
+        state, _ = picard(lambda z: T(z, d), T.start(d), 0.0, K)
+        method = jfb if gradient == "jfb" else lambda F, z: implicit(F, z, 0.0, K)
+        return parameter_gradient(T, state, d, truth, method)
+
+    records = []
+    for gradient in ("jfb", "implicit", "unrolled"):
+        for K in iterations:
+            seconds, peak = step_cost(lambda g=gradient, K=K: step(g, K))
+            records.append({"gradient": gradient, "K": K, "seconds": seconds, "bytes": peak})
+    return records
 
 
 def step_cost(step: Callable[[], object]) -> tuple[float, int]:

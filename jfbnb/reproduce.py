@@ -30,11 +30,13 @@ from jfbnb.common import (
     pick_device,
 )
 from jfbnb.datasets import fingerprint
+from jfbnb.methods import TRAINED
 
 NOTEBOOKS = ROOT / "notebooks"
 PROFILES = NOTEBOOKS / "profiles"
 PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
             "jupyterlab")
+RIVALS = tuple(name for name in TRAINED if name != "jfb")  # notebook 5 trains them
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,14 @@ STEPS = (
     Step("03_dncnn_pretraining", ("denoiser.safetensors", "denoiser.json"),
          ("nb3_training_loss", "nb3_denoised", "nb3_receptive_field")),
     Step("04_jfb_training",
-         ("jfb.safetensors", "jfb.json", "tuning.json", "jfb_history.csv"),
-         ("nb4_maps", "nb4_solver", "nb4_equilibrium", "nb4_gradient_angle",
-          "fig1_training_loss")),
-    Step("05_evaluation_and_figures", (),
+         ("jfb.safetensors", "jfb.json", "tuning_jfb.json", "jfb_history.csv"),
+         ("nb4_maps", "nb4_gradient_angle", "nb4_cost", "fig1_training_loss"),
+         ("nb4_cost",)),
+    Step("05_evaluation_and_figures",
+         ("tuning.json", *(f"{name}{suffix}" for name in RIVALS
+                           for suffix in (".safetensors", ".json"))),
          ("table1_reconstructions", "nb5_per_image"),
-         ("table2_comparison", "metrics", "psnr_scales")),
+         ("table2_comparison", "rivals", "metrics", "psnr_scales")),
 )
 
 

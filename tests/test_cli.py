@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from jfbnb.cli import main
+from jfbnb.methods import LABELS
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
@@ -47,6 +48,26 @@ def test_evaluate_counts_what_it_skips(capsys, image_folder, weights, tmp_path):
                          "--method", "tikhonov", "--json", file)
     assert status == 0 and "000002.jpg" in err
     assert json.loads(file.read_text())["skipped"] == 1
+
+
+def test_evaluate_names_the_images_that_do_not_converge(capsys, image_folder, weights):
+    # The untrained denoiser of the fixture is the identity: the solve heads for A^-1 d, slowly.
+    status, out, err = run(capsys, "evaluate", "--data", image_folder, "--weights", weights,
+                           "--method", "jfb", "--method", "tikhonov", "--limit", 2)
+    assert status == 0 and "jfb" in out
+    (line,) = err.strip().splitlines()
+    assert line.startswith("warning: jfb: 2 of 2 images did not converge: 00000")
+    assert "(relative residual " in line
+
+
+@pytest.mark.parametrize("name", list(LABELS))
+def test_deblur_by_every_method(capsys, weights, tmp_path, name):
+    file = tmp_path / "small.png"
+    Image.fromarray(np.full((20, 24, 3), 128, np.uint8)).save(file)
+    status, printed, _ = run(capsys, "deblur", file, "--out", tmp_path, "--method", name,
+                             "--weights", weights)
+    assert status == 0 and f"small-{name}.png" in printed
+    assert Image.open(tmp_path / f"small-{name}.png").size == (24, 20)
 
 
 def test_blur_then_deblur(capsys, image_folder, weights, tmp_path):

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from jfbnb.common import ROOT
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
+PIP_ONLY = ("deepinv", "torchdeq")  # not sure to be in the conda channels
 
 
 def pyproject() -> dict:
@@ -29,10 +30,12 @@ def requirements() -> list[Requirement]:
 def test_environment_asks_for_what_pyproject_asks_for():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     conda = [d for d in environment["dependencies"] if isinstance(d, str)]
-    expected = {f"{CONDA_NAMES.get(r.name, r.name)}{r.specifier}" for r in requirements()}
+    expected = {f"{CONDA_NAMES.get(r.name, r.name)}{r.specifier}" for r in requirements()
+                if r.name not in PIP_ONLY}
     expected |= {f"python{pyproject()['requires-python']}", "pip"}
     assert set(conda) == expected
-    assert environment["dependencies"][-1] == {"pip": ["-e ."]}
+    by_pip = [f"{r.name}{r.specifier}" for r in requirements() if r.name in PIP_ONLY]
+    assert environment["dependencies"][-1] == {"pip": ["-e .", *by_pip]}
 
 
 def test_lock_has_every_requirement_pinned_with_hashes():
