@@ -36,7 +36,7 @@ COLOURS = {
     "jfb": "#0072B2",
 }
 # How a table's numbers are written, by a word in the name of their column.
-FORMATS = {"SSIM": ".3f", "econds": ".3g", "loss": ".2e", "Converged": ".0%"}
+FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "converged": ".0%"}
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -84,7 +84,7 @@ def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:
         table.to_csv(temporary, index=False)
     text = table.copy()
     for column in text.select_dtypes("float"):
-        spec = next((spec for word, spec in FORMATS.items() if word in column), ".2f")
+        spec = next((spec for word, spec in FORMATS.items() if word in column.lower()), ".2f")
         text[column] = [format(v, spec) if pd.notna(v) else "" for v in text[column]]
     markdown = text.to_markdown(index=False, disable_numparse=True, colalign=_alignment(table))
     atomic_write(path.with_suffix(".md"), f"{markdown}\n\n{caption}\n")
