@@ -106,8 +106,8 @@ class Tuning:
         chosen = self.chosen.get(method, {})
         missing = [name for name in SETTINGS[method] if name not in chosen]
         if missing:
-            raise UserError(f"the tuning has no {' and no '.join(missing)} for {method}: run "
-                            "notebooks 02 to 04, in order, or `jfbnb reproduce`")
+            raise UserError(f"the tuning has no {' and no '.join(missing)} for {method}: run the "
+                            "earlier notebooks, in order, or `jfbnb reproduce`")
         return chosen
 
     def save(self, path: Path) -> None:
@@ -117,8 +117,8 @@ class Tuning:
     def load(path: Path) -> "Tuning":
         """Raises UserError if the file is missing or not a tuning."""
         if not path.is_file():
-            raise UserError(f"no tuned parameters at {path}: run notebooks 02 to 04 first, in "
-                            "order, or `jfbnb reproduce`")
+            raise UserError(f"no tuned parameters at {path}: run the earlier notebooks, in order, "
+                            "or `jfbnb reproduce`")
         try:
             return Tuning(**json.loads(path.read_text()))
         except (TypeError, ValueError) as error:

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from jfbnb.diagnostics import (
+    direction,
     exact_gradient,
+    gradient_costs,
     jacobian_norm,
     neumann_cosines,
     parameter_gradient,
@@ -10,7 +12,7 @@ from jfbnb.diagnostics import (
     spectral_radius,
     step_cost,
 )
-from jfbnb.fixed_point import anderson, picard
+from jfbnb.fixed_point import anderson
 from jfbnb.gradients import jfb, unrolled
 from jfbnb.maps import GradientMap, PreconditionedMap
 
@@ -105,18 +107,21 @@ def test_step_cost_counts_the_peak():
 
 def test_jfbs_memory_does_not_grow_with_the_solve(solved):
     A, S, x, d, _ = solved
+    records = gradient_costs(PreconditionedMap(A, S), d, x, [5, 100])
+    cost = {(r["gradient"], r["K"]): r["bytes"] for r in records}
+    assert len(cost) == 6 and all(r["seconds"] > 0 for r in records)
+    for gradient in ("jfb", "implicit"):
+        assert cost[gradient, 100] < 1.05 * cost[gradient, 5]
+    assert cost["unrolled", 100] > 10 * cost["unrolled", 5]
+    assert cost["jfb", 5] < cost["implicit", 5]
 
-    def memory(method, iterations: int) -> int:
-        T = PreconditionedMap(A, S)
 
-        def step():
-            start = d
-            if method is jfb:
-                start, _ = picard(lambda z: T(z, d), d, 0.0, iterations)
-                return parameter_gradient(T, start, d, x, jfb)
-            return parameter_gradient(T, start, d, x, lambda F, z: unrolled(F, z, iterations))
-
-        return step_cost(step)[1]
-
-    assert memory(jfb, 100) < 1.05 * memory(jfb, 5)
-    assert memory(unrolled, 50) > 5 * memory(unrolled, 5)
+def test_direction_is_that_of_both_maps_at_their_common_fixed_point(solved):
+    A, S, x, d, x_star = solved
+    found = direction(A, S, d, x)
+    exact, _ = exact_gradient(PreconditionedMap(A, S), x_star, d, x, 1e-12, 2000)
+    for name, T in (("preconditioned", PreconditionedMap(A, S)), ("gradient", GradientMap(A, S))):
+        cosine = neumann_cosines(T, x_star, d, x, [1], exact)[0]
+        assert found[f"cosine_{name}"] == pytest.approx(cosine, abs=1e-2)
+        radius = spectral_radius(lambda z, T=T: T(z, d), x_star, 200).median().item()
+        assert found[f"radius_{name}"] == pytest.approx(radius, rel=2e-2)

@@ -144,7 +144,7 @@ def test_search_keeps_what_it_tried_and_chooses_the_best(tmp_path):
     assert [r["lam"] for r in tuning.searches["tikhonov"]] == [0.1, 0.2, 0.3]
     tuning.save(tmp_path / "t.json")
     assert Tuning.load(tmp_path / "t.json") == tuning
-    with pytest.raises(UserError, match="no tau and no sigma for jfb: run notebooks 02 to 04"):
+    with pytest.raises(UserError, match="no tau and no sigma for jfb: run the earlier"):
         tuning.settings("jfb")
 
 
