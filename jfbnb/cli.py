@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("deblur", help="restore blurred images of any size")
     _add_images(sub)
-    _add_method(sub, "store", "jfb by default")
+    _add_method(sub, "store", "jfb-head by default")
     _add_weights(sub)
     sub.set_defaults(run=run_deblur)
 
@@ -143,7 +143,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 @torch.no_grad()
 def run_deblur(args: argparse.Namespace) -> None:
     _check_noise(args.noise_std, positive=True)
-    name = args.method or "jfb"
+    name = args.method or "jfb-head"
     device = pick_device(args.device)
     restore = methods.make_methods([name], args.weights, device)[name]
     for path, target in _targets(args.images, args.out, name):

@@ -9,8 +9,12 @@ from skimage.metrics import structural_similarity
 from torch import Tensor
 
 from jfbnb.common import ROOT
+from jfbnb.datasets import ImageSet
+from jfbnb.diagnostics import jacobian_norm, spectral_radius
+from jfbnb.fixed_point import anderson, picard
+from jfbnb.maps import ImplicitMap
 from jfbnb.methods import LABELS, Method
-from jfbnb.operators import Blur
+from jfbnb.operators import Blur, measure
 
 # --- metrics ------------------------------------------------------------------------------------
 
@@ -57,7 +61,7 @@ def evaluate(
         Columns method, image, psnr (dB), ssim, iterations, residual, converged, seconds. The
         solver's are empty for methods without one.
     """
-    batch_size = batch_size or (1 if x.device.type == "cpu" else 50)
+    batch_size = batch_size or _batch_size(x)
     parts = []
     for method, restore in methods.items():
         for start in range(0, len(x), batch_size):
@@ -78,6 +82,71 @@ def evaluate(
                 "seconds": seconds,
             }))
     return pd.concat(parts, ignore_index=True)
+
+
+def evaluate_conditions(
+    methods: dict[str, Method],
+    conditions: dict[object, tuple[Blur, Blur, float]],
+    images: ImageSet,
+    seed: int,
+    device: torch.device,
+) -> pd.DataFrame:
+    """`summarise` under each condition, for methods that are not retrained for it.
+
+    Args:
+        conditions: for each name the blur that makes the measurement, the blur that the methods
+            are told, and the noise level, which they are told too.
+
+    Returns:
+        The rows of `summarise`, after a column condition.
+    """
+    x = images.as_float().to(device)
+    parts = []
+    for condition, (true_A, A, noise_std) in conditions.items():
+        d = measure(true_A.to(device), x, noise_std, seed, images.indices)
+        table = evaluate(methods, A.to(device), x, d, noise_std, images.names)
+        part = summarise(table)
+        part.insert(0, "condition", condition)
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
+
+
+def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
+            seed: int = 0) -> pd.DataFrame:
+    """Is x* an equilibrium? One row per image.
+
+    Each is solved to a residual of 1e-5. Then T is applied `further` times more, plainly, and its
+    Jacobian is measured where that ends.
+
+    Returns:
+        Columns image, evaluations (of T, to a residual of 1e-4; infinite if it is not reached),
+        residual, psnr, psnr_later (dB), radius, norm: the spectral radius and the norm of the
+        Jacobian, as in `diagnostics`.
+    """
+    size = _batch_size(x)
+    parts = []
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+
+        def apply(z: Tensor, part: slice = part) -> Tensor:
+            return T(z, d[part])
+
+        state, info = anderson(apply, T.start(d[part]), tolerance=1e-5, max_iterations=200)
+        reached = info.residuals <= 1e-4
+        evaluations = torch.where(reached.any(0), reached.int().argmax(0) + 1.0, float("inf"))
+        later, _ = picard(apply, state, 0.0, further)
+        radius, norm = (measured(apply, later, 30, torch.Generator().manual_seed(seed)).cpu()
+                        for measured in (spectral_radius, jacobian_norm))
+        parts.append(pd.DataFrame({
+            "image": names[part], "evaluations": evaluations.cpu(),
+            "residual": info.residual.cpu(), "psnr": psnr(T.image(state), x[part]).cpu(),
+            "psnr_later": psnr(T.image(later), x[part]).cpu(), "radius": radius, "norm": norm}))
+    return pd.concat(parts, ignore_index=True)
+
+
+def _batch_size(x: Tensor) -> int:
+    """Images solved together: a batch gains nothing on a CPU."""
+    return 1 if x.device.type == "cpu" else 50
 
 
 def complaints(table: pd.DataFrame, most: int = 4) -> list[str]:

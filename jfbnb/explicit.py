@@ -22,6 +22,11 @@ def feedforward(A: Blur, S: Regulariser, d: Tensor, lam: float | None = None) ->
     return S.denoise(d if lam is None else tikhonov(A, d, lam))
 
 
+def feedforward_head(S: Regulariser, y: Tensor) -> Tensor:
+    """H(y): the head behind `feedforward`, told that no noise is left in y."""
+    return S.predict(y, 0.0)
+
+
 def deep_unrolling(T: ImplicitMap, d: Tensor, iterations: int) -> Tensor:
     """Section 3.1: the image after `iterations` applications of T, all with the same Theta.
 

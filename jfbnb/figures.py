@@ -28,15 +28,19 @@ COLOURS = {
     "plug-and-play": "#56B4E9",
     "feedforward": "#B8A000",
     "feedforward-tikhonov": "#8C510A",
+    "feedforward-tikhonov-head": "#DFC27D",
     "unrolled": "#762A83",
     "de-grad": "#C51B7D",
     "de-prox": "#4D9221",
     "de-admm": "#35978F",
     "deq": "#000000",
+    "deq-head": "#777777",
     "jfb": "#0072B2",
+    "jfb-head": "#7FB8DE",
 }
 # How a table's numbers are written, by a word in the name of their column.
-FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "converged": ".0%"}
+FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "mse": ".2e", "converged": ".0%",
+           "residual": ".1e", "radius": ".3f", "norm": ".3f", "drift": ".4f"}
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -121,8 +125,8 @@ def image_row(images: dict[str, Tensor], psnrs: dict[str, float]) -> Figure:
 def image_table(rows: dict[str, Tensor]) -> Figure:
     """Table 1: one labelled row per method, the same images (N, 3, H, W) in each."""
     n = len(next(iter(rows.values())))
-    figure, axes = new_figure(columns=n, rows=len(rows), width=1.3 * n + 1.3,
-                              height=1.3 * len(rows) + 0.3)
+    figure, axes = new_figure(columns=n, rows=len(rows), width=1.15 * n + 1.3,
+                              height=1.15 * len(rows) + 0.3)
     for r, (label, images) in enumerate(rows.items()):
         for c in range(n):
             show(axes[r * n + c], images[c])

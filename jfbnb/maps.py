@@ -1,6 +1,7 @@
 """The maps T_Theta(x; d) whose fixed point is the reconstruction (Eq. 3). They join A and S.
 
-`GradientMap` and `PreconditionedMap` have the same fixed points, where A'(A x - d) + S(x) = 0.
+`GradientMap` and `PreconditionedMap` have the same fixed points x*, where A'(A x - d) + S(x) = 0.
+`SplittingMap` is the latter read elsewhere: its fixed point is z* = D(x*).
 `ProximalMap` and `ADMMMap` share theirs, where x = D(x - eta A'(A x - d)): the same condition if
 D were the proximal map of a regulariser, a different one for a denoiser in general.
 """
@@ -67,6 +68,29 @@ class PreconditionedMap(ImplicitMap):
         return A.solve_normal(A.adjoint(d) + S.tau * S.denoise(x), S.tau)
 
 
+class SplittingMap(ImplicitMap):
+    """T(z; d) = D(x), x = (A'A + tau I)^-1 (A'd + tau z): half-quadratic splitting.
+
+    Geman and Yang (1995), with a network for the denoising half as in Zhang et al. (2017). The two
+    halves are `PreconditionedMap`'s in the other order. So the equilibrium is the same, x* solves
+    Eq. 4 and z* = D(x*), and so is the contraction; but the image comes out of the denoiser, and
+    nothing stands between D and the loss when it is differentiated.
+
+    Shapes: z and d (B, C, H, W) -> (B, C, H, W).
+    """
+
+    def data_step(self, z: Tensor, d: Tensor) -> Tensor:
+        """x, the minimiser of |A x - d|^2 + tau |x - z|^2."""
+        return self.A.solve_normal(self.A.adjoint(d) + self.S.tau * z, self.S.tau)
+
+    def forward(self, z: Tensor, d: Tensor) -> Tensor:
+        return self.S.denoise(self.data_step(z, d))
+
+    def predict(self, z_star: Tensor, d: Tensor) -> Tensor:
+        """H(x*): the head where the map has D, free to do what would not contract."""
+        return self.S.predict(self.data_step(z_star, d), self.S.sigma)
+
+
 class ProximalMap(SteppedMap):
     """Section 3.3 ii (DE-PROX): T(x; d) = D(x - eta A'(A x - d)).
 
@@ -105,4 +129,4 @@ class ADMMMap(ImplicitMap):
 
 
 MAPS = {"gradient": GradientMap, "proximal": ProximalMap, "admm": ADMMMap,
-        "preconditioned": PreconditionedMap}
+        "preconditioned": PreconditionedMap, "splitting": SplittingMap}

@@ -54,11 +54,16 @@ class Regulariser(nn.Module):
     `S(x) = tau (x - D(x)) = tau R(x; sigma)` with R a residual network and D(x) = x - R(x; sigma)
     its denoiser. tau > 0 weighs the denoiser against the data; it is learned, as its logarithm.
     sigma, the noise level that the denoiser is told, is fixed.
+
+    `head`, another residual network, makes the paper's prediction equation a network too. It acts
+    on the solution alone, so the iteration and its contraction know nothing of it.
     """
 
-    def __init__(self, network: nn.Module, tau: float, sigma: float):
+    def __init__(self, network: nn.Module, tau: float, sigma: float,
+                 head: nn.Module | None = None):
         super().__init__()
         self.network = network
+        self.head = head
         self.log_tau = nn.Parameter(torch.tensor(float(tau)).log())
         self.register_buffer("sigma", torch.tensor(float(sigma)))
 
@@ -69,6 +74,10 @@ class Regulariser(nn.Module):
     def denoise(self, x: Tensor) -> Tensor:
         """D(x) = x - R(x; sigma)."""
         return x - self.network(x, self.sigma)
+
+    def predict(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        """H(x) = x - head(x; sigma), with sigma the noise level that it is told."""
+        return x - self.head(x, sigma)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tau * self.network(x, self.sigma)
@@ -94,7 +103,7 @@ def save_regulariser(path: str | Path, S: Regulariser, card: dict) -> None:
     """
     path = Path(path)
     architecture = {"depth": S.network.depth, "width": S.network.width,
-                    "channels": S.network.channels}
+                    "channels": S.network.channels, "head": S.head is not None}
     tensors = {name: value.detach().cpu().contiguous() for name, value in S.state_dict().items()}
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"architecture": json.dumps(architecture)})
@@ -120,11 +129,14 @@ def load_regulariser(path: str | Path) -> Regulariser:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
-    expected = {"depth": range(2, 65), "width": range(1, 1025), "channels": range(1, 65)}
+    expected = {"depth": range(2, 65), "width": range(1, 1025), "channels": range(1, 65),
+                "head": (False, True)}
     if (not isinstance(architecture, dict) or set(architecture) != set(expected)
             or any(architecture[k] not in expected[k] for k in expected)):
         raise UserError(f"the weights {path} are of another architecture than a DnCNN regulariser")
-    S = Regulariser(DnCNN(**architecture), tau=1.0, sigma=0.0)
+    has_head = architecture.pop("head")
+    S = Regulariser(DnCNN(**architecture), tau=1.0, sigma=0.0,
+                    head=DnCNN(**architecture) if has_head else None)
     try:
         S.load_state_dict(tensors)
     except RuntimeError as error:

@@ -41,12 +41,16 @@ RIVALS = tuple(name for name in TRAINED if name != "jfb")  # notebook 5 trains t
 
 @dataclass(frozen=True)
 class Step:
-    """A notebook, the artefacts that later ones read (runs/), its figures and tables."""
+    """A notebook, the artefacts that later ones read (runs/), its figures and tables.
+
+    `reads`: files of the project, besides code and data, that its results depend on.
+    """
 
     name: str
     artefacts: tuple[str, ...]
     figures: tuple[str, ...]
     tables: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
 
     def outputs(self, profile: str) -> list[Path]:
         """All files the step writes, relative to the project."""
@@ -67,12 +71,15 @@ STEPS = (
     Step("04_jfb_training",
          ("jfb.safetensors", "jfb.json", "tuning_jfb.json", "jfb_history.csv"),
          ("nb4_maps", "nb4_gradient_angle", "nb4_cost", "fig1_training_loss"),
-         ("nb4_cost",)),
+         ("nb4_cost", "nb4_certificate")),
     Step("05_evaluation_and_figures",
          ("tuning.json", *(f"{name}{suffix}" for name in RIVALS
                            for suffix in (".safetensors", ".json"))),
-         ("table1_reconstructions", "nb5_per_image"),
-         ("table2_comparison", "rivals", "metrics", "psnr_scales")),
+         ("table1_reconstructions", "nb5_per_image", "nb5_training", "nb5_conditions"),
+         ("table2_comparison", "rivals", "rivals_history", "conditions", "metrics",
+          "other_protocol", "psnr_scales", "released"),
+         ("data/published_table2.csv", "data/weights/tuning.json",
+          *(f"data/weights/{name}.safetensors" for name in TRAINED))),
 )
 
 
@@ -135,11 +142,11 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
     hashes = {
         "notebook": hashlib.sha256(code.encode()).hexdigest(),
         "package": package.hexdigest(),
-        "published values": file_hash(ROOT / "data" / "published_table2.csv"),
         "parameters": hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest(),
     }
     if parameters.get("data", "bundled") != "bundled":
         hashes["data"] = fingerprint(parameters["data"])
+    hashes |= {name: file_hash(ROOT / name) for name in step.reads}
     for earlier in STEPS[:STEPS.index(step)]:
         for artefact in earlier.artefacts:
             path = runs / artefact

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from jfbnb.common import UserError, atomic_path, seeded_generator
 from jfbnb.datasets import random_crops
-from jfbnb.explicit import deep_unrolling, feedforward
+from jfbnb.explicit import deep_unrolling, feedforward, feedforward_head
 from jfbnb.fixed_point import SolveInfo, anderson
 from jfbnb.gradients import implicit, jfb, neumann
 from jfbnb.maps import ImplicitMap
@@ -54,6 +54,7 @@ class TrainingConfig:
 # `evaluations` is what a loss costs at most: evaluations of the network per image and step. One
 # forward counts as one, and so does each of the two halves of a backward pass, the gradient in
 # the input and the gradient in the weights.
+# Where S has a head, its error is added: both images are to be good.
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,21 @@ class DenoiserLoss:
 
 @dataclass(frozen=True)
 class FeedforwardLoss:
-    """|D(d) - x|^2, or with `lam` |D(Tikhonov(d)) - x|^2; A must fit the crops."""
+    """|y - x|^2 with y = D(d), or with `lam` y = D(Tikhonov(d)); A must fit the crops."""
 
     A: nn.Module
     S: Regulariser
     noise_std: float
     lam: float | None
-    evaluations = 3.0
+
+    @property
+    def evaluations(self) -> float:
+        return 3.0 + _head_evaluations(self.S)
 
     def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
         d = draw_measurement(self.A, x, self.noise_std, keys)
-        return (feedforward(self.A, self.S, d, self.lam) - x).square().mean(), {}
+        y = feedforward(self.A, self.S, d, self.lam)
+        return _errors(x, y, None if self.S.head is None else feedforward_head(self.S, y))
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,22 @@ class UnrolledLoss:
 
     def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
         d = draw_measurement(self.T.A, x, self.noise_std, keys)
-        return (deep_unrolling(self.T, d, self.iterations) - x).square().mean(), {}
+        return _errors(x, deep_unrolling(self.T, d, self.iterations), None)
+
+
+def _errors(x: Tensor, y: Tensor, predicted: Tensor | None) -> tuple[Tensor, dict[str, float]]:
+    """The mean squared error of an image y, plus that of its head's prediction; and the parts."""
+    loss = (y - x).square().mean()
+    figures = {"mse": loss.item()}
+    if predicted is not None:
+        head = (predicted - x).square().mean()
+        figures["head_mse"] = head.item()
+        loss = loss + head
+    return loss, figures
+
+
+def _head_evaluations(S: Regulariser) -> float:
+    return 0.0 if S.head is None else 3.0
 
 
 def draw_measurement(A: nn.Module, x: Tensor, noise_std: float, keys: tuple[int, ...]) -> Tensor:
@@ -172,7 +192,8 @@ class EquilibriumLoss:
     def evaluations(self) -> float:
         extra = {"jfb": 0, "neumann": self.terms, "implicit": 1 + self.max_iterations}
         watch = 0.5 * (self.power_iterations + 3) if self.penalty > 0 else 0.0
-        return self.max_iterations + 3 + extra[self.gradient] + watch
+        return (self.max_iterations + 3 + extra[self.gradient] + watch
+                + _head_evaluations(self.T.S))
 
     def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
         T = self.T
@@ -181,8 +202,8 @@ class EquilibriumLoss:
                                 self.max_iterations)
         figures = _solve_figures(info)
         Tx = self._track(lambda z: T(z, d), x_star, figures)
-        loss = (T.image(Tx) - x).square().mean()
-        figures["mse"] = loss.item()
+        loss, errors = _errors(x, T.image(Tx), None if T.S.head is None else T.predict(Tx, d))
+        figures.update(errors)
         if self.penalty > 0:
             half = slice(0, (len(x) + 1) // 2)
             # The other gradients' Tx would send the penalty through the adjoint equation too.
@@ -228,9 +249,9 @@ def train(
 ) -> list[dict[str, float]]:
     """Minimise `batch_loss` over random crops of `images`; return one record per epoch.
 
-    A record has the epoch, the mean loss per image, the means of what the loss reports, what
-    `validate` returns, and the seconds. With `checkpoints`, a folder, each epoch is stored and a
-    stopped training goes on from the last one.
+    A record has the epoch, the mean loss per image, the means of what the loss reports, the
+    seconds of training, and what `validate` returns. With `checkpoints`, a folder, each epoch is
+    stored and a stopped training goes on from the last one.
 
     Args:
         module: what is trained, in place.
@@ -256,8 +277,8 @@ def train(
         last_good = f"; the last good checkpoint is {file}" if file and history else ""
         record = {"epoch": epoch, **_train_epoch(module, batch_loss, images, config, device,
                                                  optimizer, epoch, last_good)}
-        record.update(validate() if validate else {})
         record["seconds"] = time.perf_counter() - start
+        record.update(validate() if validate else {})
         history.append(record)
         if file is not None:
             save_checkpoint(file, module, optimizer, history)

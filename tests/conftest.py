@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from jfbnb import datasets
-from jfbnb.methods import TRAINED, Tuning
+from jfbnb.methods import HEADS, TRAINED, Tuning
 from jfbnb.networks import DnCNN, Regulariser, save_regulariser
 from jfbnb.operators import Blur
 
@@ -39,7 +39,10 @@ def weights(tmp_path) -> Path:
     torch.manual_seed(0)
     folder = tmp_path / "weights"
     for name in ("denoiser", *TRAINED):
-        save_regulariser(folder / f"{name}.safetensors", Regulariser(DnCNN(2, 4), 0.05, 0.04), {})
+        S = Regulariser(DnCNN(2, 4), 0.05, 0.04, DnCNN(2, 4) if name in HEADS.values() else None)
+        if S.head is not None:  # an untrained network is the identity
+            torch.nn.init.normal_(S.head.layers[-1].weight, std=0.01)
+        save_regulariser(folder / f"{name}.safetensors", S, {})
     make_tuning().save(folder / "tuning.json")
     return folder
 

@@ -14,7 +14,7 @@ from jfbnb.diagnostics import (
 )
 from jfbnb.fixed_point import anderson
 from jfbnb.gradients import jfb, unrolled
-from jfbnb.maps import GradientMap, PreconditionedMap
+from jfbnb.maps import GradientMap, PreconditionedMap, SplittingMap
 
 
 @pytest.fixture
@@ -116,12 +116,17 @@ def test_jfbs_memory_does_not_grow_with_the_solve(solved):
     assert cost["jfb", 5] < cost["implicit", 5]
 
 
-def test_direction_is_that_of_both_maps_at_their_common_fixed_point(solved):
+def test_direction_is_that_of_the_three_maps_at_their_common_equilibrium(solved):
     A, S, x, d, x_star = solved
     found = direction(A, S, d, x)
     exact, _ = exact_gradient(PreconditionedMap(A, S), x_star, d, x, 1e-12, 2000)
-    for name, T in (("preconditioned", PreconditionedMap(A, S)), ("gradient", GradientMap(A, S))):
-        cosine = neumann_cosines(T, x_star, d, x, [1], exact)[0]
+    z_star = S.denoise(x_star).detach()
+    exact_z, _ = exact_gradient(SplittingMap(A, S), z_star, d, x, 1e-12, 2000)
+    for name, T, state, reference in (
+            ("preconditioned", PreconditionedMap(A, S), x_star, exact),
+            ("gradient", GradientMap(A, S), x_star, exact),
+            ("splitting", SplittingMap(A, S), z_star, exact_z)):
+        cosine = neumann_cosines(T, state, d, x, [1], reference)[0]
         assert found[f"cosine_{name}"] == pytest.approx(cosine, abs=1e-2)
-        radius = spectral_radius(lambda z, T=T: T(z, d), x_star, 200).median().item()
+        radius = spectral_radius(lambda z, T=T: T(z, d), state, 200).median().item()
         assert found[f"radius_{name}"] == pytest.approx(radius, rel=2e-2)

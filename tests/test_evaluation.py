@@ -8,6 +8,7 @@ import torch
 
 from jfbnb import evaluation
 from jfbnb.common import UserError
+from jfbnb.datasets import load_images
 from jfbnb.evaluation import (
     on_published_scale,
     psnr,
@@ -17,7 +18,8 @@ from jfbnb.evaluation import (
     table2,
 )
 from jfbnb.figures import COLOURS, save_table
-from jfbnb.methods import EQUILIBRIA, LABELS, make_methods
+from jfbnb.maps import SplittingMap
+from jfbnb.methods import EQUILIBRIA, HEADS, LABELS, Tuning, make_methods
 from jfbnb.networks import DnCNN, Regulariser, load_regulariser
 from jfbnb.operators import Blur, measure
 
@@ -78,9 +80,12 @@ def test_evaluate_all_methods(weights, pair):
     blurred = table[table.method == "measurement"]
     np.testing.assert_allclose(blurred.psnr, psnr(d, x), rtol=1e-6)
     assert blurred.iterations.isna().all()
-    for method in ("total-variation", *EQUILIBRIA):
+    for method in ("total-variation", *EQUILIBRIA, "jfb-head"):
         solved = table[table.method == method]
         assert (solved.iterations > 0).all() and solved.residual.notna().all()
+    heads = table[table.method.isin(HEADS)]
+    bodies = table[table.method.isin(HEADS.values())]
+    assert len(heads) == len(bodies) and (heads.psnr.to_numpy() != bodies.psnr.to_numpy()).all()
     summary = summarise(table).set_index("method")
     assert summary.psnr["tikhonov"] == pytest.approx(table[table.method == "tikhonov"].psnr.mean())
     assert summary.images.tolist() == [3] * len(LABELS)
@@ -94,6 +99,51 @@ def test_results_do_not_depend_on_the_batch(weights, pair):
                                   ["a", "b", "c"], batch_size=n) for n in (1, 3)]
     np.testing.assert_allclose(tables[0].psnr, tables[1].psnr, rtol=1e-4)
     assert tables[0].iterations.tolist() == tables[1].iterations.tolist()
+
+
+class Scale(torch.nn.Module):
+    """R(x) = (1 - factor) x, so that D(x) = factor x."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x, sigma):
+        return (1 - self.factor) * x
+
+
+@pytest.mark.parametrize(("factor", "contracts"), [(0.9, True), (1.1, False)])
+def test_certificate_tells_an_equilibrium_from_an_iteration_stopped_early(pair, factor, contracts):
+    """D scales, so J = factor tau (A'A + tau)^-1: its radius and norm are known."""
+    _, x = pair
+    A, tau = Blur(40, 5, 2.0), 0.05
+    d = measure(A, x, 0.01, 0, [0, 1, 2])
+    T = SplittingMap(A, Regulariser(Scale(factor), tau, 0.0))
+    found = evaluation.certify(T, x, d, ["a", "b", "c"], further=300)
+    assert found.image.tolist() == ["a", "b", "c"]
+    assert found.evaluations.between(2, 50).all() == contracts
+    largest = factor * tau / (A.spectrum.square().min().item() + tau)
+    np.testing.assert_allclose(found.radius, largest, rtol=2e-2)
+    np.testing.assert_allclose(found.norm, largest, rtol=2e-2)
+    assert ((found.psnr_later - found.psnr).abs() < 0.02).all() == contracts
+    assert (found.radius < 1).all() == contracts
+
+
+def test_conditions_tell_the_methods_the_assumed_blur_and_the_noise(weights, image_folder):
+    images = load_images(image_folder, 40, 3, print)
+    sharp, wide = Blur(40, 5, 1.0), Blur(40, 5, 3.0)
+    conditions = {"told": (wide, wide, 0.01), "wrong": (wide, sharp, 0.01),
+                  "noisy": (wide, wide, 0.02)}
+    methods = make_methods(["measurement", "tikhonov"], weights, CPU)
+    table = evaluation.evaluate_conditions(methods, conditions, images, 0, CPU)
+    psnrs = table.pivot(index="condition", columns="method", values="psnr")
+    assert psnrs.measurement["told"] == pytest.approx(psnrs.measurement["wrong"])
+    assert psnrs.tikhonov["told"] > psnrs.tikhonov["wrong"]
+    x = images.as_float()
+    d = measure(wide, x, 0.02, 0, images.indices)
+    lam = 4 * Tuning.load(weights / "tuning.json").settings("tikhonov")["lam"]  # (0.02 / 0.01)^2
+    expected = psnr(wide.solve_normal(wide.adjoint(d), lam), x).mean().item()
+    assert psnrs.tikhonov["noisy"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_standard_error():
@@ -137,11 +187,11 @@ def test_weights_of_another_architecture(weights):
     save_file({"w": torch.zeros(3)}, path)
     with pytest.raises(UserError, match="of another architecture"):
         load_regulariser(path)
-    huge = json.dumps({"depth": 10**9, "width": 10**9, "channels": 3})
+    huge = json.dumps({"depth": 10**9, "width": 10**9, "channels": 3, "head": False})
     save_file({"w": torch.zeros(3)}, path, metadata={"architecture": huge})
     with pytest.raises(UserError, match="of another architecture"):
         load_regulariser(path)
-    small = json.dumps({"depth": 2, "width": 4, "channels": 3})
+    small = json.dumps({"depth": 2, "width": 4, "channels": 3, "head": False})
     save_file({"w": torch.zeros(3)}, path, metadata={"architecture": small})
     with pytest.raises(UserError, match="do not fit their own architecture"):
         load_regulariser(path)

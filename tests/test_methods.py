@@ -12,9 +12,10 @@ from jfbnb.diagnostics import parameter_gradient
 from jfbnb.explicit import deep_unrolling, feedforward
 from jfbnb.fixed_point import anderson
 from jfbnb.gradients import implicit, jfb, neumann
-from jfbnb.maps import MAPS, PreconditionedMap
+from jfbnb.maps import MAPS, PreconditionedMap, SplittingMap
 from jfbnb.methods import (
     EQUILIBRIA,
+    HEADS,
     LABELS,
     SETTINGS,
     TRAINED,
@@ -36,9 +37,11 @@ def equilibrium_loss(T, **changes) -> EquilibriumLoss:
 
 
 def test_the_tables_of_methods_fit_together():
-    assert set(SETTINGS) == set(LABELS)
+    assert set(SETTINGS) | set(HEADS) == set(LABELS)
     assert set(TRAINED) < set(LABELS) and set(EQUILIBRIA) < set(LABELS)
-    assert {map_ for map_, _ in EQUILIBRIA.values()} == set(MAPS)
+    assert set(HEADS.values()) < set(TRAINED)
+    # The preconditioned map is there for the theory: the splitting has the same equilibrium.
+    assert {map_ for map_, _ in EQUILIBRIA.values()} == set(MAPS) - {"preconditioned"}
 
 
 @pytest.mark.parametrize("name", list(EQUILIBRIA))
@@ -57,7 +60,7 @@ def test_explicit_networks(problem):
     A, S, d = problem
     assert torch.equal(feedforward(A, S, d), S.denoise(d))
     assert torch.equal(feedforward(A, S, d, 0.01), S.denoise(tikhonov(A, d, 0.01)))
-    T = PreconditionedMap(A, S)
+    T = SplittingMap(A, S)
     assert torch.equal(deep_unrolling(T, d, 2), T(T(d, d), d))
     assert torch.equal(restore("unrolled", A, S, d, {"iterations": 2})[0], T(T(d, d), d))
 
@@ -78,7 +81,7 @@ def test_every_learned_method_can_be_trained_and_used(weights, name):
     images = (torch.rand(12, 3, 4, 4).repeat_interleave(5, 2).repeat_interleave(5, 3) * 255).byte()
     tuning = Tuning.load(weights / "tuning.json")
     method = make_methods([name], weights, CPU)[name]
-    S = make_regulariser(DnCNN(3, 8), tuning.settings(name))
+    S = make_regulariser(DnCNN(3, 8), tuning.settings(name), name in HEADS.values())
     A = Blur(16, 5, 2.0)
     loss = make_loss(name, A, S, tuning.settings(name), equilibrium_loss(PreconditionedMap(A, S)))
     history = train(S, loss, images, TrainingConfig(25, 4, 16, 3e-3, 0, 1.0), CPU,
@@ -87,6 +90,25 @@ def test_every_learned_method_can_be_trained_and_used(weights, name):
     assert loss.evaluations >= 3
     restored, _ = method(A, torch.rand(2, 3, 16, 16), 0.01)
     assert restored.isfinite().all()
+
+
+def test_a_head_acts_on_the_solution_and_leaves_it_alone(problem):
+    A, S, x = problem
+    d = A(x)
+    plain = EquilibriumLoss(SplittingMap(A, S), 0.0, 1e-10, 500, 1, 0.9, 0.0)
+    _, figures = plain(x, (0,))
+    S.head = torch.nn.Conv2d(3, 3, 1).double()
+    S.head.forward = lambda y, sigma, convolve=S.head.forward: convolve(y)
+    star, info = restore("jfb", A, S, d, {}, 500)
+    predicted, _ = restore("jfb-head", A, S, d, {}, 500)
+    x_star = A.solve_normal(A.adjoint(d) + S.tau * star, S.tau)
+    assert torch.equal(predicted, x_star - S.head(x_star, S.sigma)) and info.converged.all()
+    both, parts = plain(x, (0,))
+    assert parts["mse"] == pytest.approx(figures["mse"])
+    assert both.item() == pytest.approx(parts["mse"] + parts["head_mse"])
+    assert plain.evaluations == 503 + 3
+    both.backward()
+    assert S.head.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize(("kind", "method"), [
@@ -149,12 +171,18 @@ def test_search_keeps_what_it_tried_and_chooses_the_best(tmp_path):
 
 
 def test_parameters_follow_the_noise(weights):
-    """At a tenth of the noise lam and tau go down by 100; DE-PROX stays as trained."""
+    """At a tenth of the noise lam and tau go down by 100; DE-PROX stays as trained.
+
+    Of the networks that end, Tikhonov's lam goes down by 10^1.5, as `NOISE_POWER` says.
+    """
     A, x = Blur(40, 5, 2.0), torch.rand(1, 3, 40, 40)
     lam = Tuning.load(weights / "tuning.json").settings("tikhonov")["lam"]
-    methods = make_methods(["tikhonov", "jfb", "de-prox"], weights, CPU)
+    methods = make_methods(["tikhonov", "jfb", "de-prox", "feedforward-tikhonov"], weights, CPU)
     expected = A.solve_normal(A.adjoint(x), lam / 100)
     torch.testing.assert_close(methods["tikhonov"](A, x, 0.001)[0], expected)
+    lam = Tuning.load(weights / "tuning.json").settings("feedforward-tikhonov")["lam"]
+    torch.testing.assert_close(methods["feedforward-tikhonov"](A, x, 0.001)[0],
+                               A.solve_normal(A.adjoint(x), lam / 10**1.5))
     # The untrained denoiser is the identity: x* solves (A'A + tau) x = A'd + tau x, so A'Ax = A'd.
     d = A(x)
     distances = [(methods["jfb"](A, d, noise)[0] - x).norm() for noise in (0.01, 0.001)]

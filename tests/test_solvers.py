@@ -7,7 +7,7 @@ import torch
 
 from jfbnb.fixed_point import anderson, picard
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
-from jfbnb.maps import MAPS, ADMMMap, GradientMap, PreconditionedMap, ProximalMap
+from jfbnb.maps import MAPS, ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
 from jfbnb.networks import Regulariser
 from jfbnb.operators import Blur
 
@@ -35,6 +35,20 @@ def test_fixed_points_of_both_maps_agree(problem):
     y, info_y = anderson(lambda z: GradientMap(A, S)(z, d), d, 1e-10, 5000)
     assert info.converged.all() and info_y.converged.all()
     torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
+
+
+def test_splitting_is_the_preconditioned_map_read_at_the_denoisers_output(problem):
+    """The two halves in the other order: z* = D(x*), and x* is the data step of z*."""
+    A, S, d = problem
+    x, _ = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-12, 1000)
+    T = SplittingMap(A, S)
+    z, info = anderson(lambda z: T(z, d), d, 1e-12, 1000)
+    assert info.converged.all()
+    torch.testing.assert_close(z, S.denoise(x), rtol=0, atol=1e-8)
+    torch.testing.assert_close(T.data_step(z, d), x, rtol=0, atol=1e-8)
+    # The data step is a minimiser: the gradient of |A x - d|^2 + tau |x - z|^2 is 0 there.
+    x = T.data_step(d, d)
+    torch.testing.assert_close(A.adjoint(A(x) - d), -S.tau * (x - d), rtol=0, atol=1e-10)
 
 
 def test_anderson_meets_picard_in_fewer_evaluations(problem):
