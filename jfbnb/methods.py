@@ -29,8 +29,6 @@ from jfbnb.training import EquilibriumLoss, FeedforwardLoss, UnrolledLoss
 NOISE_POWER = {"feedforward-tikhonov": 1.5, "unrolled": 1.0}
 RELEASED = ROOT / "data" / "weights"
 
-# A method turns (A, d, noise_std) into (reconstruction, what its solver says or None).
-Method = Callable[[Blur, Tensor, float], tuple[Tensor, SolveInfo | None]]
 Settings = dict[str, float]
 
 LABELS = {
@@ -85,6 +83,23 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "deq": ("tau", "sigma"),
     "jfb": ("tau", "sigma"),
 }
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method, ready to use: (A, d, noise_std) -> (image, what its solver says or None).
+
+    One with a head is a method `base` and what the head makes of its image, (A, y, d, noise_std)
+    -> image. Whoever has the first's image already need not solve for it again.
+    """
+
+    restore: Callable[[Blur, Tensor, float], tuple[Tensor, SolveInfo | None]]
+    base: str | None = None
+    head: Callable[[Blur, Tensor, Tensor, float], Tensor] | None = None
+
+    def __call__(self, A: Blur, d: Tensor, noise_std: float) -> tuple[Tensor, SolveInfo | None]:
+        y, info = self.restore(A, d, noise_std)
+        return (y if self.head is None else self.head(A, y, d, noise_std)), info
 
 
 @dataclass
@@ -166,18 +181,21 @@ def make_regulariser(network: nn.Module, settings: Settings, head: bool = False)
 @torch.no_grad()
 def restore(name: str, A: Blur, S: Regulariser, d: Tensor, settings: Settings,
             max_iterations: int = 100) -> tuple[Tensor, SolveInfo | None]:
-    """Apply a method that has a network, with the weights and the tau of S."""
-    if name in HEADS:
-        y, info = restore(HEADS[name], A, S, d, settings, max_iterations)
-        if name.startswith("feedforward"):
-            return feedforward_head(S, y), info
-        return make_map(HEADS[name], A, S, settings).predict(y, d), info
+    """Apply a method that has a network and no head, with the weights and the tau of S."""
     if name.startswith("feedforward"):
         return feedforward(A, S, d, settings.get("lam")), None
     T = make_map(name, A, S, settings)
     if name == "unrolled":
         return deep_unrolling(T, d, int(settings["iterations"])), None
     return solve(T, d, max_iterations=max_iterations)
+
+
+@torch.no_grad()
+def apply_head(name: str, A: Blur, S: Regulariser, y: Tensor, d: Tensor) -> Tensor:
+    """What the head of S makes of y, the image that the method before it restored from d."""
+    if name.startswith("feedforward"):
+        return feedforward_head(S, y)
+    return make_map(HEADS[name], A, S, {}).predict(y, d)
 
 
 def make_methods(names: list[str], weights: Path, device: torch.device) -> dict[str, Method]:
@@ -210,15 +228,25 @@ def _make_method(name: str, tuning: Tuning, weights: Path, device: torch.device)
     else:
         S = None
 
-    def method(A: Blur, d: Tensor, noise_std: float) -> tuple[Tensor, SolveInfo | None]:
-        ratio = (noise_std / tuning.noise_std) ** NOISE_POWER.get(trained, 2.0)
-        if S is None:
-            return _classical(name, A, d, settings, ratio)
-        scaled = Regulariser(S.network, S.tau.item() * ratio, S.sigma.item(), S.head)
-        own = {**settings, "lam": settings["lam"] * ratio} if "lam" in settings else settings
-        return restore(name, A, scaled.to(device), d, own)
+    def scale(noise_std: float) -> float:
+        return (noise_std / tuning.noise_std) ** NOISE_POWER.get(trained, 2.0)
 
-    return method
+    def scaled(noise_std: float) -> Regulariser:
+        tau = S.tau.item() * scale(noise_std)
+        return Regulariser(S.network, tau, S.sigma.item(), S.head).to(device)
+
+    def method(A: Blur, d: Tensor, noise_std: float) -> tuple[Tensor, SolveInfo | None]:
+        if S is None:
+            return _classical(name, A, d, settings, scale(noise_std))
+        own = dict(settings)
+        if "lam" in own:
+            own["lam"] *= scale(noise_std)
+        return restore(trained, A, scaled(noise_std), d, own)
+
+    if name not in HEADS:
+        return Method(method)
+    return Method(method, trained, lambda A, y, d, noise_std: apply_head(
+        name, A, scaled(noise_std), y, d))
 
 
 @torch.no_grad()
@@ -245,12 +273,12 @@ def make_loss(name: str, A: nn.Module, S: Regulariser, settings: Settings,
 
     Args:
         A: the blur of the training crops.
-        jfb: JFB's own loss, for what all methods have in common: the noise, the solver's and the
-            penalty's settings.
+        jfb: JFB's own loss, for what all methods have in common: the noise, the precision, the
+            solver's and the penalty's settings.
     """
     if name.startswith("feedforward"):
-        return FeedforwardLoss(A, S, jfb.noise_std, settings.get("lam"))
+        return FeedforwardLoss(A, S, jfb.noise_std, settings.get("lam"), jfb.bf16)
     T = make_map(name, A, S, settings)
     if name == "unrolled":
-        return UnrolledLoss(T, jfb.noise_std, int(settings["iterations"]))
+        return UnrolledLoss(T, jfb.noise_std, int(settings["iterations"]), jfb.bf16)
     return replace(jfb, T=T, gradient=EQUILIBRIA[name][1])

@@ -1,6 +1,8 @@
 """The networks: DnCNN, and the learned regulariser S built from it. They know no operator."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -81,6 +83,20 @@ class Regulariser(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.tau * self.network(x, self.sigma)
+
+
+@contextmanager
+def precision(S: Regulariser, bf16: bool) -> Iterator[None]:
+    """Within it the DnCNNs of S run their convolutions in bfloat16, or do not."""
+    networks = [network for network in S.modules() if isinstance(network, DnCNN)]
+    before = [network.bf16 for network in networks]
+    for network in networks:
+        network.bf16 = bf16
+    try:
+        yield
+    finally:
+        for network, was in zip(networks, before, strict=True):
+            network.bf16 = was
 
 
 def matched_sigma(noise_std: float, tau: float) -> float:

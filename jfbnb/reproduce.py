@@ -147,6 +147,13 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
     if parameters.get("data", "bundled") != "bundled":
         hashes["data"] = fingerprint(parameters["data"])
     hashes |= {name: file_hash(ROOT / name) for name in step.reads}
+    if parameters.get("weights"):
+        folder = NOTEBOOKS / parameters["weights"]
+        for name in (a for a in step.artefacts if a.endswith(".safetensors")):
+            if not (folder / name).is_file():
+                raise UserError(f"no {name} in the weights folder {folder}: leave the parameter "
+                                "`weights` empty to train")
+            hashes[f"weights/{name}"] = file_hash(folder / name)
     for earlier in STEPS[:STEPS.index(step)]:
         for artefact in earlier.artefacts:
             path = runs / artefact

@@ -20,6 +20,7 @@ from jfbnb.methods import (
     SETTINGS,
     TRAINED,
     Tuning,
+    apply_head,
     make_loss,
     make_methods,
     make_regulariser,
@@ -100,7 +101,7 @@ def test_a_head_acts_on_the_solution_and_leaves_it_alone(problem):
     S.head = torch.nn.Conv2d(3, 3, 1).double()
     S.head.forward = lambda y, sigma, convolve=S.head.forward: convolve(y)
     star, info = restore("jfb", A, S, d, {}, 500)
-    predicted, _ = restore("jfb-head", A, S, d, {}, 500)
+    predicted = apply_head("jfb-head", A, S, star, d)
     x_star = A.solve_normal(A.adjoint(d) + S.tau * star, S.tau)
     assert torch.equal(predicted, x_star - S.head(x_star, S.sigma)) and info.converged.all()
     both, parts = plain(x, (0,))
