@@ -230,3 +230,9 @@ def test_quick_is_what_the_notebooks_say_themselves():
         own = runner.notebook_parameters(runner.NOTEBOOKS / f"{step.name}.ipynb")
         assert {k: quick[k] for k in own if k in quick} == {k: v for k, v in own.items()
                                                           if k in quick}
+
+
+def test_weights_to_take_must_be_there(tmp_path):
+    step = next(s for s in runner.STEPS if s.name.startswith("03"))
+    with pytest.raises(UserError, match=r"no denoiser.safetensors in the weights folder .*empty"):
+        runner.input_hashes(step, {"weights": str(tmp_path)}, tmp_path)

@@ -1,4 +1,5 @@
 import math
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -6,7 +7,7 @@ import torch
 from jfbnb import training
 from jfbnb.common import UserError
 from jfbnb.datasets import bundled_photos
-from jfbnb.maps import PreconditionedMap
+from jfbnb.maps import PreconditionedMap, SplittingMap
 from jfbnb.networks import DnCNN, Regulariser, load_regulariser, save_regulariser
 from jfbnb.operators import Blur
 from jfbnb.training import (
@@ -203,3 +204,36 @@ def test_weights_round_trip(tmp_path):
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(loaded(x), S(x))
     assert '"protocol": "paper"' in (tmp_path / "s.json").read_text()
+
+
+def test_a_finished_training_is_taken_and_another_one_refused(images, tmp_path):
+    S, loss = make()
+    history = train(S, loss, images, CONFIG, CPU)
+    file = tmp_path / "jfb.safetensors"
+    save_regulariser(file, S, {"training": asdict(CONFIG), "history": history})
+    fresh, loss = make()
+    assert train(fresh, loss, images, CONFIG, CPU, finished=file) == history
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(fresh), weights_of(S), strict=True))
+    longer = replace(CONFIG, epochs=4)
+    with pytest.raises(UserError, match=r"was trained with .* leave the parameter `weights` empty"):
+        train(fresh, loss, images, longer, CPU, finished=file)
+    save_regulariser(file, S, {"training": asdict(CONFIG)})
+    with pytest.raises(UserError, match="do not hold this training"):
+        train(fresh, loss, images, CONFIG, CPU, finished=file)
+
+
+def test_bfloat16_changes_the_gradient_little_and_leaves_float32_behind(images):
+    x = images.float()[:, :, :16, :16] / 255
+    gradients = []
+    for bf16 in (False, True):
+        torch.manual_seed(0)
+        S = Regulariser(DnCNN(3, 6), 0.1, 0.03, DnCNN(3, 6))
+        for network in (S.network, S.head):
+            torch.nn.init.normal_(network.layers[-1].weight, std=0.05)
+        T = SplittingMap(Blur(16, 5, 2.0), S)
+        value, _ = EquilibriumLoss(T, 0.01, 3e-3, 12, 4, 0.5, 0.1, bf16=bf16)(x, (0,))
+        value.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in S.parameters()]))
+        assert not S.network.bf16 and not S.head.bf16
+    assert not torch.equal(*gradients)  # the option is not without effect
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
