@@ -1,0 +1,418 @@
+"""One explorer for each notebook: sliders, and what they change, at once.
+
+Each is a box of controls, a line of numbers and a picture, drawn by the kernel. What goes wrong is
+said in that line, and the explorer lives on.
+"""
+
+import base64
+import functools
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import ipywidgets as w
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor, nn
+
+from jfbnb.baselines import direct_inverse, gradient_descent_iterate
+from jfbnb.common import UserError
+from jfbnb.datasets import as_float, bundled_photos, decode
+from jfbnb.evaluation import psnr
+from jfbnb.figures import COLOURS, new_figure, show
+from jfbnb.fixed_point import anderson, picard
+from jfbnb.gradients import implicit, jfb, neumann
+from jfbnb.maps import GradientMap, PreconditionedMap, SplittingMap
+from jfbnb.methods import LABELS, RELEASED, Method, make_methods
+from jfbnb.networks import Regulariser
+from jfbnb.operators import Blur, get_protocol, make_blur, measure
+from jfbnb.widgets import Comparison
+
+MOST_PIXELS = 40_000_000  # of an upload
+MAPS = {"Eq. 4": GradientMap, "preconditioned": PreconditionedMap, "splitting": SplittingMap}
+SOLVERS = {"Picard": picard, "Anderson": anderson}
+GRADIENTS = {"exact": COLOURS["deq"], "Neumann": COLOURS["de-admm"], "JFB": COLOURS["jfb"]}
+
+
+class Explorer(w.VBox):
+    """Controls, a line of numbers, a picture and a reset. Subclasses have `draw`.
+
+    Args:
+        controls: name -> widget with a `value`, as `draw` takes them.
+    """
+
+    def __init__(self, **controls: w.ValueWidget):
+        self.controls = controls
+        self.defaults = {name: control.value for name, control in controls.items()}
+        self.status = w.HTML()
+        self.picture = w.Image(format="png", layout=w.Layout(max_width="100%"))
+        reset = w.Button(description="Reset", layout=w.Layout(width="80px"))
+        reset.on_click(lambda _: self.reset())
+        for control in controls.values():
+            control.observe(lambda _: self.refresh(), "value")
+            control.style.description_width = "110px"
+        rows = w.HBox([*controls.values(), reset], layout=w.Layout(flex_flow="row wrap"))
+        super().__init__([rows, self.status, self.picture])
+        self.refresh()
+
+    def draw(self, **values: object) -> tuple[Figure, str]:
+        """The figure and the line of numbers for these values of the controls."""
+        raise NotImplementedError
+
+    def refresh(self) -> None:
+        """Draw anew, with the controls as they are."""
+        try:
+            with torch.no_grad():
+                figure, numbers = self.draw(**{k: c.value for k, c in self.controls.items()})
+        except UserError as error:
+            self.complain(str(error))
+            return
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", dpi=80)
+        self.picture.value = buffer.getvalue()
+        self.status.value = numbers
+
+    def complain(self, message: str) -> None:
+        """Say what is wrong; the picture stays."""
+        self.status.value = f'<span style="color:#b00020">{_escaped(message)}</span>'
+
+    def reset(self) -> None:
+        """All controls as they were."""
+        for name, control in self.controls.items():
+            control.value = self.defaults[name]
+
+    def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
+        """The widget, and its picture for those who read without a kernel."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return {**bundle, "image/png": base64.b64encode(self.picture.value).decode()}
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _slider(label: str, value: float, low: float, high: float, step: float) -> w.FloatSlider:
+    return w.FloatSlider(value, min=low, max=high, step=step, description=label,
+                         continuous_update=False)
+
+
+def _log_slider(label: str, value: float, low: int, high: int) -> w.FloatLogSlider:
+    """From 10^low to 10^high."""
+    return w.FloatLogSlider(value, min=low, max=high, step=0.05, description=label,
+                            continuous_update=False, readout_format=".2g")
+
+
+def _int_slider(label: str, value: int, low: int, high: int, step: int = 1) -> w.IntSlider:
+    return w.IntSlider(value, min=low, max=high, step=step, description=label,
+                       continuous_update=False)
+
+
+class BlurExplorer(Explorer):
+    """Notebook 1: kernel and noise; the measurement, the spectrum and the direct inverse.
+
+    Args:
+        x: one image (1, 3, H, W).
+    """
+
+    def __init__(self, x: Tensor):
+        self.x = x
+        super().__init__(std=_slider("kernel std", 5**0.5, 0.2, 6.0, 0.1),
+                         size=_int_slider("kernel size", 5, 1, 15, 2),
+                         noise=_log_slider("noise std", 0.01, -6, -1))
+
+    def draw(self, std: float, size: int, noise: float) -> tuple[Figure, str]:
+        A = Blur(tuple(self.x.shape[2:]), size, std)
+        d = measure(A, self.x, noise, 0, [0])
+        inverse = direct_inverse(A, d)
+        figure, axes = new_figure(columns=3, width=10, height=3.4)
+        show(axes[0], d[0], "measurement d")
+        show(axes[1], inverse[0], "direct inverse")
+        axes[2].semilogy(A.spectrum.abs().flatten().sort(descending=True).values,
+                         color=COLOURS["measurement"])
+        axes[2].axhline(noise, color=COLOURS["direct-inverse"], linestyle="--")
+        axes[2].set(title="singular values of A; dashed: noise", xlabel="index, largest first")
+        return figure, (f"measurement {psnr(d, self.x).item():.1f} dB, direct inverse "
+                        f"{psnr(inverse, self.x).item():.1f} dB, condition number {A.cond:.1e}")
+
+
+class TikhonovExplorer(Explorer):
+    """Notebook 2: lambda, step and iteration; the iterate and the semi-convergence curve.
+
+    Args:
+        A: the blur; x: one image (1, 3, H, W); noise_std: of its measurement.
+    """
+
+    COUNTS = tuple(sorted({round(10 ** (0.1 * i)) for i in range(31)}))  # 1 to 1000
+
+    def __init__(self, A: Blur, x: Tensor, noise_std: float):
+        self.A, self.x = A, x
+        self.d = measure(A, x, noise_std, 0, [0])
+        super().__init__(lam=_log_slider("λ", 0.01, -5, 0),
+                         step=_slider("step η", 1.0, 0.1, 2.2, 0.1),
+                         k=_int_slider("iteration k", 20, 0, 1000))
+
+    def draw(self, lam: float, step: float, k: int) -> tuple[Figure, str]:
+        def at(count: int) -> Tensor:
+            iterate = gradient_descent_iterate(self.A, self.d, lam, step, count)
+            return iterate.nan_to_num(1e3, 1e3, -1e3).clamp(-1e3, 1e3)  # where it diverges
+
+        iterate = at(k)
+        curve = [psnr(at(count), self.x).item() for count in self.COUNTS]
+        now = psnr(iterate, self.x).item()
+        figure, axes = new_figure(columns=3, width=10, height=3.4)
+        show(axes[0], self.d[0], "measurement d")
+        show(axes[1], iterate[0], f"iterate {k}")
+        axes[2].semilogx(self.COUNTS, curve, color=COLOURS["gradient-descent"])
+        axes[2].plot([max(k, 1)], [now], "o", color=COLOURS["jfb"])
+        axes[2].set(xlabel="iteration k", ylabel="PSNR (dB)", ylim=(max(0, min(curve)) - 1, None))
+        best = max(range(len(curve)), key=curve.__getitem__)
+        numbers = (f"iterate {k}: {now:.2f} dB; best on this curve {curve[best]:.2f} dB at "
+                   f"k = {self.COUNTS[best]}")
+        if step * (1 + lam) > 2:
+            numbers += "; <b>step above 2 / L: it diverges</b>"
+        return figure, numbers
+
+
+class DenoiserExplorer(Explorer):
+    """Notebook 3: the noise that is there and the noise that the network is told.
+
+    Args:
+        network: R(x; sigma); x: one image (1, 3, H, W).
+    """
+
+    def __init__(self, network: nn.Module, x: Tensor):
+        self.network, self.x = network, x
+        self.n = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+        super().__init__(sigma=_slider("noise σ", 0.05, 0.0, 0.2, 0.005),
+                         told=_slider("σ it is told", 0.05, 0.0, 0.2, 0.005))
+
+    def draw(self, sigma: float, told: float) -> tuple[Figure, str]:
+        y = self.x + sigma * self.n
+        residual = self.network(y, told)
+        figure, axes = new_figure(columns=3, width=10, height=3.6)
+        show(axes[0], y[0], "noisy y")
+        show(axes[1], (y - residual)[0], "denoised D(y)")
+        show(axes[2], (0.5 + 2 * residual)[0], "2 R(y), grey is 0")
+        return figure, (f"noisy {psnr(y, self.x).item():.2f} dB, denoised "
+                        f"{psnr(y - residual, self.x).item():.2f} dB")
+
+
+class SolverExplorer(Explorer):
+    """Notebook 4: iterate k of the solve, by Picard or Anderson, on one of three maps.
+
+    Args:
+        A, S: of the maps; x: one image (1, 3, H, W) that fits A; noise_std: of its measurement.
+    """
+
+    MOST = 40  # evaluations of T
+
+    def __init__(self, A: Blur, S: Regulariser, x: Tensor, noise_std: float):
+        self.A, self.S, self.x = A, S, x
+        self.d = measure(A, x, noise_std, 0, [0])
+        self.solved: dict[tuple[str, str], tuple[list[Tensor], list[float]]] = {}
+        super().__init__(
+            map_name=w.ToggleButtons(options=list(MAPS), value="splitting"),
+            solver=w.ToggleButtons(options=list(SOLVERS), value="Anderson"),
+            k=_int_slider("iterate k", 5, 0, self.MOST - 1))
+
+    def iterates(self, map_name: str, solver: str) -> tuple[list[Tensor], list[float]]:
+        """All iterates and their residuals, computed once."""
+        if (map_name, solver) not in self.solved:
+            T = MAPS[map_name](self.A, self.S)
+            states: list[Tensor] = []
+            _, info = SOLVERS[solver](lambda z: T(z, self.d), self.d, 0.0, self.MOST,
+                                           lambda _, z: states.append(z))
+            self.solved[map_name, solver] = states, info.residuals[:, 0].tolist()
+        return self.solved[map_name, solver]
+
+    def draw(self, map_name: str, solver: str, k: int) -> tuple[Figure, str]:
+        states, residuals = self.iterates(map_name, solver)
+        k = min(k, len(states) - 1)
+        figure, axes = new_figure(columns=3, width=10, height=3.4)
+        show(axes[0], self.d[0], "measurement d")
+        show(axes[1], states[k][0], f"iterate {k}")
+        colour = COLOURS["de-grad" if map_name == "Eq. 4" else "jfb"]
+        axes[2].semilogy(residuals, color=colour)
+        axes[2].plot([k], [residuals[k]], "o", color=colour)
+        axes[2].set(xlabel="evaluations of T", title="residual |T(x) - x| / |x|")
+        return figure, (f"{map_name}, {solver}, iterate {k}: "
+                        f"{psnr(states[k], self.x).item():.2f} dB, residual {residuals[k]:.1e}")
+
+
+class ToyMap(nn.Module):
+    """T(x) = gamma R x + tanh(theta) in the plane, R turning by an angle in radians."""
+
+    def __init__(self, gamma: float, angle: float, theta: Tensor):
+        super().__init__()
+        turn = torch.tensor(angle, dtype=torch.float64)
+        self.J = gamma * torch.stack([torch.stack([turn.cos(), -turn.sin()]),
+                                      torch.stack([turn.sin(), turn.cos()])])
+        self.theta = nn.Parameter(theta)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.J.T + torch.tanh(self.theta)
+
+    def solution(self, theta: Tensor) -> Tensor:
+        """x* for many theta (..., 2)."""
+        return torch.linalg.solve(torch.eye(2, dtype=torch.float64) - self.J,
+                                  torch.tanh(theta)[..., None])[..., 0]
+
+
+class GradientExplorer(Explorer):
+    """Notebook 4: exact, Neumann-k and JFB gradient in the plane, and where they lead.
+
+    The loss is |x*(theta) - x*(goal)|^2 / 2, with theta in the plane and x* the fixed point of a
+    `ToyMap`. Every gradient is computed by `jfbnb.gradients`.
+    """
+
+    START, GOAL = (-1.0, 0.9), (0.7, -0.4)
+
+    def __init__(self) -> None:
+        super().__init__(gamma=_slider("contraction γ", 0.6, 0.0, 0.95, 0.05),
+                         degrees=_int_slider("J turns by (°)", 60, -180, 180, 15),
+                         terms=_int_slider("Neumann terms", 3, 1, 20),
+                         steps=_int_slider("steps", 0, 0, 40),
+                         rate=_slider("learning rate", 0.2, 0.05, 1.0, 0.05))
+
+    def gradient(self, kind: str, gamma: float, degrees: int, terms: int,
+                 theta: Tensor) -> Tensor:
+        """One method's gradient of the loss in theta (2,)."""
+        T = ToyMap(gamma, torch.pi * degrees / 180, theta.clone())
+        goal = T.solution(torch.tensor(self.GOAL, dtype=torch.float64))
+        x_star = T.solution(theta)[None]
+        method: Callable = {"exact": functools.partial(implicit, tolerance=1e-12),
+                            "Neumann": functools.partial(neumann, terms=terms), "JFB": jfb}[kind]
+        with torch.enable_grad():
+            loss = 0.5 * (method(T, x_star) - goal).square().sum()
+            return torch.autograd.grad(loss, T.theta)[0]
+
+    def draw(self, gamma: float, degrees: int, terms: int, steps: int,
+             rate: float) -> tuple[Figure, str]:
+        figure, (ax,) = new_figure(width=6, height=4.6)
+        self._contours(ax, ToyMap(gamma, torch.pi * degrees / 180, torch.zeros(2)))
+        start = torch.tensor(self.START, dtype=torch.float64)
+        exact = self.gradient("exact", gamma, degrees, terms, start)
+        cosines = []
+        for kind, colour in GRADIENTS.items():
+            at_start = self.gradient(kind, gamma, degrees, terms, start)
+            cosines.append(f"{kind} {torch.cosine_similarity(at_start, exact, dim=0).item():.2f}")
+            arrow = -0.6 * at_start / at_start.norm().clamp_min(1e-12)
+            ax.annotate("", start + arrow, start,
+                        arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 2})
+            path = [start]
+            for _ in range(steps):
+                path.append(path[-1] - rate * self.gradient(kind, gamma, degrees, terms, path[-1]))
+            ax.plot(*torch.stack(path).T, "o-", color=colour, markersize=3, label=kind)
+        ax.plot(*self.GOAL, "*", color=COLOURS["tikhonov"], markersize=14)
+        ax.legend(loc="upper right")
+        return figure, "cosine to the exact gradient at the start: " + ", ".join(cosines)
+
+    def _contours(self, ax, T: ToyMap) -> None:
+        first, second = (torch.linspace(-2, 2, 60, dtype=torch.float64) for _ in range(2))
+        grid = torch.stack(torch.meshgrid(first, second, indexing="xy"), dim=-1)
+        goal = T.solution(torch.tensor(self.GOAL, dtype=torch.float64))
+        ax.contour(first, second, (T.solution(grid) - goal).square().sum(-1).sqrt(), 14,
+                   cmap="Greys", linewidths=0.8)
+        ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-2, 2), ylim=(-2, 2))
+
+
+class MethodsExplorer(w.VBox):
+    """Notebook 5: any methods on any image, an upload included, under one swipe handle.
+
+    The image is blurred and made noisy as the controls say, then restored by each method chosen.
+
+    Args:
+        weights: the folder of trained networks.
+    """
+
+    START = ("tikhonov", "jfb")
+
+    def __init__(self, weights: Path = RELEASED):
+        self.setup = get_protocol("paper")
+        photos = bundled_photos("test", self.setup.image_size)
+        self.images = {name: photos[i:i + 1].as_float() for i, name in enumerate(photos.names)}
+        self.weights = weights
+        self.loaded: dict[str, Method] = {}
+        self.restored: dict[tuple, Tensor] = {}
+        self.status = w.HTML()
+        self.image = w.Dropdown(options=list(self.images), description="image")
+        self.upload = w.FileUpload(accept="image/*", multiple=False, description="your own")
+        self.methods = w.SelectMultiple(options=[(LABELS[name], name) for name in LABELS],
+                                        value=self.START, rows=6, description="methods")
+        self.noise = _log_slider("noise std", self.setup.noise_std, -3, -1)
+        self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})
+        reset = w.Button(description="Reset", layout=w.Layout(width="80px"))
+        reset.on_click(lambda _: self.reset())
+        for control in (self.image, self.methods, self.noise):
+            control.observe(lambda _: self.refresh(), "value")
+        self.upload.observe(lambda _: self.take_upload(), "value")
+        controls = w.HBox([w.VBox([self.image, self.upload, self.noise]), self.methods, reset],
+                          layout=w.Layout(flex_flow="row wrap"))
+        super().__init__([controls, self.status, self.comparison])
+        self.refresh()
+
+    def reset(self) -> None:
+        """The first photograph, the methods and the noise as at the start."""
+        self.image.value = next(iter(self.images))
+        self.methods.value = self.START
+        self.noise.value = self.setup.noise_std
+
+    def take_upload(self) -> None:
+        """Add the uploaded file to the images and show it."""
+        for file in self.upload.value:
+            try:
+                self.images[file["name"]] = read_upload(bytes(file["content"]),
+                                                        self.setup.image_size)
+            except UserError as error:
+                self.status.value = _escaped(f"{file['name']}: {error}")
+                return
+            self.restored = {k: v for k, v in self.restored.items() if k[0] != file["name"]}
+            self.image.options = list(self.images)
+            self.image.value = file["name"]
+
+    def refresh(self) -> None:
+        """Restore what is not restored yet, and show it."""
+        x = self.images[self.image.value]
+        shown = {"Original": x[0]}
+        try:
+            for name in ("measurement", *self.methods.value):
+                shown[LABELS[name]] = self._restore(name, x)[0]
+            self.comparison.show(shown, truth="Original")
+        except UserError as error:
+            self.status.value = _escaped(str(error))
+            return
+        self.status.value = ""
+
+    def _restore(self, name: str, x: Tensor) -> Tensor:
+        key = (self.image.value, self.noise.value, name)
+        if key not in self.restored:
+            A = make_blur(self.setup, tuple(x.shape[2:]))
+            d = measure(A, x, self.noise.value, 0, [0])
+            if name not in self.loaded:
+                self.loaded |= make_methods([name], self.weights, torch.device("cpu"))
+            self.restored[key], _ = self.loaded[name](A, d, self.noise.value)
+        return self.restored[key]
+
+
+def read_upload(content: bytes, size: int) -> Tensor:
+    """An uploaded file's middle square as an image (1, 3, size, size).
+
+    Raises:
+        UserError: if it is no image, or has over 40 million pixels.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            width, height = opened.size
+        if width * height > MOST_PIXELS:
+            raise UserError(f"{width} x {height} pixels are too many: give an image of at most "
+                            f"{MOST_PIXELS // 10**6} million")
+        pixels = decode(io.BytesIO(content))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"this is no readable image ({error}): give a PNG or JPEG") from error
+    side = min(pixels.shape[1:])
+    top, left = ((n - side) // 2 for n in pixels.shape[1:])
+    square = as_float(pixels[:, top:top + side, left:left + side])[None]
+    resized = torch.nn.functional.interpolate(square, size=(size, size), mode="bilinear",
+                                              antialias=True)
+    return resized.clamp(0, 1)
