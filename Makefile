@@ -1,5 +1,6 @@
 # make reproduce   run the five notebooks, regenerate every figure and table
-# make test        lint, unit tests, and the notebooks against their stored outputs
+# make test        lint, unit tests, the notebooks against their stored outputs, and in a browser
+# make book        the executed notebooks as pages that open from disk, in build/book/
 # make lab         open the notebooks in JupyterLab
 # make lock        renew requirements.lock
 # make publish     after a clean quick run: its outputs into the notebooks and README.md
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/.installed
 
-.PHONY: reproduce test lab lock publish
+.PHONY: reproduce test book lab lock publish
 
 reproduce: $(INSTALLED)
 	$(BIN)/jfbnb reproduce --profile $(PROFILE) $(if $(DATA),--data "$(DATA)")
@@ -29,6 +30,10 @@ test: $(INSTALLED)
 	mkdir -p build/nbval
 	cp -r notebooks build/nbval/
 	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 build/nbval
+	$(BIN)/python -m pytest tests/browser
+
+book: $(INSTALLED)
+	$(BIN)/python tools/book.py
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir notebooks

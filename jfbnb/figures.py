@@ -125,8 +125,8 @@ def image_row(images: dict[str, Tensor], psnrs: dict[str, float]) -> Figure:
 def image_table(rows: dict[str, Tensor]) -> Figure:
     """Table 1: one labelled row per method, the same images (N, 3, H, W) in each."""
     n = len(next(iter(rows.values())))
-    figure, axes = new_figure(columns=n, rows=len(rows), width=1.15 * n + 1.3,
-                              height=1.15 * len(rows) + 0.3)
+    figure, axes = new_figure(columns=n, rows=len(rows), width=0.95 * n + 1.3,
+                              height=0.95 * len(rows) + 0.3)
     for r, (label, images) in enumerate(rows.items()):
         for c in range(n):
             show(axes[r * n + c], images[c])

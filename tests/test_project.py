@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from jfbnb.common import ROOT
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
-PIP_ONLY = ("deepinv", "torchdeq")  # not sure to be in the conda channels
+PIP_ONLY = ("deepinv", "latex2mathml", "playwright", "torchdeq")  # by pip alone
 
 
 def pyproject() -> dict:

@@ -1,0 +1,197 @@
+"""The notebooks in JupyterLab, in Chromium, as a reader uses them.
+
+Run by `make test` after the notebooks themselves, on the same copy (build/nbval), so that trained
+networks are there and training goes on from its last checkpoint. Screenshots: build/screenshots.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+
+from jfbnb.common import ROOT
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
+                None)
+if CHROMIUM is None:
+    pytest.skip("no Chromium: apt-get install chromium", allow_module_level=True)
+
+SUITE = ROOT / "build" / "nbval"
+SHOTS = ROOT / "build" / "screenshots"
+NOTEBOOKS = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+LOCAL = ("localhost", "127.0.0.1", "")
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    """JupyterLab on the copy of the suite; its address."""
+    if not (SUITE / "notebooks").is_dir():
+        pytest.skip("build/nbval is missing: `make test` makes it")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = tmp_path_factory.mktemp("home")
+    settings = home / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text('{"fetchNews": "false"}')
+    environment = {**os.environ, "JUPYTER_CONFIG_DIR": str(home), "JUPYTERLAB_SETTINGS_DIR":
+                   str(home / "lab" / "user-settings"), "JUPYTER_DATA_DIR": str(home / "data"),
+                   "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
+    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}",
+               "--ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password=",
+               "--allow-root", f"--ServerApp.root_dir={SUITE / 'notebooks'}"]
+    with open(home / "lab.log", "w") as log:
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/api/status", timeout=1)
+                break
+            except OSError:
+                time.sleep(0.5)
+        else:
+            pytest.fail(f"JupyterLab did not start: {(home / 'lab.log').read_text()[-2000:]}")
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    with playwright.sync_playwright() as engine:
+        running = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that notes what it asks of the outside."""
+    context = browser.new_context(viewport={"width": 1280, "height": 900})
+    opened = context.new_page()
+    outside: list[str] = []
+
+    def note(request) -> None:
+        address = urlparse(request.url)
+        if address.scheme in ("http", "https", "ws", "wss") and address.hostname not in LOCAL:
+            outside.append(request.url)
+
+    opened.on("request", note)
+    yield opened
+    context.close()
+    assert outside == []
+
+
+def run_all(page, lab: str, name: str, minutes: float = 8) -> None:
+    """Open a notebook, run all its cells, wait until the kernel is idle."""
+    page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    page.get_by_text(re.compile("Python 3 .*Idle")).first.wait_for(timeout=60_000)
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    deadline = time.monotonic() + 60 * minutes
+    counts = ".jp-Notebook .jp-InputPrompt"
+    while time.monotonic() < deadline:
+        page.wait_for_timeout(1000)
+        prompts = page.locator(counts).all_inner_texts()
+        if not any("*" in prompt for prompt in prompts) and any("[" in p for p in prompts):
+            break
+    else:
+        pytest.fail(f"{name} did not finish in {minutes} minutes")
+    errors = page.locator('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')
+    assert errors.count() == 0, errors.first.inner_text()[:1000]
+
+
+def bring(page, selector: str):
+    """Scroll until the element is there: JupyterLab renders what is in view."""
+    element = page.locator(selector).first
+    for _ in range(60):
+        if element.count() and element.is_visible():
+            element.scroll_into_view_if_needed()
+            return element
+        page.locator(".jp-WindowedPanel-outer").first.evaluate("e => e.scrollBy(0, 500)")
+        page.wait_for_timeout(200)
+    pytest.fail(f"{selector} did not appear")
+
+
+def picture(page) -> str:
+    return page.locator(".widget-image, .jupyter-widgets.widget-image").first.get_attribute("src")
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_runs_in_jupyterlab_and_answers(lab, browser, page, name):
+    run_all(page, lab, name)
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    for width in (1280, 800):
+        page.set_viewport_size({"width": width, "height": 900})
+        selector = ".jfbnb-swipe canvas" if name.startswith("05") else ".widget-image"
+        bring(page, selector)
+        page.wait_for_timeout(500)
+        page.screenshot(path=str(SHOTS / f"{name[:2]}-{width}.png"))
+    if name.startswith("05"):
+        swipe(page)
+    else:
+        move_a_slider(page)
+    page.screenshot(path=str(SHOTS / f"{name[:2]}-moved.png"))
+
+
+def swipe(page) -> None:
+    """Drag the handle, and see the pixels change; then by the keyboard."""
+    canvas = bring(page, ".jfbnb-swipe canvas")
+    pixels = "c => c.toDataURL()"
+    before = canvas.evaluate(pixels)
+    box = canvas.bounding_box()
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 50)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] / 5, box["y"] + 60, steps=5)
+    page.mouse.up()
+    assert canvas.get_attribute("aria-valuenow") == "20"
+    assert canvas.evaluate(pixels) != before
+    canvas.focus()
+    page.keyboard.press("ArrowRight")
+    assert canvas.get_attribute("aria-valuenow") == "22"
+
+
+def move_a_slider(page) -> None:
+    """Move the explorer's first slider by the keyboard, and see another picture."""
+    before = picture(page)
+    handle = page.locator(".jp-OutputArea .noUi-handle").first
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowLeft")
+    deadline = time.monotonic() + 20
+    while picture(page) == before:
+        assert time.monotonic() < deadline, "the picture did not change"
+        page.wait_for_timeout(100)
+
+
+def test_comparison_works_from_disk_without_kernel(page, tmp_path):
+    import torch
+
+    from jfbnb.widgets import compare
+
+    x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    html = compare({"a": x, "b": 1 - x, "c": x / 2}, truth="a").to_html()
+    file = tmp_path / "page.html"
+    file.write_text(f"<!doctype html><meta charset=utf-8><body>{html}", encoding="utf-8")
+    page.goto(Path(file).as_uri())
+    page.wait_for_selector(".jfbnb-swipe canvas")
+    swipe(page)
+    page.get_by_label("left").select_option(label="c")
+    assert "c" in page.locator(".jfbnb-captions").inner_text()
+    page.get_by_label("zoom in").click()
+    box = page.locator(".jfbnb-swipe canvas").bounding_box()
+    page.mouse.move(box["x"] + 100, box["y"] + 100)
+    assert "row" in page.locator(".jfbnb-readout").inner_text()

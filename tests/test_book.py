@@ -1,0 +1,45 @@
+"""The static site: every page is there, its links lead somewhere, and it asks nothing of outside."""
+
+import importlib.util
+import re
+
+import pytest
+
+from jfbnb.common import ROOT
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    spec = importlib.util.spec_from_file_location("book", ROOT / "tools" / "book.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    target = tmp_path_factory.mktemp("book")
+    module.main(target)
+    return module, target
+
+
+def test_pages_are_complete_and_offline(book):
+    _, target = book
+    pages = list(target.rglob("*.html"))
+    assert len(pages) == 1 + 5 + 5 + len(list((ROOT / "docs").glob("*.md")))
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert not re.search(r'(src|href)="(https?:)?//', text), page
+        assert "import(" not in text.replace("await import(\"\")", ""), page
+        for link in re.findall(r'<a href="([^"#:]+)"', text):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+        outside_code = re.sub(r"<(pre|code|script|style)\b.*?</\1>", "", text, flags=re.S)
+        assert "$" not in outside_code, page
+
+
+def test_formulas_become_mathml(book):
+    module, _ = book
+    made = module.with_mathml("so $x^2$ and `$no$`\n\n$$\\frac{1}{2}$$")
+    assert made.count("<math") == 2 and "<msup>" in made and "<mfrac>" in made
+    assert "`$no$`" in made
+
+
+def test_comparison_is_in_its_page(book):
+    _, target = book
+    text = (target / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
+    assert "jfbnb-compare" in text and "function mount(" in text
