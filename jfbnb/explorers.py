@@ -30,6 +30,7 @@ from jfbnb.operators import Blur, get_protocol, make_blur, measure
 from jfbnb.widgets import Comparison
 
 MOST_PIXELS = 40_000_000  # of an upload
+WITHOUT_KERNEL = "An explorer: run the notebook to use it."
 MAPS = {"Eq. 4": GradientMap, "preconditioned": PreconditionedMap, "splitting": SplittingMap}
 SOLVERS = {"Picard": picard, "Anderson": anderson}
 GRADIENTS = {"exact": COLOURS["deq"], "Neumann": COLOURS["de-admm"], "JFB": COLOURS["jfb"]}
@@ -85,7 +86,8 @@ class Explorer(w.VBox):
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
         """The widget, and its picture for those who read without a kernel."""
         bundle = super()._repr_mimebundle_(**kwargs)
-        return {**bundle, "image/png": base64.b64encode(self.picture.value).decode()}
+        return {**bundle, "text/plain": WITHOUT_KERNEL,
+                "image/png": base64.b64encode(self.picture.value).decode()}
 
 
 def _escaped(text: str) -> str:
@@ -351,6 +353,9 @@ class MethodsExplorer(w.VBox):
                           layout=w.Layout(flex_flow="row wrap"))
         super().__init__([controls, self.status, self.comparison])
         self.refresh()
+
+    def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
+        return {**super()._repr_mimebundle_(**kwargs), "text/plain": WITHOUT_KERNEL}
 
     def reset(self) -> None:
         """The first photograph, the methods and the noise as at the start."""

@@ -1,4 +1,4 @@
-"""The static site: every page is there, its links lead somewhere, and it asks nothing of outside."""
+"""The static site: all pages, links that lead somewhere, and nothing asked of the outside."""
 
 import importlib.util
 import re

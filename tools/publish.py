@@ -53,6 +53,8 @@ def publish_notebook(path: Path, executed_path: Path, time: str) -> None:
         cell.outputs = executed[cell.id].outputs
         cell.execution_count = count
         for output in cell.outputs:
+            # A widget without its kernel is an error message; its picture stays.
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             if "execution_count" in output:
                 output["execution_count"] = count
     notebook.cells[0].source = replace_block(notebook.cells[0].source, "time", time, inline=True)
