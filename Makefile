@@ -8,6 +8,7 @@
 PYTHON ?= python3
 PROFILE ?= quick
 DATA ?=
+WEIGHTS ?=
 
 VENV := .venv
 ifeq ($(OS),Windows_NT)
@@ -20,7 +21,8 @@ INSTALLED := $(VENV)/.installed
 .PHONY: reproduce test book lab lock publish
 
 reproduce: $(INSTALLED)
-	$(BIN)/jfbnb reproduce --profile $(PROFILE) $(if $(DATA),--data "$(DATA)")
+	$(BIN)/jfbnb reproduce --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") \
+	  $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,9 @@ def make_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("reproduce", help="run the notebooks; regenerate figures and tables")
     sub.add_argument("--profile", default="quick", help="quick, cpu or paper")
     sub.add_argument("--data", help="folder, tar or zip of CelebA JPEGs")
+    sub.add_argument("--weights", type=Path, metavar="DIR",
+                     help="take the trained networks in this folder, e.g. data/weights, and do "
+                          "not train")
     sub.add_argument("--only", metavar="NN", help="one notebook alone, e.g. 04")
     sub.add_argument("--force", action="store_true", help="redo what is already done")
     sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
@@ -98,7 +102,7 @@ def _add_images(sub: argparse.ArgumentParser) -> None:
 
 
 def run_reproduce(args: argparse.Namespace) -> None:
-    from jfbnb.reproduce import reproduce
+    from jfbnb.reproduce import NOTEBOOKS, reproduce
 
     overrides = {}
     for text in args.parameters:
@@ -108,6 +112,8 @@ def run_reproduce(args: argparse.Namespace) -> None:
         overrides[name] = yaml.safe_load(value)
     if args.data:
         overrides["data"] = str(Path(args.data).resolve()) if args.data != "bundled" else "bundled"
+    if args.weights:  # relative, so that no path of this machine gets into the results
+        overrides["weights"] = os.path.relpath(args.weights, NOTEBOOKS)
     files = reproduce(args.profile, overrides, args.only, args.force,
                       log=lambda line: print(line, flush=True))
     table = next((f for f in files if f.name == "table2_comparison.md"), None)

@@ -147,13 +147,7 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
     if parameters.get("data", "bundled") != "bundled":
         hashes["data"] = fingerprint(parameters["data"])
     hashes |= {name: file_hash(ROOT / name) for name in step.reads}
-    if parameters.get("weights"):
-        folder = NOTEBOOKS / parameters["weights"]
-        for name in (a for a in step.artefacts if a.endswith(".safetensors")):
-            if not (folder / name).is_file():
-                raise UserError(f"no {name} in the weights folder {folder}: leave the parameter "
-                                "`weights` empty to train")
-            hashes[f"weights/{name}"] = file_hash(folder / name)
+    hashes |= weights_taken(step, parameters)
     for earlier in STEPS[:STEPS.index(step)]:
         for artefact in earlier.artefacts:
             path = runs / artefact
@@ -161,6 +155,24 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
                 raise UserError(f"step {step.name[:2]} needs {artefact} of step "
                                 f"{earlier.name[:2]}: run that one first")
             hashes[artefact] = file_hash(path)
+    return hashes
+
+
+def weights_taken(step: Step, parameters: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the stored networks that the step takes in the place of training.
+
+    Raises:
+        UserError: if one is missing.
+    """
+    if not parameters.get("weights"):
+        return {}
+    folder = NOTEBOOKS / parameters["weights"]
+    hashes = {}
+    for name in (a for a in step.artefacts if a.endswith(".safetensors")):
+        if not (folder / name).is_file():
+            raise UserError(f"no {name} in the weights folder {folder.resolve()}: leave the "
+                            "parameter `weights` empty to train")
+        hashes[f"weights/{name}"] = file_hash(folder / name)
     return hashes
 
 
@@ -210,6 +222,8 @@ def reproduce(
         given["data"] = str((NOTEBOOKS / given["data"]).resolve())
         fingerprint(given["data"])  # fails here, before hours of work, if there is no such data
     parameters = step_parameters(steps, given)
+    for step in steps:
+        weights_taken(step, parameters[step.name])  # so does this
     runs, figures = ROOT / "runs" / profile, ROOT / "figures" / profile
     if force:
         shutil.rmtree(runs / "checkpoints", ignore_errors=True)

@@ -15,7 +15,7 @@ import torch
 
 from jfbnb import reproduce as runner
 from jfbnb.cli import main
-from jfbnb.common import UserError
+from jfbnb.common import ROOT, UserError
 
 NOTEBOOK = """
 from pathlib import Path
@@ -232,7 +232,14 @@ def test_quick_is_what_the_notebooks_say_themselves():
                                                           if k in quick}
 
 
-def test_weights_to_take_must_be_there(tmp_path):
-    step = next(s for s in runner.STEPS if s.name.startswith("03"))
-    with pytest.raises(UserError, match=r"no denoiser.safetensors in the weights folder .*empty"):
-        runner.input_hashes(step, {"weights": str(tmp_path)}, tmp_path)
+def test_weights_to_take_must_be_there(tmp_path, capsys):
+    assert main(["reproduce", "--weights", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "no denoiser.safetensors in the weights folder" in message and "empty" in message
+
+
+def test_weights_taken_are_among_what_a_step_depends_on():
+    step = next(s for s in runner.STEPS if s.name.startswith("04"))
+    released = os.path.relpath(ROOT / "data" / "weights", runner.NOTEBOOKS)
+    assert list(runner.weights_taken(step, {"weights": released})) == ["weights/jfb.safetensors"]
+    assert runner.weights_taken(step, {"weights": ""}) == {}
