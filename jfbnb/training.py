@@ -13,11 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from jfbnb.common import UserError, atomic_path, seeded_generator
+from jfbnb.checkpoints import resume, save_checkpoint
+from jfbnb.common import UserError, seeded_generator
 from jfbnb.datasets import random_crops
 from jfbnb.explicit import deep_unrolling, feedforward, feedforward_head
 from jfbnb.fixed_point import SolveInfo, anderson
@@ -259,7 +258,7 @@ def train(
 
     A record has the epoch, the mean loss per image, the means of what the loss reports, the
     seconds of training, and what `validate` returns. With `checkpoints`, a folder, each epoch is
-    stored and a stopped training goes on from the last one.
+    stored and a stopped training goes on from the last one that is whole.
 
     Args:
         module: what is trained, in place.
@@ -281,8 +280,8 @@ def train(
     file = None
     if checkpoints is not None:
         file = checkpoints / f"{_training_key(module, batch_loss, images, config)}.safetensors"
-        if file.exists():
-            history = load_checkpoint(file, module, optimizer)
+        history = resume(file, module, optimizer, log)
+        if history:
             log(f"resumed after epoch {len(history)} of {config.epochs}")
     for epoch in range(len(history) + 1, config.epochs + 1):
         start = time.perf_counter()
@@ -350,9 +349,6 @@ def _train_epoch(module: nn.Module, batch_loss: BatchLoss, images: Tensor, confi
     return {name: total / done for name, total in totals.items()}
 
 
-# --- checkpoints: safetensors, so that loading one runs no code ---------------------------------
-
-
 def _training_key(module: nn.Module, batch_loss: BatchLoss, images: Tensor,
                   config: TrainingConfig) -> str:
     """A name that changes with the settings, the code, the starting weights and the data."""
@@ -363,38 +359,3 @@ def _training_key(module: nn.Module, batch_loss: BatchLoss, images: Tensor,
         digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
     digest.update(images.contiguous().numpy())
     return digest.hexdigest()[:16]
-
-
-def save_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer,
-                    history: list[dict[str, float]]) -> None:
-    """Store weights, Adam's moments and the history, whole or not at all."""
-    tensors = {f"module.{k}": v.contiguous() for k, v in module.state_dict().items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{k}": v.contiguous() for k, v in moments.items()}
-    with atomic_path(file) as temporary:
-        save_file(tensors, temporary, metadata={"history": json.dumps(history)})
-
-
-def load_checkpoint(file: Path, module: nn.Module,
-                    optimizer: torch.optim.Optimizer) -> list[dict[str, float]]:
-    """Restore what `save_checkpoint` stored, in place; return the history.
-
-    Raises:
-        UserError: if the file is damaged.
-    """
-    try:
-        with safe_open(file, "pt") as stored:
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            history = json.loads(stored.metadata()["history"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("adam."):
-                _, i, moment = name.split(".")
-                state.setdefault(int(i), {})[moment] = value
-        module.load_state_dict({name.removeprefix("module."): value
-                                for name, value in tensors.items() if name.startswith("module.")})
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    except (SafetensorError, KeyError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the checkpoint {file} is damaged ({error}): delete it to start afresh"
-                        ) from error
-    return history

@@ -4,7 +4,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from jfbnb import training
+from jfbnb import checkpoints
+from jfbnb.checkpoints import load_checkpoint, previous, resume
 from jfbnb.common import UserError
 from jfbnb.datasets import bundled_photos
 from jfbnb.maps import PreconditionedMap, SplittingMap
@@ -15,7 +16,6 @@ from jfbnb.training import (
     EquilibriumLoss,
     TrainingConfig,
     contraction_estimate,
-    load_checkpoint,
     train,
 )
 
@@ -74,7 +74,7 @@ def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
     lines = []
     train(S, other, images, CONFIG, CPU, tmp_path, log=lines.append)
     assert not any("resumed" in line for line in lines)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    assert len([f for f in tmp_path.iterdir() if "previous" not in f.name]) == 2
 
 
 def test_training_lowers_the_loss_and_reports_the_solves(images):
@@ -171,14 +171,40 @@ def test_crop_larger_than_the_images(images):
         train(S, loss, images, TrainingConfig(1, 4, 48, 1e-3, 0), CPU)
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-50]])
-def test_damaged_checkpoint_is_refused_by_name(images, tmp_path, damage):
+def flip_a_bit(content: bytes) -> bytes:
+    """In the last weight: still a readable file, but for its hash."""
+    return content[:-1] + bytes([content[-1] ^ 1])
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-50],
+                                    flip_a_bit])
+def test_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(images, tmp_path,
+                                                                          damage):
     S, loss = make("denoiser")
-    train(S, loss, images, CONFIG, CPU, tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
+    whole = train(S, loss, images, CONFIG, CPU, tmp_path)
+    wanted = weights_of(S)
+    file = next(f for f in tmp_path.iterdir() if f != previous(f) and "previous" not in f.name)
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=f"{file.name} is damaged"):
         load_checkpoint(file, S, torch.optim.Adam(S.parameters()))
+    S, loss = make("denoiser")
+    lines = []
+    history = train(S, loss, images, CONFIG, CPU, tmp_path, log=lines.append)
+    assert file.name in lines[0] and lines[1] == "resumed after epoch 2 of 3"
+    assert [r["loss"] for r in history] == [r["loss"] for r in whole]
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(S), wanted, strict=True))
+
+
+def test_two_damaged_checkpoints_are_an_error_and_none_is_a_start(images, tmp_path):
+    S, loss = make("denoiser")
+    optimizer = torch.optim.Adam(S.parameters())
+    assert resume(tmp_path / "none.safetensors", S, optimizer, print) == []
+    train(S, loss, images, CONFIG, CPU, tmp_path)
+    for file in tmp_path.iterdir():
+        file.write_bytes(b"")
+    S, loss = make("denoiser")
+    with pytest.raises(UserError, match="no other one"):
+        train(S, loss, images, CONFIG, CPU, tmp_path, log=lambda _: None)
 
 
 def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
@@ -192,7 +218,7 @@ def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr("jfbnb.common.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        training.save_checkpoint(file, S, torch.optim.Adam(S.parameters()), [])
+        checkpoints.save_checkpoint(file, S, torch.optim.Adam(S.parameters()), [])
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
 
