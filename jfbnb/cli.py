@@ -1,4 +1,4 @@
-"""The `jfbnb` command: reproduce, evaluate, deblur, blur, data."""
+"""The `jfbnb` command: reproduce, evaluate, deblur, blur, data, doctor."""
 
 import argparse
 import json
@@ -76,6 +76,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--download", action="store_true", help="try to; else say how by hand")
     sub.add_argument("--out", type=Path, default=ROOT / "data" / "celeba", help="where to")
     sub.set_defaults(run=run_data)
+
+    sub = commands.add_parser("doctor", help="what is installed and found, and what would not work")
+    sub.add_argument("--data", type=Path, default=ROOT / "data" / "celeba")
+    sub.add_argument("--weights", type=Path, default=methods.RELEASED, metavar="DIR")
+    sub.set_defaults(run=run_doctor)
     return parser
 
 
@@ -180,6 +185,17 @@ def run_data(args: argparse.Namespace) -> None:
         print(f"CelebA is in {datasets.download_celeba(args.out)}")
     else:
         print(datasets.MANUAL_STEPS)
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    from jfbnb.doctor import examine
+
+    troubles = 0
+    for well, line in examine(args.data, args.weights):
+        print(f"{'ok     ' if well else 'TROUBLE'} {line}")
+        troubles += not well
+    if troubles:
+        raise UserError(f"{troubles} of these findings are trouble: see the lines above")
 
 
 def _warn(message: str) -> None:

@@ -6,13 +6,14 @@ proves nothing: it exists as soon as its run starts.
 """
 
 import ast
+import contextlib
 import hashlib
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import nbformat
 import yaml
+from filelock import FileLock, Timeout
 
 from jfbnb.common import (
     CHECK_FAILED,
@@ -225,9 +227,31 @@ def reproduce(
     for step in steps:
         weights_taken(step, parameters[step.name])  # so does this
     runs, figures = ROOT / "runs" / profile, ROOT / "figures" / profile
-    if force:
-        shutil.rmtree(runs / "checkpoints", ignore_errors=True)
-    earlier = _durations(figures / "provenance.json")
+    with _alone(runs):
+        if force:
+            shutil.rmtree(runs / "checkpoints", ignore_errors=True)
+        _run_steps(steps, parameters, profile, force, log)
+        write_provenance(profile, given)
+    written = [ROOT / path for step in steps for path in step.outputs(profile)]
+    return [path for path in written if path.parent == figures] + [figures / "provenance.json"]
+
+
+@contextlib.contextmanager
+def _alone(runs: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back from a process that dies."""
+    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(runs / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another run is writing {runs}: wait until it has ended, or choose "
+                        "another profile") from None
+
+
+def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], profile: str,
+               force: bool, log: Callable[[str], None]) -> None:
+    runs = ROOT / "runs" / profile
+    earlier = _durations(ROOT / "figures" / profile / "provenance.json")
     clock = time.perf_counter()
     for number, step in enumerate(steps, 1):
         title = f"[{number}/{len(steps)}] {step.name}"
@@ -248,9 +272,6 @@ def reproduce(
         for line in (runs / f"{step.name}.log").read_text().splitlines():
             if line.startswith(CHECK_FAILED):
                 log(f"    {line}")
-    write_provenance(profile, given)
-    written = [ROOT / path for step in steps for path in step.outputs(profile)]
-    return [path for path in written if path.parent == figures] + [figures / "provenance.json"]
 
 
 def _written(step: Step, profile: str) -> list[Path]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import torch
+from filelock import FileLock
 
 from jfbnb import reproduce as runner
 from jfbnb.cli import main
@@ -243,3 +244,13 @@ def test_weights_taken_are_among_what_a_step_depends_on():
     released = os.path.relpath(ROOT / "data" / "weights", runner.NOTEBOOKS)
     assert list(runner.weights_taken(step, {"weights": released})) == ["weights/jfb.safetensors"]
     assert runner.weights_taken(step, {"weights": ""}) == {}
+
+
+def test_two_runs_in_one_folder(suite):
+    """The second says so and touches nothing; when the first has ended it may run."""
+    runs = suite / "runs" / "quick"
+    runs.mkdir(parents=True)
+    with FileLock(runs / ".lock"), pytest.raises(UserError, match="another run is writing"):
+        go()
+    assert not (runs / "markers").exists()
+    assert go() == ["ran", "ran", "ran"]

@@ -1,0 +1,45 @@
+"""What `jfbnb doctor` says of this installation, and of broken ones."""
+
+import shutil
+
+import pytest
+
+from jfbnb import doctor
+from jfbnb.cli import main
+from jfbnb.methods import RELEASED
+
+
+def test_a_sound_installation(capsys, image_folder):
+    assert main(["doctor", "--data", str(image_folder)]) == 0
+    out = capsys.readouterr().out
+    assert "TROUBLE" not in out
+    for part in ("Python", "torch ", "threads", "GB free", "000001.jpg", "jfb"):
+        assert part in out
+
+
+def damage_weights(tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(RELEASED, folder)
+    (folder / "jfb.safetensors").write_bytes(b"no weights")
+    return ["--weights", str(folder)]
+
+
+def empty_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    return ["--data", str(tmp_path / "empty")]
+
+
+@pytest.mark.parametrize(("make", "message"), [
+    (damage_weights, "method jfb: "), (empty_data, "empty"),
+    (lambda tmp_path: ["--weights", str(tmp_path / "nowhere")], "no tuned parameters")])
+def test_trouble_is_named_and_the_status_is_not_zero(capsys, tmp_path, make, message):
+    assert main(["doctor", *make(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert any(line.startswith("TROUBLE") and message in line for line in out.splitlines())
+    assert "trouble" in err
+
+
+def test_missing_libraries_are_named(monkeypatch):
+    monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "no-such-library"))
+    found = list(doctor._libraries())
+    assert (False, "not installed: no-such-library; `make reproduce` installs all") in found
