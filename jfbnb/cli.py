@@ -1,4 +1,4 @@
-"""The `jfbnb` command: reproduce, evaluate, deblur, blur, data, doctor."""
+"""The `jfbnb` command: reproduce, evaluate, deblur, blur, data, verify, doctor."""
 
 import argparse
 import json
@@ -45,6 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--weights", type=Path, metavar="DIR",
                      help="take the trained networks in this folder, e.g. data/weights, and do "
                           "not train")
+    sub.add_argument("--frozen", action="store_true",
+                     help="redo figures and tables from the networks in runs/PROFILE; do not train")
     sub.add_argument("--only", metavar="NN", help="one notebook alone, e.g. 04")
     sub.add_argument("--force", action="store_true", help="redo what is already done")
     sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
@@ -76,6 +78,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--download", action="store_true", help="try to; else say how by hand")
     sub.add_argument("--out", type=Path, default=ROOT / "data" / "celeba", help="where to")
     sub.set_defaults(run=run_data)
+
+    sub = commands.add_parser("verify", help="measure a finished run again, and compare")
+    sub.add_argument("profile", metavar="PROFILE", help="quick, cpu or paper")
+    sub.add_argument("--data", help="where its images are now")
+    sub.add_argument("--limit", type=int, help="measure on the first N test images")
+    sub.set_defaults(run=run_verify)
 
     sub = commands.add_parser("doctor", help="what is installed and found, and what would not work")
     sub.add_argument("--data", type=Path, default=ROOT / "data" / "celeba")
@@ -117,6 +125,10 @@ def run_reproduce(args: argparse.Namespace) -> None:
         overrides[name] = yaml.safe_load(value)
     if args.data:
         overrides["data"] = str(Path(args.data).resolve()) if args.data != "bundled" else "bundled"
+    if args.frozen:
+        if args.weights:
+            raise UserError("--frozen takes the networks of the run itself: leave --weights out")
+        args.weights = ROOT / "runs" / args.profile
     if args.weights:  # relative, so that no path of this machine gets into the results
         overrides["weights"] = os.path.relpath(args.weights, NOTEBOOKS)
     files = reproduce(args.profile, overrides, args.only, args.force,
@@ -185,6 +197,18 @@ def run_data(args: argparse.Namespace) -> None:
         print(f"CelebA is in {datasets.download_celeba(args.out)}")
     else:
         print(datasets.MANUAL_STEPS)
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    from jfbnb.verify import verify
+
+    differences = 0
+    for line in verify(args.profile, args.data, args.limit):
+        print(line)
+        differences += 1
+    if differences:
+        raise UserError(f"{differences} differences: see the lines above")
+    print(f"the tables of {args.profile} are those of its stored networks")
 
 
 def run_doctor(args: argparse.Namespace) -> None:
