@@ -1,4 +1,4 @@
-"""The `jfbnb` command: reproduce, evaluate, deblur, blur, data, verify, doctor."""
+"""The `jfbnb` command: reproduce, evaluate, deblur, blur, data, verify, sweep, doctor."""
 
 import argparse
 import json
@@ -47,6 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
                           "not train")
     sub.add_argument("--frozen", action="store_true",
                      help="redo figures and tables from the networks in runs/PROFILE; do not train")
+    sub.add_argument("--folder", help="of runs/ and figures/ to write to, if not PROFILE")
     sub.add_argument("--only", metavar="NN", help="one notebook alone, e.g. 04")
     sub.add_argument("--force", action="store_true", help="redo what is already done")
     sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
@@ -84,6 +85,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--data", help="where its images are now")
     sub.add_argument("--limit", type=int, help="measure on the first N test images")
     sub.set_defaults(run=run_verify)
+
+    sub = commands.add_parser("sweep", help="reproduce with every combination of some parameters")
+    sub.add_argument("file", type=Path, metavar="SWEEP.yaml", help="profile, and lists of values")
+    sub.add_argument("--scheduler", metavar="ADDRESS", help="of a dask cluster; else this machine")
+    sub.add_argument("--data", help="folder, tar or zip of CelebA JPEGs")
+    sub.set_defaults(run=run_sweep)
 
     sub = commands.add_parser("doctor", help="what is installed and found, and what would not work")
     sub.add_argument("--data", type=Path, default=ROOT / "data" / "celeba")
@@ -128,11 +135,11 @@ def run_reproduce(args: argparse.Namespace) -> None:
     if args.frozen:
         if args.weights:
             raise UserError("--frozen takes the networks of the run itself: leave --weights out")
-        args.weights = ROOT / "runs" / args.profile
+        args.weights = ROOT / "runs" / (args.folder or args.profile)
     if args.weights:  # relative, so that no path of this machine gets into the results
         overrides["weights"] = os.path.relpath(args.weights, NOTEBOOKS)
     files = reproduce(args.profile, overrides, args.only, args.force,
-                      log=lambda line: print(line, flush=True))
+                      log=lambda line: print(line, flush=True), folder=args.folder)
     table = next((f for f in files if f.name == "table2_comparison.md"), None)
     if table:
         print(f"\nTable 2\n\n{table.read_text()}")
@@ -211,6 +218,13 @@ def run_verify(args: argparse.Namespace) -> None:
     print(f"the tables of {args.profile} are those of its stored networks")
 
 
+def run_sweep(args: argparse.Namespace) -> None:
+    from jfbnb.sweep import sweep
+
+    table = sweep(args.file, args.scheduler, args.data, lambda line: print(line, flush=True))
+    print(f"\n{table.read_text()}")
+
+
 def run_doctor(args: argparse.Namespace) -> None:
     from jfbnb.doctor import examine
 
@@ -257,3 +271,7 @@ def _save(target: Path, x: torch.Tensor, source: Path) -> None:
     image = Image.fromarray(np.ascontiguousarray(pixels))
     with atomic_path(target) as temporary:
         (image.convert("L") if grey else image).save(temporary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -54,9 +54,9 @@ class Step:
     tables: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
-    def outputs(self, profile: str) -> list[Path]:
+    def outputs(self, folder: str) -> list[Path]:
         """All files the step writes, relative to the project."""
-        runs, figures = Path("runs", profile), Path("figures", profile)
+        runs, figures = Path("runs", folder), Path("figures", folder)
         return [runs / f"{self.name}.ipynb", *(runs / a for a in self.artefacts),
                 *(figures / f"{f}{s}" for f in self.figures for s in (".png", ".pdf")),
                 *(figures / f"{t}{s}" for t in self.tables for s in (".csv", ".md", ".tex"))]
@@ -203,6 +203,7 @@ def reproduce(
     only: str | None = None,
     force: bool = False,
     log: Callable[[str], None] = print,
+    folder: str | None = None,
 ) -> list[Path]:
     """Run the profile's notebooks; return the figures and tables written, then provenance.json.
 
@@ -210,6 +211,7 @@ def reproduce(
         overrides: parameter values that replace the profile's.
         only: a notebook's number, e.g. "04": run that step alone.
         force: run steps even if they are done, and train from scratch.
+        folder: of runs/ and figures/ to write to, if not the profile's own.
 
     Raises:
         UserError: for bad input, or where a notebook stops with an error.
@@ -217,7 +219,8 @@ def reproduce(
     steps = tuple(s for s in STEPS if only is None or s.name.startswith(only))
     if not steps:
         raise UserError(f"no notebook {only!r}: choose 01 to 0{len(STEPS)}")
-    given = load_profile(profile) | overrides
+    folder = folder or profile
+    given = load_profile(profile) | {"profile": folder} | overrides
     step_parameters(steps, given)  # refuses unknown ones before anything uses them
     pick_device(given.get("device", "auto"))
     if given.get("data", "bundled") != "bundled":
@@ -226,13 +229,13 @@ def reproduce(
     parameters = step_parameters(steps, given)
     for step in steps:
         weights_taken(step, parameters[step.name])  # so does this
-    runs, figures = ROOT / "runs" / profile, ROOT / "figures" / profile
+    runs, figures = ROOT / "runs" / folder, ROOT / "figures" / folder
     with _alone(runs):
         if force:
             shutil.rmtree(runs / "checkpoints", ignore_errors=True)
-        _run_steps(steps, parameters, profile, force, log)
-        write_provenance(profile, given)
-    written = [ROOT / path for step in steps for path in step.outputs(profile)]
+        _run_steps(steps, parameters, folder, force, log)
+        write_provenance(folder, given)
+    written = [ROOT / path for step in steps for path in step.outputs(folder)]
     return [path for path in written if path.parent == figures] + [figures / "provenance.json"]
 
 
@@ -248,10 +251,10 @@ def _alone(runs: Path) -> Iterator[None]:
                         "another profile") from None
 
 
-def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], profile: str,
+def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], folder: str,
                force: bool, log: Callable[[str], None]) -> None:
-    runs = ROOT / "runs" / profile
-    earlier = _durations(ROOT / "figures" / profile / "provenance.json")
+    runs = ROOT / "runs" / folder
+    earlier = _durations(ROOT / "figures" / folder / "provenance.json")
     clock = time.perf_counter()
     for number, step in enumerate(steps, 1):
         title = f"[{number}/{len(steps)}] {step.name}"
@@ -264,7 +267,7 @@ def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], p
         log(f"{title}: expected {f'{expected:.0f} s' if expected else 'time unknown'}")
         marker_file.unlink(missing_ok=True)
         seconds = run_notebook(step, parameters[step.name], runs)
-        outputs = {str(path): file_hash(ROOT / path) for path in _written(step, profile)}
+        outputs = {str(path): file_hash(ROOT / path) for path in _written(step, folder)}
         marker = {"inputs": inputs, "outputs": outputs, "parameters": parameters[step.name],
                   "seconds": seconds}
         atomic_write(marker_file, json.dumps(marker, indent=2))
@@ -274,11 +277,11 @@ def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], p
                 log(f"    {line}")
 
 
-def _written(step: Step, profile: str) -> list[Path]:
-    missing = [str(path) for path in step.outputs(profile) if not (ROOT / path).is_file()]
+def _written(step: Step, folder: str) -> list[Path]:
+    missing = [str(path) for path in step.outputs(folder) if not (ROOT / path).is_file()]
     if missing:
         raise UserError(f"{step.name} finished without writing {', '.join(missing)}")
-    return step.outputs(profile)
+    return step.outputs(folder)
 
 
 def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
@@ -315,12 +318,12 @@ def _durations(provenance: Path) -> dict[str, float]:
     return {name: step["seconds"] for name, step in steps.items()}
 
 
-def write_provenance(profile: str, given: dict[str, Any]) -> None:
-    """figures/PROFILE/provenance.json: how its figures and tables came about."""
+def write_provenance(folder: str, given: dict[str, Any]) -> None:
+    """figures/FOLDER/provenance.json: how its figures and tables came about."""
     device = pick_device(given.get("device", "auto"))
     steps = {}
     for step in STEPS:
-        marker = read_marker(ROOT / "runs" / profile / "markers" / f"{step.name}.json")
+        marker = read_marker(ROOT / "runs" / folder / "markers" / f"{step.name}.json")
         if marker:
             # The data's place is the user's own affair; its fingerprint is among the inputs.
             own = {k: v if k != "data" or v == "bundled" else Path(v).name
@@ -328,12 +331,12 @@ def write_provenance(profile: str, given: dict[str, Any]) -> None:
             steps[step.name] = {"seconds": round(marker["seconds"], 1), "parameters": own,
                                 "inputs": marker["inputs"], "outputs": marker["outputs"]}
     record = {
-        "profile": profile,
+        "profile": folder,
         "device": describe_device(device),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
         "steps": steps,
     }
-    path = ROOT / "figures" / profile / "provenance.json"
+    path = ROOT / "figures" / folder / "provenance.json"
     atomic_write(path, json.dumps(record, indent=2) + "\n")

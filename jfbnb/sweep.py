@@ -1,0 +1,119 @@
+"""Many runs of the suite: every combination of some parameters' values, on dask.distributed.
+
+Each point is one `jfbnb reproduce` in a process of its own and a folder of its own. A point that is
+done is skipped, so a sweep that was stopped goes on; a point whose worker dies is tried again.
+"""
+
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from jfbnb.common import ROOT, UserError
+from jfbnb.figures import save_table
+from jfbnb.reproduce import STEPS, load_profile, step_parameters
+
+RETRIES = 3  # after a worker died
+
+
+def load_sweep(path: Path) -> tuple[str, dict[str, list[Any]]]:
+    """A sweep's profile and its parameters, each with the values to try.
+
+    Raises:
+        UserError: if the file is no such description, or has a parameter that no notebook has.
+    """
+    try:
+        sweep = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"cannot read the sweep {path}: {error}") from error
+    if (not isinstance(sweep, dict) or set(sweep) != {"profile", "parameters"}
+            or not isinstance(sweep["parameters"], dict) or not sweep["parameters"]
+            or not all(isinstance(v, list) and v for v in sweep["parameters"].values())):
+        raise UserError(f"{path} is no sweep: it has a `profile`, and `parameters` that each have "
+                        "a list of values")
+    for values in points(sweep["parameters"]):
+        step_parameters(STEPS, load_profile(sweep["profile"]) | values)
+    return sweep["profile"], sweep["parameters"]
+
+
+def points(parameters: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Every combination of the values."""
+    return [dict(zip(parameters, values, strict=True))
+            for values in itertools.product(*parameters.values())]
+
+
+def point_name(values: dict[str, Any]) -> str:
+    """The folder of a point, e.g. protocol=paper,seed=0."""
+    return ",".join(f"{k}={v}" for k, v in sorted(values.items())).replace("/", "_")
+
+
+def run_point(profile: str, folder: str, values: dict[str, Any], data: str | None) -> str:
+    """Reproduce one point in a process of its own; what it says when it fails is the error."""
+    command = [sys.executable, "-m", "jfbnb.cli", "reproduce", "--profile", profile,
+               "--folder", folder]
+    command += ["--data", data] if data else []
+    for name, value in values.items():
+        command += ["-p", f"{name}={yaml.safe_dump(value).splitlines()[0]}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{folder}: {done.stderr.strip().splitlines()[-1:]}")
+    return folder
+
+
+def sweep(path: Path, scheduler: str | None, data: str | None,
+          log: Callable[[str], None] = print) -> Path:
+    """Run all points of the sweep file; return the table of means and standard errors.
+
+    Args:
+        scheduler: address of a dask scheduler whose workers share this folder; None starts
+            workers on this machine.
+
+    Raises:
+        UserError: for a bad sweep file, a missing dask, or points that failed.
+    """
+    profile, parameters = load_sweep(path)
+    try:
+        from distributed import Client, LocalCluster, as_completed
+    except ImportError:
+        raise UserError("sweeps need dask: pip install 'jfbnb[sweep]'") from None
+    name = f"sweep-{path.stem}"
+    todo = {f"{name}/{point_name(values)}": values for values in points(parameters)}
+    cluster = None if scheduler else LocalCluster(n_workers=1, threads_per_worker=1)
+    failed = []
+    with Client(scheduler or cluster) as client:
+        futures = [client.submit(run_point, profile, folder, values, data, retries=RETRIES,
+                                 pure=False) for folder, values in todo.items()]
+        for future in as_completed(futures):
+            if future.status == "error":
+                failed.append(str(future.exception()))
+                log(f"failed: {failed[-1]}")
+            else:
+                log(f"done: {future.result()}")
+    if cluster:
+        cluster.close()
+    if failed:
+        raise UserError(f"{len(failed)} of {len(todo)} points failed; the same command tries them "
+                        "again")
+    return summarise(name, parameters)
+
+
+def summarise(name: str, parameters: dict[str, list[Any]]) -> Path:
+    """Means over seeds of every method's PSNR and SSIM, with standard errors of the seeds."""
+    tables = []
+    for values in points(parameters):
+        table = pd.read_csv(ROOT / "figures" / name / point_name(values) / "table2_comparison.csv")
+        tables.append(table.assign(**values))
+    together = pd.concat(tables, ignore_index=True).dropna(subset="PSNR (dB)")
+    keys = [key for key in parameters if key != "seed"] + ["Method"]
+    groups = together.groupby(keys, sort=False)
+    table = groups.agg(**{"runs": ("PSNR (dB)", "size"), "PSNR (dB)": ("PSNR (dB)", "mean"),
+                          "± PSNR": ("PSNR (dB)", "sem"), "SSIM": ("SSIM", "mean"),
+                          "± SSIM": ("SSIM", "sem")}).reset_index()
+    target = ROOT / "figures" / name / "summary"
+    save_table(table, target, f"Means and standard errors over the seeds of {name}.")
+    return target.with_suffix(".md")

@@ -1,0 +1,96 @@
+"""Sweeps: what they refuse, that they skip and retry, and what they sum up."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from jfbnb import sweep as module
+from jfbnb.cli import main
+from jfbnb.common import UserError
+
+distributed = pytest.importorskip("distributed", reason="pip install 'jfbnb[sweep]'")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "seeds.yaml"
+    path.write_text("profile: quick\nparameters:\n  seed: [0, 1]\n  protocol: [paper]\n")
+    return path
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("[1, 2]", "is no sweep"), ("profile: quick", "is no sweep"), (": :", "cannot read"),
+    ("profile: quick\nparameters: {seed: 3}", "list of values"),
+    ("profile: quick\nparameters: {sede: [3]}", "unknown parameter 'sede'"),
+    ("profile: quick\nparameters: {seed: [x]}", "seed takes a value like 0"),
+    ("profile: slow\nparameters: {seed: [3]}", "unknown profile 'slow'")])
+def test_bad_sweeps_are_refused_in_one_line(tmp_path, capsys, text, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    assert main(["sweep", str(path)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_every_point_has_a_folder_of_its_own():
+    names = [module.point_name(p) for p in module.points({"seed": [0, 1], "crop": [32, 48]})]
+    assert names == ["crop=32,seed=0", "crop=48,seed=0", "crop=32,seed=1", "crop=48,seed=1"]
+
+
+def test_a_worker_that_dies_is_replaced_and_its_point_tried_again(file, tmp_path, monkeypatch):
+    """Each point kills its first worker, and is done by the second."""
+    base = str(tmp_path)
+
+    def die_once(profile, folder, values, data):
+        first = Path(base, f"tried-{values['seed']}")
+        if not first.exists():
+            first.touch()
+            os._exit(1)
+        target = Path(base, "figures", folder)
+        target.mkdir(parents=True)
+        table = pd.DataFrame({"Method": ["JFB"], "PSNR (dB)": [30.0 + values["seed"]],
+                              "SSIM": [0.9]})
+        table.to_csv(target / "table2_comparison.csv", index=False)
+        return folder
+
+    monkeypatch.setattr(module, "run_point", die_once)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    lines = []
+    module.sweep(file, None, None, lines.append)
+    assert len(lines) == 2 and all(line.startswith("done: sweep-seeds/") for line in lines)
+    summary = pd.read_csv(tmp_path / "figures" / "sweep-seeds" / "summary.csv")
+    assert summary["runs"].tolist() == [2]
+    assert summary["PSNR (dB)"].tolist() == [30.5] and summary["± PSNR"].tolist() == [0.5]
+
+
+def test_points_that_fail_are_named(file, monkeypatch):
+    def fail(profile, folder, values, data):
+        raise RuntimeError(f"{folder}: no luck")
+
+    monkeypatch.setattr(module, "run_point", fail)
+    lines = []
+    with pytest.raises(UserError, match="2 of 2 points failed"):
+        module.sweep(file, None, None, lines.append)
+    assert all("no luck" in line for line in lines)
+
+
+def test_a_point_is_one_reproduce_with_its_values(monkeypatch):
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return type("Done", (), {"returncode": 0})()
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    module.run_point("quick", "sweep-x/seed=1", {"seed": 1, "protocol": "code"}, None)
+    assert commands == [[sys.executable, "-m", "jfbnb.cli", "reproduce", "--profile", "quick",
+                         "--folder", "sweep-x/seed=1", "-p", "seed=1", "-p", "protocol=code"]]
+
+
+def test_the_command_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "jfbnb.cli", "reproduce", "--only", "9"],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "no notebook '9'" in done.stderr
