@@ -86,8 +86,10 @@ class Explorer(w.VBox):
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
         """The widget, and its picture for those who read without a kernel."""
         bundle = super()._repr_mimebundle_(**kwargs)
+        smaller = io.BytesIO()  # a notebook keeps it: 64 colours will do
+        Image.open(io.BytesIO(self.picture.value)).convert("RGB").quantize(64).save(smaller, "png")
         return {**bundle, "text/plain": WITHOUT_KERNEL,
-                "image/png": base64.b64encode(self.picture.value).decode()}
+                "image/png": base64.b64encode(smaller.getvalue()).decode()}
 
 
 def _escaped(text: str) -> str:
