@@ -53,7 +53,7 @@ def lab(tmp_path_factory):
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(120):
+        for _ in range(360):
             try:
                 urllib.request.urlopen(f"{address}/api/status", timeout=1)
                 break
@@ -137,10 +137,12 @@ def test_runs_in_jupyterlab_and_answers(lab, browser, page, name):
         page.set_viewport_size({"width": width, "height": 900})
         selector = ".jfbnb-swipe canvas" if name.startswith("05") else ".widget-image"
         bring(page, selector)
-        page.wait_for_timeout(500)
+        page.wait_for_timeout(1000)  # JupyterLab lays the cells out anew
+        bring(page, selector)
         page.screenshot(path=str(SHOTS / f"{name[:2]}-{width}.png"))
     if name.startswith("05"):
         swipe(page)
+        restore_another_image(page)
     else:
         move_a_slider(page)
     page.screenshot(path=str(SHOTS / f"{name[:2]}-moved.png"))
@@ -161,6 +163,18 @@ def swipe(page) -> None:
     canvas.focus()
     page.keyboard.press("ArrowRight")
     assert canvas.get_attribute("aria-valuenow") == "22"
+
+
+def restore_another_image(page) -> None:
+    """Choose another photograph in the explorer of methods, and see other numbers."""
+    menu = bring(page, ".widget-dropdown select")
+    numbers = page.locator(".jfbnb-captions").last
+    before = numbers.inner_text()
+    menu.select_option(index=1)
+    deadline = time.monotonic() + 30
+    while page.locator(".jfbnb-captions").last.inner_text() == before:
+        assert time.monotonic() < deadline, "the comparison did not change"
+        page.wait_for_timeout(100)
 
 
 def move_a_slider(page) -> None:
