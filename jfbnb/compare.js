@@ -3,7 +3,7 @@
 // `mount(el)` turns the <figure> elements inside `el` (an <img> and a <figcaption> each) into one
 // comparison. Without scripts the figures stay what they are: labelled pictures in a row.
 
-function mount(el, onChange = () => {}) {
+function mount(el) {
   const figures = [...el.querySelectorAll("figure")];
   const images = figures.map((figure) => ({
     label: figure.dataset.label,
@@ -140,7 +140,6 @@ function mount(el, onChange = () => {}) {
     canvas.setAttribute("aria-valuetext",
       `${percent}% ${images[state.left].label}, then ${images[state.right].label}`);
     draw();
-    onChange(state);
   }
 
   // Zoom about a point of the canvas, its middle unless one is given.
@@ -226,7 +225,6 @@ function mount(el, onChange = () => {}) {
   }
 
   Promise.all(images.map((image) => image.img.decode())).then(prepare);
-  return { state, set };
 }
 
 const ERROR_GAIN = 5;

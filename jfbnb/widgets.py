@@ -53,10 +53,7 @@ export default {
   render({ model, el }) {
     const build = () => {
       el.innerHTML = model.get("figures");
-      mount(el.firstElementChild, (state) => {
-        model.set({ left: state.left, right: state.right });
-        model.save_changes();
-      });
+      mount(el.firstElementChild);
     };
     build();
     model.on("change:figures", build);
@@ -65,8 +62,6 @@ export default {
 """
     _css = STYLE
     figures = traitlets.Unicode().tag(sync=True)
-    left = traitlets.Int().tag(sync=True)
-    right = traitlets.Int().tag(sync=True)
 
     def __init__(self, images: dict[str, Tensor], truth: str | None = None):
         super().__init__()
@@ -76,7 +71,6 @@ export default {
         """Replace the images; see `compare`."""
         images = {label: _single(label, image) for label, image in images.items()}
         _check_comparable(images, truth)
-        self.left, self.right = 0, len(images) - 1
         self.figures = _figures(images, truth)
 
     def to_html(self) -> str:

@@ -125,11 +125,11 @@ def bring(page, selector: str):
 
 
 def picture(page) -> str:
-    return page.locator(".widget-image, .jupyter-widgets.widget-image").first.get_attribute("src")
+    return page.locator(".widget-image").first.get_attribute("src")
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_runs_in_jupyterlab_and_answers(lab, browser, page, name):
+def test_runs_in_jupyterlab_and_answers(lab, page, name):
     run_all(page, lab, name)
     SHOTS.mkdir(parents=True, exist_ok=True)
     for width in (1280, 800):
