@@ -38,6 +38,9 @@ class Size:
     depth: int
     width: int
 
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.side}-{self.depth}x{self.width}"
+
     @staticmethod
     def parse(name: str) -> "Size":
         """Read "16x64-8x32". Raises ValueError for another form, or a network that is too small."""

@@ -1,4 +1,4 @@
-"""What the benchmark measures. Every function here runs in a process of its own.
+"""What the benchmark measures of speed and memory. All of it runs in processes of their own.
 
 Those named `prepare_...` load and warm up, and return what is then measured again and again.
 """
@@ -11,27 +11,19 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-import yaml
 from contenders import Contender, Problem, Size, load_problem, make
 from torch import Tensor, nn
 
-from jfbnb.common import ROOT
-from jfbnb.datasets import load_splits, random_crops
 from jfbnb.diagnostics import gradient_costs
-from jfbnb.evaluation import psnr
 from jfbnb.fixed_point import anderson
 from jfbnb.maps import SplittingMap
-from jfbnb.methods import RELEASED, Tuning, make_loss, make_regulariser, restore
-from jfbnb.networks import DnCNN, Regulariser, load_regulariser, precision, save_regulariser
-from jfbnb.operators import get_protocol, make_blur, measure
-from jfbnb.training import BatchLoss, DenoiserLoss, EquilibriumLoss, TrainingConfig, train
+from jfbnb.networks import DnCNN, Regulariser, precision
+from jfbnb.operators import get_protocol, make_blur
 
 Record = dict[str, object]
 
 EVALUATIONS, PATIENCE = 200, 15.0  # evaluations of T and seconds after which a solver gives up
 BASE = {"K": 10, "batch": 2, "side": 64, "width": 32}  # a step, of which one thing then grows
-EPOCHS = 8  # of a training for `time to quality`
-WATCHED = 16  # validation images
 
 
 # --- the solvers: how far they must go ----------------------------------------------------------
@@ -223,75 +215,3 @@ def least(action: Callable[[], object], times: int = 5) -> float:
         action()
         seconds.append(time.perf_counter() - clock)
     return min(seconds)
-
-
-# --- time to quality ----------------------------------------------------------------------------
-
-
-def pretrain(data: str, seconds: float, file: Path) -> float:
-    """Train a denoiser from scratch and write it; the seconds that it took."""
-    settings = profile()
-    torch.manual_seed(settings["seed"])
-    S = Regulariser(DnCNN(settings["depth"], settings["width"]), tau=1.0, sigma=0.0)
-    S.log_tau.requires_grad_(False)
-    with precision(S, settings["bf16"]):
-        history = train_for(seconds, S, DenoiserLoss(S, 0.1), splits(data).train.images,
-                            settings["pretrain_batch_size"], settings["pretrain_crop"], 1e-3)
-    save_regulariser(file, S, {})
-    return sum(record["seconds"] for record in history)
-
-
-def train_method(name: str, data: str, seconds: float, denoiser: Path) -> list[Record]:
-    """Train a method from the denoiser; validation PSNR against the seconds of its own training.
-
-    The settings are those of profile cpu, tau and sigma the released ones'.
-    """
-    settings, setup = profile(), get_protocol("paper")
-    tuned = Tuning.load(RELEASED / "tuning.json").settings(name)
-    S = make_regulariser(load_regulariser(denoiser).network, tuned)
-    A_crop, A = make_blur(setup, settings["crop"]), make_blur(setup)
-    loss = make_loss(name, A_crop, S, tuned, EquilibriumLoss(
-        SplittingMap(A_crop, S), setup.noise_std, settings["tolerance"],
-        settings["max_iterations"], settings["power_iterations"], contraction=0.9, penalty=0.1,
-        bf16=settings["bf16"]))
-    images = splits(data)
-    x = images.validation.as_float()
-    d = measure(A, x, setup.noise_std, settings["seed"], images.validation.indices)
-
-    def validate() -> dict[str, float]:
-        restored = [restore(name, A, S, part, tuned)[0] for part in d.split(1)]
-        return {"validation_psnr": psnr(torch.cat(restored), x).mean().item()}
-
-    start = {"seconds": 0.0, **validate()}
-    history = train_for(seconds, S, loss, images.train.images, settings["batch_size"],
-                        settings["crop"], settings["learning_rate"], validate)
-    records, clock = [], 0.0
-    for epoch in [start, *history]:
-        clock += epoch["seconds"]
-        records.append({"method": name, "seconds": clock, "psnr": epoch["validation_psnr"]})
-    return records
-
-
-def profile() -> dict:
-    return yaml.safe_load((ROOT / "notebooks" / "profiles" / "cpu.yaml").read_text())
-
-
-def splits(data: str):
-    return load_splits(data, 128, n_train=2000 + WATCHED, n_validation=WATCHED, n_test=1)
-
-
-def train_for(seconds: float, S: Regulariser, loss: BatchLoss, images: Tensor, batch_size: int,
-              crop: int, learning_rate: float,
-              validate: Callable[[], dict[str, float]] | None = None) -> list[dict[str, float]]:
-    """`train` with as many images in each of EPOCHS epochs as make it last about `seconds`."""
-    x = random_crops(images[:batch_size], crop, 0)
-    for _ in range(3):
-        clock = time.perf_counter()
-        loss(x, (0,))[0].backward()
-        per_batch = time.perf_counter() - clock
-    batches = max(1, round(seconds / EPOCHS / per_batch))
-    images = images[:batches * batch_size]
-    epochs = max(1, round(seconds / (len(images) / batch_size * per_batch)))
-    config = TrainingConfig(epochs, batch_size, crop, learning_rate, seed=0, unconverged_limit=1.0)
-    return train(S, loss, images, config, torch.device("cpu"), validate=validate,
-                 log=lambda line: None)
