@@ -20,7 +20,7 @@ from jfbnb.fixed_point import anderson
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
 from jfbnb.maps import GradientMap, SplittingMap
 from jfbnb.methods import RELEASED
-from jfbnb.networks import DnCNN, Regulariser, load_regulariser
+from jfbnb.networks import DnCNN, Regulariser, load_regulariser, precision
 from jfbnb.operators import Blur, get_protocol, make_blur, measure
 
 MAPS = {"Eq. 4": GradientMap, "our map": SplittingMap}
@@ -132,22 +132,31 @@ def grown(small: DnCNN, depth: int, width: int) -> DnCNN:
 
 Run = Callable[[], Tensor]  # solves, and returns the image that a loss would see, tracked
 
+# Each library's solvers to choose from, with their settings.
+OURS = {"Anderson": False, "Anderson, bf16": True}  # all of the step, as profile cpu trains
 TORCHDEQ = {"Anderson": ("anderson", {}), "Anderson, ridge 1e-8": ("anderson", {"lam": 1e-8}),
             "Broyden": ("broyden", {}), "Picard": ("fixed_point_iter", {})}
+DEEPINV = {"Anderson": 5, "Anderson, window 10": 10, "Picard": None}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A library, one of its gradients, and the map that it is given."""
+    """A library, one of its gradients, and the map that it is given.
+
+    Args:
+        float32: keep to it, as the peers do.
+    """
 
     library: str
     gradient: str
     map: str = "our map"
+    float32: bool = False
 
     @property
     def name(self) -> str:
-        whose = "" if self.library == "jfbnb" else f", {self.map}"
-        return f"{self.library} {self.gradient}{whose}"
+        detail = ", float32" if self.float32 else ""
+        return f"{self.library} {self.gradient}" + (
+            detail if self.library == "jfbnb" else f", {self.map}")
 
     @property
     def solvers(self) -> tuple[str, ...]:
@@ -155,12 +164,15 @@ class Contender:
         if self.library == "torchdeq":
             return tuple(TORCHDEQ)
         if self.library == "deepinv":
-            return ("Anderson", "Picard")
-        return ("Picard",) if self.gradient == "unrolled" else ("Anderson",)
+            return tuple(DEEPINV)
+        if self.gradient == "unrolled":
+            return ("Picard",)
+        return ("Anderson",) if self.float32 else tuple(OURS)
 
 
 CONTENDERS = [
     *(Contender("jfbnb", g) for g in ("jfb", "neumann-5", "implicit", "unrolled")),
+    Contender("jfbnb", "jfb", float32=True),
     *(Contender("torchdeq", g, m) for m in MAPS for g in ("jfb", "phantom-5", "implicit")),
     *(Contender("deepinv", g, m) for m in MAPS for g in ("jfb", "implicit")),
 ]
@@ -190,8 +202,9 @@ def _ours(problem: Problem, contender: Contender, solver: str, iterations: int) 
     def run() -> Tensor:
         if contender.gradient == "unrolled":
             return unrolled(apply, T.start(d), iterations)
-        state, _ = anderson(apply, T.start(d), 0.0, iterations)
-        return gradients[contender.gradient](apply, state)
+        with precision(problem.S, OURS[solver]):
+            state, _ = anderson(apply, T.start(d), 0.0, iterations)
+            return gradients[contender.gradient](apply, state)
 
     return run
 
@@ -230,15 +243,16 @@ def _deepinvs(problem: Problem, contender: Contender, solver: str, iterations: i
             return A.solve_normal(A.adjoint(y) + z / gamma, 1 / gamma)
 
     physics = Physics(A=lambda x, **_: A(x), A_adjoint=lambda y, **_: A.adjoint(y))
-    accelerated = solver == "Anderson"
+    window = DEEPINV[solver]
     common = {
         "data_fidelity": deepinv.optim.L2(), "max_iter": iterations, "early_stop": False,
         "unfold": True, "trainable_params": [], "custom_init": lambda y, physics: (y, y),
         "sigma_denoiser": S.sigma.item(),
         "anderson_acceleration":
-            AndersonAccelerationConfig(5, beta=1.0, eps=1e-8) if accelerated else None,
+            AndersonAccelerationConfig(window, beta=1.0, eps=1e-8) if window else None,
         "DEQ": DEQConfig(jacobian_free=contender.gradient == "jfb", max_iter_backward=iterations,
-                         anderson_acceleration_backward=accelerated, eps_backward=1e-8)}
+                         anderson_acceleration_backward=window is not None,
+                         eps_backward=1e-8)}
     tau = S.tau.item()
     if contender.map == "Eq. 4":
         model = deepinv.optim.GD(prior=deepinv.optim.RED(Denoiser()), lambda_reg=tau, stepsize=1.0,

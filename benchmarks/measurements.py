@@ -22,7 +22,7 @@ from jfbnb.operators import get_protocol, make_blur
 
 Record = dict[str, object]
 
-EVALUATIONS, PATIENCE = 200, 15.0  # evaluations of T and seconds after which a solver gives up
+EVALUATIONS, PATIENCE = 150, 10.0  # evaluations of T and seconds after which a solver is stopped
 BASE = {"K": 10, "batch": 2, "side": 64, "width": 32}  # a step, of which one thing then grows
 
 
@@ -141,8 +141,11 @@ def _timed(problem: Problem, contender: Contender,
 
 def peak_memory() -> float:
     """The most memory that this process has had, in MB, libraries included."""
-    unit = 1e6 if sys.platform == "darwin" else 1e3  # bytes there, kilobytes elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    status = Path("/proc/self/status")
+    if status.exists():  # what getrusage says has the parent's memory in it, on Linux
+        lines = status.read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
 
 
 # --- growth -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ TIME_PARTS = {"network": COLOURS["jfb"], "data step": COLOURS["gradient-descent"
 def with_ratio(table: pd.DataFrame) -> pd.DataFrame:
     """Adds the seconds over those of our own JFB on the same problem, to the same distance."""
     keys = ["problem", "to distance"]
-    ours = table[(table.library == "jfbnb") & (table.gradient == "jfb")].set_index(keys).seconds
+    ours = table[table.contender == "jfbnb jfb"].set_index(keys).seconds
     ratio = table.seconds / table.set_index(keys).index.map(ours)
     table.insert(table.columns.get_loc("seconds") + 1, "times ours", ratio)
     return table
@@ -124,15 +124,14 @@ def verdicts(out: Path) -> pd.DataFrame:
             for distance, own in peers[peers["map"] == name].groupby("to distance"):
                 ratio = own["times ours"].min()
                 judge(f"a peer's JFB step with {name} takes {least} times ours or more, to "
-                      f"{float(distance):g}", ratio, ratio >= least)
-        exact = step[(step.library == "jfbnb") & (step.gradient == "implicit")
-                     & (step["to distance"].astype(float) == 1e-3)]
+                      f"{distance:g}", ratio, ratio >= least)
+        exact = step[(step.contender == "jfbnb implicit") & (step["to distance"] == 1e-3)]
         if len(exact):
             ratio = exact["times ours"].min()
             judge("our implicit step takes 3 times our JFB step or more, to 0.001", ratio,
                   ratio >= 3)
     if len(image):
-        single = image[(image.library == "jfbnb") & image.problem.str.startswith("1x128-")]
+        single = image[(image.contender == "jfbnb jfb") & image.problem.str.startswith("1x128-")]
         if len(single):
             seconds = single.seconds.max()
             judge("one image of 128 x 128 in under 0.15 s", seconds, seconds < 0.15)
