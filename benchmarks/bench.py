@@ -134,9 +134,8 @@ def compare(bench: Bench, size: Size, contenders: list[Contender], target: float
 
 def _row(size: Size, contender: Contender, setting: dict, runs: list[dict]) -> dict:
     """The median and the spread of a contender's runs, or how far it came."""
-    row = {"problem": str(size), "contender": contender.name, "library": contender.library,
-           "gradient": contender.gradient, "map": contender.map,
-           "to distance": f"{setting['target']:.0e}", "solver": setting["solver"],
+    row = {"problem": str(size), "to distance": f"{setting['target']:.0e}",
+           "contender": contender.name, "solver": setting["solver"],
            "iterations": setting["iterations"]}
     if not runs:  # what it spent without arriving is the least that it would have taken
         known = (size.depth, size.width) == RELEASED_SIZE
@@ -197,12 +196,13 @@ def quality(bench: Bench) -> None:
                    f"Of validation images, {source}; {spent:.0f} s of pretraining included.")
         goal = published_deq()
         save_table(pd.DataFrame([
-            {"method": name, "pretraining (s)": spent, f"to {goal} dB (s)": first_at(own, goal),
+            {"method": name, "images": source, "pretraining (s)": spent,
+             f"to {goal} dB (s)": first_at(own, goal),
              "best PSNR (dB)": own.psnr.max(), "last PSNR (dB)": own.psnr.iloc[-1],
              "in all (s)": own["time (s)"].max()}
             for name, own in table.groupby("method", sort=False)]),
             bench.out / "time_to_quality",
-            f"Seconds of training from scratch, and what they gave; {source}.")
+            "Seconds of training from scratch, and the validation PSNR that they gave.")
         save_figure(quality_curves(table, goal), bench.out / "quality", source)
 
 

@@ -134,7 +134,8 @@ Run = Callable[[], Tensor]  # solves, and returns the image that a loss would se
 
 # Each library's solvers to choose from, with their settings.
 OURS = {"Anderson": False, "Anderson, bf16": True}  # all of the step, as profile cpu trains
-TORCHDEQ = {"Anderson": ("anderson", {}), "Anderson, ridge 1e-8": ("anderson", {"lam": 1e-8}),
+TORCHDEQ = {"Anderson": ("anderson", {}),
+            "Anderson, window 10": ("anderson", {"m": 10, "lam": 1e-8}),
             "Broyden": ("broyden", {}), "Picard": ("fixed_point_iter", {})}
 DEEPINV = {"Anderson": 5, "Anderson, window 10": 10, "Picard": None}
 
