@@ -1,248 +1,302 @@
 """`make bench`: this project, deepinv and torchdeq, side by side on the same problem.
 
-Each measurement is a process of its own. Contenders take turns, so that a slow minute of the
-machine hits all of them. Results: benchmarks/results/, as CSV, Markdown and figures.
+What is measured and how to read it: benchmarks/README.md. The sections run one after the other,
+and each one's tables and figures are written as soon as it is done.
 """
 
 import argparse
 import json
 import os
 import platform
-import resource
-import statistics
-import subprocess
-import sys
-import time
+import tempfile
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
-from contenders import CONTENDERS, available, make_problem, results_folder
+from contenders import CONTENDERS, GRADIENTS, Contender, Size, available, solve_problem
+from measurements import (
+    calibrate,
+    prepare_growth,
+    prepare_limit,
+    prepare_reconstruction,
+    prepare_step,
+)
+from processes import Worker, alone, in_turns
+from quality import pretrain, train_method
+from report import bars, exponent, growth_curves, quality_curves, time_parts, verdicts, with_ratio
 
-from jfbnb.common import atomic_write
-from jfbnb.figures import COLOURS, new_figure, save_figure, save_table
-from jfbnb.maps import SplittingMap
-from jfbnb.methods import solve
+from jfbnb.common import ROOT, UserError, atomic_write
+from jfbnb.figures import save_figure, save_table
 
-PROBLEMS = {  # batch, side of the crops, depth, width
-    "16 x 64², 8 x 32": (16, 64, 8, 32), "4 x 128², 8 x 32": (4, 128, 8, 32),
-    "16 x 64², 17 x 64": (16, 64, 17, 64), "4 x 128², 17 x 64": (4, 128, 17, 64)}
-TARGETS = (1e-2, 1e-3)
-COUNTS = (2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64, 96, 128, 192, 256)
-PATIENCE = 120.0  # seconds that one solve may take in calibration
-
-
-# --- what a process does ------------------------------------------------------------------------
-
-
-def calibrate(problem_name: str, contender: str) -> list[dict]:
-    """The fewest iterations, and the solver, that reach each target; one record per target."""
-    make, map_name, gradient, solvers = CONTENDERS[contender]
-    problem = make_problem(*PROBLEMS[problem_name])
-    tried = []
-    for solver in solvers:
-        run = make(problem, map_name, gradient, solver)
-        for count in COUNTS:
-            clock = time.perf_counter()
-            try:
-                state, _ = run(count)
-            except (RuntimeError, ValueError, IndexError) as error:  # a peer's solver gave up
-                print(f"{contender}, {solver}: {error}", file=sys.stderr)
-                break
-            seconds = time.perf_counter() - clock
-            distance = problem.distance(map_name, state)
-            tried.append({"solver": solver, "iterations": count, "distance": distance,
-                          "seconds": seconds})
-            if distance <= min(TARGETS) or seconds > PATIENCE or not distance < 1e3:
-                break
-    records = []
-    for target in TARGETS:
-        reached = [t for t in tried if t["distance"] <= target]
-        best = (min(reached, key=lambda t: t["seconds"]) if reached
-                else min(tried, key=lambda t: t["distance"]))
-        records.append({"problem": problem_name, "contender": contender, "target": target,
-                        "reached": bool(reached), **best})
-    return records
+PEERS = ("deepinv", "torchdeq")
+RELEASED_SIZE = (8, 32)  # of the network that calibration uses
+RIVALS = ("jfb", "deq", "unrolled", "feedforward-tikhonov")  # in time to quality
 
 
-def time_step(record: dict) -> dict:
-    """One training step with calibrated settings: seconds, and the memory it adds at its peak."""
-    make, map_name, gradient, _ = CONTENDERS[record["contender"]]
-    problem = make_problem(*PROBLEMS[record["problem"]])
-    run = make(problem, map_name, gradient, record["solver"])
-    optimizer = torch.optim.Adam(problem.S.parameters(), lr=0.0)  # moves nothing, costs the same
+@dataclass
+class Bench:
+    """What a run measures, and what its sections share. The defaults are the full benchmark.
 
-    def step() -> None:
-        _, output = run(record["iterations"])
-        optimizer.zero_grad()
-        (output - problem.x).square().mean().backward()
-        optimizer.step()
+    Args:
+        problems, reconstructions, limits: of the sections step, reconstruction and limit.
+        targets: distances to x*.
+        growth: the values of each series.
+        seconds: of pretraining, and of each method's training after it.
+        epochs, watched: how often the PSNR is taken, and on how many images.
+        calibrated: what `settings` has found.
+    """
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = repeat(step)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "MB": (after - before) / 1024}
+    contenders: list[Contender]
+    problems: list[Size]
+    rounds: int
+    data: str
+    seconds: float
+    out: Path
+    scratch: Path
+    reconstructions: tuple[Size, ...] = (Size(1, 128, 8, 32), Size(16, 128, 8, 32))
+    limits: tuple[Size, ...] = (Size(1, 128, 8, 32), Size(4, 128, 17, 64))
+    targets: tuple[float, ...] = (1e-2, 1e-3)
+    growth: dict[str, tuple[int, ...]] = field(default_factory=lambda: {
+        "K": (5, 10, 20, 40), "batch": (1, 2, 4, 8, 16), "side": (64, 128, 256, 512),
+        "width": (16, 32, 64, 128)})
+    epochs: int = 8
+    watched: int = 16
+    calibrated: dict[tuple, list[dict]] = field(default_factory=dict)
 
+    def solved(self, size: Size) -> Path:
+        """The file with the problem's images and equilibrium; the network's size is no matter."""
+        file = self.scratch / f"{size.batch}x{size.side}.safetensors"
+        if not file.exists():
+            alone(solve_problem, file, size.batch, size.side)
+        return file
 
-def time_reconstruction(batch: int) -> dict:
-    """The released network on 128 x 128 images, to a distance of 1e-3."""
-    problem = make_problem(batch, 128, 8, 32)
-    T = SplittingMap(problem.A, problem.S)
-    for tolerance in (3e-3, 1e-3, 3e-4, 1e-4, 3e-5):
-        with torch.no_grad():
-            y, info = solve(T, problem.d, tolerance)
-        if problem.distance("splitting", y) <= 1e-3:
-            break
-    with torch.no_grad():
-        seconds = repeat(lambda: solve(T, problem.d, tolerance))
-    return {"batch": batch, "seconds per image": seconds / batch,
-            "evaluations": info.iterations.float().mean().item(),
-            "distance": problem.distance("splitting", y)}
-
-
-def time_limit(channels: int) -> dict:
-    """FLOP/s of the network's convolutions, and of the best matrix product of the same type."""
-    problem = make_problem(4, 128, 8 if channels == 32 else 17, channels)
-    network = problem.S.network
-    flops = 2 * problem.x[0, 0].numel() * len(problem.x) * sum(
-        p.numel() for p in network.parameters() if p.dim() == 4)
-    with torch.no_grad():
-        network_seconds = repeat(lambda: network(problem.x, 0.05), 7)
-    best = 0.0
-    for n in (1024, 2048, 3072):
-        a, b = torch.rand(n, n), torch.rand(n, n)
-        best = max(best, 2 * n**3 / repeat(lambda a=a, b=b: a @ b, 7))
-    return {"channels": channels, "network GFLOP/s": flops / network_seconds / 1e9,
-            "matrix product GFLOP/s": best / 1e9, "share": flops / network_seconds / best}
-
-
-def repeat(action: Callable[[], object], times: int = 3) -> float:
-    """Median seconds of `times` calls, after one to warm up."""
-    action()
-    seconds = []
-    for _ in range(times):
-        clock = time.perf_counter()
-        action()
-        seconds.append(time.perf_counter() - clock)
-    return statistics.median(seconds)
-
-
-JOBS: dict[str, Callable] = {"calibrate": calibrate, "step": time_step,
-                             "reconstruction": time_reconstruction, "limit": time_limit}
-
-
-def in_a_process(job: str, *arguments: object) -> object:
-    """Run a job alone in a fresh process; its result."""
-    command = [sys.executable, __file__, "--job", job, json.dumps(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{job} {arguments} failed: {done.stderr[-1500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    def settings(self, size: Size, contender: Contender) -> list[dict]:
+        """`calibrate`, once for all contenders that solve alike, with the small network."""
+        key = (size.batch, size.side, contender.library, contender.map, contender.solvers)
+        if key not in self.calibrated:
+            print(f"  how far must {contender.name} iterate?", flush=True)
+            self.calibrated[key] = alone(calibrate, self.solved(size), contender, self.targets)
+        return self.calibrated[key]
 
 
 # --- the sections -------------------------------------------------------------------------------
 
 
-def training_steps(problems: list[str], rounds: int, out: Path) -> None:
-    names = [name for name in CONTENDERS if available(name)]
-    for missing in sorted({name.split()[0] for name in CONTENDERS} - {n.split()[0] for n in names}):
-        print(f"{missing} is not installed and left out: pip install -e '.[bench]'")
-    settings = []
-    for problem in problems:
-        for name in names:
-            print(f"calibrating {name} on {problem}", flush=True)
-            settings += in_a_process("calibrate", problem, name)
-    runs = []
-    for number in range(rounds):
-        for record in settings:
-            if record["reached"]:
-                runs.append({**record, "round": number, **in_a_process("step", record)})
-        print(f"round {number + 1} of {rounds} done", flush=True)
-    save_table(pd.DataFrame(runs), out / "step_runs", "Every run of a training step.")
-    table = pd.DataFrame([_step_row(record, runs) for record in settings])
-    save_table(table, out / "step", f"One training step, {rounds} runs, to a distance from x*.")
-    _step_figure(table, out)
+def step(bench: Bench) -> None:
+    """One training step."""
+    rows: list[dict] = []
+    for size in bench.problems:
+        for target in bench.targets:
+            rows += compare(bench, size, bench.contenders, target, prepare_step)
+            table = with_ratio(pd.DataFrame(rows))
+            save_table(table, bench.out / "step", f"One training step; {bench.rounds} runs each.")
+            save_figure(bars(table, "seconds per training step"), bench.out / "step")
 
 
-def _step_row(record: dict, runs: list[dict]) -> dict:
-    own = [r for r in runs if all(r[k] == record[k] for k in ("problem", "contender", "target"))]
-    seconds = [r["seconds"] for r in own]
-    return {"problem": record["problem"], "contender": record["contender"],
-            "target": f"{record['target']:.0e}",
-            "reached": "yes" if record["reached"] else f"no: {record['distance']:.0e}",
-            "solver": record["solver"], "iterations": record["iterations"],
-            "seconds, median": statistics.median(seconds) if own else None,
-            "seconds, least": min(seconds, default=None),
-            "seconds, most": max(seconds, default=None),
-            "MB": statistics.median(r["MB"] for r in own) if own else None}
+def reconstruction(bench: Bench) -> None:
+    """The image, without a gradient."""
+    rows = []
+    for size in bench.reconstructions:
+        rows += compare(bench, size, [c for c in bench.contenders if c.gradient == "jfb"],
+                        min(bench.targets), prepare_reconstruction)
+    table = with_ratio(pd.DataFrame(rows))
+    images = table.problem.str.split("x").str[0].astype(int)
+    table["images per second"] = images / table.seconds
+    save_table(table, bench.out / "reconstruction",
+               f"Reconstruction, nothing tracked; {bench.rounds} runs each.")
+    save_figure(bars(table, "seconds per batch"), bench.out / "reconstruction")
 
 
-def _step_figure(table: pd.DataFrame, out: Path) -> None:
-    timed = table.dropna(subset="seconds, median")
-    figure, axes = new_figure(columns=len(TARGETS), width=11, height=7)
-    for ax, target in zip(axes, TARGETS, strict=True):
-        part = timed[timed.target == f"{target:.0e}"]
-        labels = part.problem + ": " + part.contender
-        colours = [COLOURS["jfb"] if c.startswith("jfbnb") else COLOURS["measurement"]
-                   for c in part.contender]
-        ax.barh(labels, part["seconds, median"], color=colours)
-        ax.set(xscale="log", xlabel="seconds", title=f"to a distance of {target:.0e}")
-        ax.tick_params(axis="y", labelsize=6)
-        ax.invert_yaxis()
-    save_figure(figure, out / "step")
+def compare(bench: Bench, size: Size, contenders: list[Contender], target: float,
+            prepare: Callable) -> list[dict]:
+    """The contenders side by side, to one distance: one record for each."""
+    found = {c: next(s for s in bench.settings(size, c) if s["target"] == target)
+             for c in contenders}
+    print(f"  {size}, to a distance of {target:.0e}", flush=True)
+    workers = {}
+    for c, s in found.items():
+        if s["reached"]:
+            try:
+                workers[c] = Worker(prepare, bench.solved(size), size, c, s["solver"],
+                                    s["iterations"])
+            except RuntimeError as error:  # a peer's solver, in the backward pass
+                print(f"  {c.name} failed: {error}")
+                found[c] = {**s, "reached": False, "distance": np.nan, "seconds": np.nan}
+    runs: dict[Contender, list[dict]] = {c: [] for c in contenders}
+    for c, record in in_turns(workers, bench.rounds):
+        runs[c].append(record)
+    return [_row(size, c, found[c], runs[c]) for c in contenders]
 
 
-def simple_section(job: str, values: list[int], rounds: int, out: Path, caption: str) -> None:
-    """Medians over rounds of a job that takes one number."""
-    runs = [{**in_a_process(job, value), "round": number}
-            for number in range(rounds) for value in values]
-    table = pd.DataFrame(runs).drop(columns="round").groupby(next(iter(runs[0]))).median()
-    save_table(table.reset_index(), out / job, caption)
-    print(table.to_string(), flush=True)
+def _row(size: Size, contender: Contender, setting: dict, runs: list[dict]) -> dict:
+    """The median and the spread of a contender's runs, or how far it came."""
+    row = {"problem": str(size), "to distance": f"{setting['target']:.0e}",
+           "contender": contender.name, "solver": setting["solver"],
+           "iterations": setting["iterations"]}
+    if not runs:  # what it spent without arriving is the least that it would have taken
+        known = (size.depth, size.width) == RELEASED_SIZE
+        return {**row, "reached": "no", "came to": f"{setting['distance']:.1e}",
+                "seconds": setting["seconds"] if known else np.nan}
+    seconds = [run["seconds"] for run in runs]
+    return {**row, "reached": "yes", "came to": f"{runs[0]['distance']:.1e}",
+            "seconds": np.median(seconds), "least seconds": min(seconds),
+            "most seconds": max(seconds), "evaluations": runs[0]["evaluations"],
+            "process MB": max(run["process MB"] for run in runs)}
+
+
+def limit(bench: Bench) -> None:
+    """Distance to what the machine can do."""
+    workers = {(size, bf16): Worker(prepare_limit, size, bf16)
+               for size in bench.limits for bf16 in (False, True)}
+    runs = pd.DataFrame([{"problem": str(size), "type": "bfloat16" if bf16 else "float32",
+                          **record} for (size, bf16), record in in_turns(workers, bench.rounds)])
+    table = runs.groupby(["problem", "type"], sort=False).median().reset_index()
+    save_table(table, bench.out / "limit", "The convolutions against the best matrix product; "
+               f"medians of {bench.rounds} runs.")
+    save_figure(time_parts(table), bench.out / "limit")
+
+
+def growth(bench: Bench) -> None:
+    """Seconds and memory of a step as one thing grows."""
+    workers = {name: Worker(prepare_growth, name, values)
+               for name, values in bench.growth.items()}
+    runs = pd.DataFrame([record for _, records in in_turns(workers, bench.rounds)
+                         for record in records])
+    table = (runs.groupby(["series", "value", "gradient"], sort=False)[["seconds", "MB"]]
+             .median().reset_index())
+    save_table(table, bench.out / "growth",
+               f"One training step as one thing grows; medians of {bench.rounds} runs.")
+    fits = pd.DataFrame([
+        {"series": series, "gradient": gradient,
+         "exponent of time": exponent(own.value, own.seconds),
+         "exponent of memory": exponent(own.value, own.MB), "most over least MB":
+         own.MB.max() / own.MB.min()}
+        for (series, gradient), own in table.groupby(["series", "gradient"], sort=False)])
+    save_table(fits, bench.out / "growth_exponents",
+               "y grows like x to the power of the exponent; least squares on logarithms.")
+    save_figure(growth_curves(table, fits), bench.out / "growth")
+
+
+def quality(bench: Bench) -> None:
+    """Validation PSNR against the seconds since a random network."""
+    denoiser = bench.scratch / "denoiser.safetensors"
+    spent, source = alone(pretrain, bench.data, bench.seconds, bench.watched, denoiser)
+    curves: list[dict] = []
+    for method in RIVALS:
+        print(f"  {method}", flush=True)
+        curves += alone(train_method, method, bench.data, bench.seconds, bench.epochs,
+                        bench.watched, denoiser)
+        table = pd.DataFrame(curves)
+        table["time (s)"] = spent + table.pop("seconds")
+        save_table(table, bench.out / "quality",
+                   f"Of validation images, {source}; {spent:.0f} s of pretraining included.")
+        goal = published_deq()
+        save_table(pd.DataFrame([
+            {"method": name, "images": source, "pretraining (s)": spent,
+             f"to {goal} dB (s)": first_at(own, goal),
+             "best PSNR (dB)": own.psnr.max(), "last PSNR (dB)": own.psnr.iloc[-1],
+             "in all (s)": own["time (s)"].max()}
+            for name, own in table.groupby("method", sort=False)]),
+            bench.out / "time_to_quality",
+            "Seconds of training from scratch, and the validation PSNR that they gave.")
+        save_figure(quality_curves(table, goal), bench.out / "quality", source)
+
+
+def first_at(curve: pd.DataFrame, goal: float) -> float:
+    """Seconds from scratch at which a PSNR is first seen that is at the goal; NaN if never."""
+    return curve["time (s)"][curve.psnr >= goal].min()
+
+
+def published_deq() -> float:
+    """Table 2's PSNR of the deep equilibrium model."""
+    table = pd.read_csv(ROOT / "data" / "published_table2.csv", comment="#", index_col="method")
+    return float(table.psnr["deq"])
+
+
+SECTIONS = {section.__name__: section for section in
+            (step, reconstruction, limit, growth, quality)}
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    atomic_write(args.out / "machine.json", json.dumps(machine(), indent=2) + "\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = make_bench(args, Path(scratch))
+        for name in args.sections:
+            print(name, flush=True)
+            try:
+                SECTIONS[name](bench)
+            except UserError as error:
+                print(f"{name} is left out: {error}")
+            table = verdicts(args.out)
+            save_table(table, args.out / "targets", "What was promised, and what was measured.")
+    print(table.to_string(index=False))
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    def size(name: str) -> Size:
+        try:
+            return Size.parse(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
+    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
+    parser.add_argument("--problems", nargs="+", type=size, metavar="BATCHxSIDE-DEPTHxWIDTH",
+                        default=[Size(16, 64, 8, 32), Size(4, 128, 8, 32)],
+                        help="of the section step; the paper's network is 17x64")
+    parser.add_argument("--gradients", nargs="+", default=list(GRADIENTS), choices=GRADIENTS,
+                        help="in the section step; jfb is always there")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
+    parser.add_argument("--data", default="bundled",
+                        help="of the section quality: CelebA's folder, tar or zip; without it the "
+                             "photographs inside scikit-image")
+    parser.add_argument("--seconds", type=float, default=60,
+                        help="of pretraining, and of each method's training after it")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results")
+    parser.add_argument("--quick", action="store_true",
+                        help="tiny problems, one round, into build/bench: to see that all of it "
+                             "runs")
+    args = parser.parse_args(arguments)
+    args.out = args.out or ROOT / ("build/bench" if args.quick else "benchmarks/results")
+    return args
+
+
+def make_bench(args: argparse.Namespace, scratch: Path) -> Bench:
+    missing = [peer for peer in PEERS if not available(peer)]
+    for peer in missing:
+        print(f"{peer} is not installed and left out; to have it: "
+              ".venv/bin/python -m pip install -e '.[bench]'")
+    contenders = [c for c in CONTENDERS
+                  if c.library not in missing and c.gradient in ("jfb", *args.gradients)]
+    bench = Bench(contenders, args.problems, args.rounds, args.data, args.seconds, args.out,
+                  scratch)
+    if args.quick:
+        bench.problems = bench.reconstructions = bench.limits = [Size(2, 32, *RELEASED_SIZE)]
+        bench.contenders = [c for c in contenders if c.gradient == "jfb"]
+        bench.targets, bench.rounds = (1e-2,), 1
+        bench.growth = {"K": (2, 4), "width": (8, 16)}
+        bench.seconds, bench.epochs, bench.watched = 0.5, 1, 1
+    return bench
 
 
 def machine() -> dict:
     """What the figures were measured on."""
-    versions = {}
-    for name in ("torch", "deepinv", "torchdeq"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    cpu = next((line.split(":")[1].strip() for line in
-                Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    return {"machine": f"{platform.system()} {platform.machine()}", "cpu": cpu,
-            "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "cpu capability": torch.backends.cpu.get_cpu_capability(), "versions": versions}
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sections", nargs="+", default=["step", "reconstruction", "limit"],
-                        choices=["step", "reconstruction", "limit"])
-    parser.add_argument("--problems", nargs="+", default=list(PROBLEMS), choices=list(PROBLEMS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=results_folder())
-    parser.add_argument("--job", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.job:
-        print(json.dumps(JOBS[args.job[0]](*json.loads(args.job[1]))))
-        return 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.out / "machine.json", json.dumps(machine(), indent=2) + "\n")
-    if "limit" in args.sections:
-        simple_section("limit", [32, 64], args.rounds, args.out,
-                       "The convolutions' rate against the best matrix product, float32.")
-    if "reconstruction" in args.sections:
-        simple_section("reconstruction", [1, 16], args.rounds, args.out,
-                       "The released network on 128 x 128 images, to a distance of 1e-3 from x*.")
-    if "step" in args.sections:
-        training_steps(args.problems, args.rounds, args.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {"system": f"{platform.system()} {platform.machine()}",
+            "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "vector instructions": torch.backends.cpu.get_cpu_capability(),
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", *PEERS) if available(name)}}

@@ -1,34 +1,64 @@
-"""The contenders of the benchmark: one training step, by us and by deepinv and torchdeq.
+"""The problem that the contenders share, and the contenders: this project, deepinv and torchdeq.
 
-All solve the same problem with the same weights. A contender is told how many iterations of its
-solver to make and says where it came to, so that all are judged by the same distance to x*.
+All solve for the same equilibrium with the same weights. A contender is told how many iterations
+of its solver to make and returns the tracked image that a loss would see; one function judges all
+of them by the distance of that image to x*.
 """
 
-import copy
+import importlib.util
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jfbnb.datasets import bundled_photos
-from jfbnb.fixed_point import anderson, picard
+from jfbnb.fixed_point import anderson
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
-from jfbnb.maps import GradientMap, ImplicitMap, SplittingMap
+from jfbnb.maps import GradientMap, SplittingMap
 from jfbnb.methods import RELEASED
-from jfbnb.networks import DnCNN, Regulariser, load_regulariser
+from jfbnb.networks import DnCNN, Regulariser, load_regulariser, precision
 from jfbnb.operators import Blur, get_protocol, make_blur, measure
 
-MAPS = {"Eq. 4": GradientMap, "splitting": SplittingMap}
+MAPS = {"Eq. 4": GradientMap, "our map": SplittingMap}
+
+
+# --- the problem --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a problem: `batch` images of `side` x `side` pixels, DnCNN of `depth` x `width`."""
+
+    batch: int
+    side: int
+    depth: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.batch}x{self.side}-{self.depth}x{self.width}"
+
+    @staticmethod
+    def parse(name: str) -> "Size":
+        """Read "16x64-8x32". Raises ValueError for another form, or a network that is too small."""
+        found = re.fullmatch(r"(\d+)x(\d+)-(\d+)x(\d+)", name)
+        if not found:
+            raise ValueError(f"{name!r}: write a problem as BATCHxSIDE-DEPTHxWIDTH")
+        size = Size(*map(int, found.groups()))
+        if size.depth < 8 or size.width < 32:
+            raise ValueError(f"{name!r}: the network must be at least the released one, 8x32")
+        return size
 
 
 @dataclass
 class Problem:
-    """A batch of crops to train on, the released weights, and its equilibrium in float64.
+    """Photographs, measurements, weights, and the equilibrium.
 
     Args:
-        goals: for each map its fixed point, solved to a residual of 1e-8 or better.
+        goals: for each map its fixed point, in float64.
     """
 
     A: Blur
@@ -44,21 +74,34 @@ class Problem:
                 / goal.flatten(1).norm(dim=1)).max().item()
 
 
-def make_problem(batch: int, side: int, depth: int, width: int) -> Problem:
+def solve_problem(file: Path, batch: int, side: int) -> None:
+    """Write a problem's images and its equilibrium, solved in float64 to a residual of 1e-9.
+
+    The small network is enough: a larger one made by `grown` has the same equilibrium.
+    """
     setup = get_protocol("paper")
     A = make_blur(setup, side)
-    photos = bundled_photos("train", side)[:batch]
+    photos = bundled_photos("train", side)
+    photos = photos[::len(photos) // batch][:batch]
     x = photos.as_float()
     d = measure(A, x, setup.noise_std, 0, photos.indices)
+    T = SplittingMap(A, load_regulariser(RELEASED / "jfb.safetensors").double())
+    with torch.no_grad():
+        z_star, info = anderson(lambda z: T(z, d.double()), d.double(), 1e-9, 1000)
+        if not info.converged.all():
+            raise RuntimeError(f"no equilibrium found: {info.complaint()}")
+        x_star = T.data_step(z_star, d.double())
+    save_file({"x": x, "d": d, "x_star": x_star.contiguous(), "z_star": z_star.contiguous()}, file)
+
+
+def load_problem(file: Path, depth: int = 8, width: int = 32) -> Problem:
+    """What `solve_problem` wrote, with a network of the given size."""
+    stored = load_file(file)
     S = load_regulariser(RELEASED / "jfb.safetensors")
     S = Regulariser(grown(S.network, depth, width), S.tau.item(), S.sigma.item())
-    exact = copy.deepcopy(S).double()
-    splitting = SplittingMap(A, exact)
-    z_star, info = anderson(lambda z: splitting(z, d.double()), d.double(), 1e-9, 1000)
-    if not info.converged.all():
-        raise RuntimeError(f"the equilibrium was not found: residual {info.residual.max():.1e}")
-    x_star = splitting.data_step(z_star, d.double()).detach()
-    return Problem(A, S, x, d, {"Eq. 4": x_star, "splitting": z_star})
+    A = make_blur(get_protocol("paper"), stored["x"].shape[-1])
+    return Problem(A, S, stored["x"], stored["d"],
+                   {"Eq. 4": stored["x_star"], "our map": stored["z_star"]})
 
 
 def grown(small: DnCNN, depth: int, width: int) -> DnCNN:
@@ -75,7 +118,7 @@ def grown(small: DnCNN, depth: int, width: int) -> DnCNN:
             layer.weight.zero_()
             layer.bias.zero_()
             source = given[-1] if i == depth - 1 else given[i] if i < len(given) - 1 else None
-            if source is None:  # after a ReLU all values are positive, so the next changes nothing
+            if source is None:  # after a ReLU no value is negative, so the next changes nothing
                 for c in range(small.width):
                     layer.weight[c, c, 1, 1] = 1
             else:
@@ -85,49 +128,108 @@ def grown(small: DnCNN, depth: int, width: int) -> DnCNN:
     return large
 
 
-# A contender: how many iterations -> (the state it solved for, and the tracked image).
-Run = Callable[[int], tuple[Tensor, Tensor]]
+# --- the contenders -----------------------------------------------------------------------------
+
+Run = Callable[[], Tensor]  # solves, and returns the image that a loss would see, tracked
+
+# Each library's solvers to choose from, with their settings.
+OURS = {"Anderson": False, "Anderson, bf16": True}  # all of the step, as profile cpu trains
+TORCHDEQ = {"Anderson": ("anderson", {}),
+            "Anderson, window 10": ("anderson", {"m": 10, "lam": 1e-8}),
+            "Broyden": ("broyden", {}), "Picard": ("fixed_point_iter", {})}
+DEEPINV = {"Anderson": 5, "Anderson, window 10": 10, "Picard": None}
 
 
-def ours(problem: Problem, map_name: str, gradient: str, solver: str = "anderson") -> Run:
-    T = MAPS[map_name](problem.A, problem.S)
+@dataclass(frozen=True)
+class Contender:
+    """A library, one of its gradients, and the map that it is given.
+
+    Args:
+        float32: keep to it, as the peers do.
+    """
+
+    library: str
+    gradient: str
+    map: str = "our map"
+    float32: bool = False
+
+    @property
+    def name(self) -> str:
+        detail = ", float32" if self.float32 else ""
+        return f"{self.library} {self.gradient}" + (
+            detail if self.library == "jfbnb" else f", {self.map}")
+
+    @property
+    def solvers(self) -> tuple[str, ...]:
+        """Those to choose from; the one that is fastest to a distance is taken."""
+        if self.library == "torchdeq":
+            return tuple(TORCHDEQ)
+        if self.library == "deepinv":
+            return tuple(DEEPINV)
+        if self.gradient == "unrolled":
+            return ("Picard",)
+        return ("Anderson",) if self.float32 else tuple(OURS)
+
+
+CONTENDERS = [
+    *(Contender("jfbnb", g) for g in ("jfb", "neumann-5", "implicit", "unrolled")),
+    Contender("jfbnb", "jfb", float32=True),
+    *(Contender("torchdeq", g, m) for m in MAPS for g in ("jfb", "phantom-5", "implicit")),
+    *(Contender("deepinv", g, m) for m in MAPS for g in ("jfb", "implicit")),
+]
+GRADIENTS = tuple(dict.fromkeys(contender.gradient for contender in CONTENDERS))
+
+
+def available(library: str) -> bool:
+    """Whether a contender's library is installed."""
+    return importlib.util.find_spec(library) is not None
+
+
+def make(problem: Problem, contender: Contender, solver: str, iterations: int) -> Run:
+    """The contender, ready to run. An implicit gradient's adjoint gets as many iterations."""
+    makers = {"jfbnb": _ours, "torchdeq": _torchdeqs, "deepinv": _deepinvs}
+    return makers[contender.library](problem, contender, solver, iterations)
+
+
+def _ours(problem: Problem, contender: Contender, solver: str, iterations: int) -> Run:
+    T = MAPS[contender.map](problem.A, problem.S)
     d = problem.d
+    gradients = {"jfb": jfb, "neumann-5": lambda F, z: neumann(F, z, 5),
+                 "implicit": lambda F, z: implicit(F, z, 0.0, iterations)}
 
     def apply(z: Tensor) -> Tensor:
         return T(z, d)
 
-    def run(iterations: int) -> tuple[Tensor, Tensor]:
-        if gradient == "unrolled":
-            output = unrolled(apply, T.start(d), iterations)
-            return output.detach(), output
-        solve = anderson if solver == "anderson" else picard
-        state, _ = solve(apply, T.start(d), 0.0, iterations)
-        output = {"jfb": jfb, "neumann-5": lambda F, z: neumann(F, z, 5),
-                  "implicit": lambda F, z: implicit(F, z, 0.0, iterations)}[gradient](apply, state)
-        return state, output
+    def run() -> Tensor:
+        if contender.gradient == "unrolled":
+            return unrolled(apply, T.start(d), iterations)
+        with precision(problem.S, OURS[solver]):
+            state, _ = anderson(apply, T.start(d), 0.0, iterations)
+            return gradients[contender.gradient](apply, state)
 
     return run
 
 
-def torchdeqs(problem: Problem, map_name: str, gradient: str, solver: str) -> Run:
+def _torchdeqs(problem: Problem, contender: Contender, solver: str, iterations: int) -> Run:
     import torchdeq
 
-    T: ImplicitMap = MAPS[map_name](problem.A, problem.S)
+    T = MAPS[contender.map](problem.A, problem.S)
     d = problem.d
+    name, options = TORCHDEQ[solver]
+    gradients = {"jfb": {"grad": 1}, "phantom-5": {"grad": 5, "tau": 0.5},
+                 "implicit": {"ift": True, "b_solver": name, "b_max_iter": iterations,
+                              "b_tol": 0.0, "b_stop_mode": "rel"}}
+    deq = torchdeq.get_deq(f_solver=name, f_max_iter=iterations, f_tol=0.0, f_stop_mode="rel",
+                           **gradients[contender.gradient])
 
-    def run(iterations: int) -> tuple[Tensor, Tensor]:
-        settings = {"f_solver": solver, "f_max_iter": iterations, "f_tol": 0.0,
-                    "f_stop_mode": "rel"}
-        settings |= {"jfb": {"grad": 1}, "phantom-5": {"grad": 5, "tau": 0.5},
-                     "implicit": {"ift": True, "b_solver": solver, "b_max_iter": iterations,
-                                  "b_tol": 0.0, "b_stop_mode": "rel"}}[gradient]
-        output, _ = torchdeq.get_deq(**settings)(lambda z: T(z, d), T.start(d))
-        return output[-1].detach(), output[-1]
+    def run() -> Tensor:
+        output, _ = deq(lambda z: T(z, d), T.start(d), solver_kwargs=options)
+        return output[-1]
 
     return run
 
 
-def deepinvs(problem: Problem, map_name: str, gradient: str, solver: str) -> Run:
+def _deepinvs(problem: Problem, contender: Contender, solver: str, iterations: int) -> Run:
     import deepinv
     from deepinv.optim.optimizers import AndersonAccelerationConfig, DEQConfig
 
@@ -142,47 +244,20 @@ def deepinvs(problem: Problem, map_name: str, gradient: str, solver: str) -> Run
             return A.solve_normal(A.adjoint(y) + z / gamma, 1 / gamma)
 
     physics = Physics(A=lambda x, **_: A(x), A_adjoint=lambda y, **_: A.adjoint(y))
+    window = DEEPINV[solver]
+    common = {
+        "data_fidelity": deepinv.optim.L2(), "max_iter": iterations, "early_stop": False,
+        "unfold": True, "trainable_params": [], "custom_init": lambda y, physics: (y, y),
+        "sigma_denoiser": S.sigma.item(),
+        "anderson_acceleration":
+            AndersonAccelerationConfig(window, beta=1.0, eps=1e-8) if window else None,
+        "DEQ": DEQConfig(jacobian_free=contender.gradient == "jfb", max_iter_backward=iterations,
+                         anderson_acceleration_backward=window is not None,
+                         eps_backward=1e-8)}
     tau = S.tau.item()
-
-    def run(iterations: int) -> tuple[Tensor, Tensor]:
-        common = {
-            "data_fidelity": deepinv.optim.L2(), "max_iter": iterations, "early_stop": False,
-            "unfold": True, "trainable_params": [], "custom_init": lambda y, physics: (y, y),
-            "sigma_denoiser": 0.05, "anderson_acceleration": AndersonAccelerationConfig(
-                history_size=5, beta=1.0, eps=1e-8) if solver == "anderson" else None,
-            "DEQ": DEQConfig(jacobian_free=gradient == "jfb", max_iter_backward=iterations,
-                             anderson_acceleration_backward=solver == "anderson",
-                             eps_backward=1e-8)}
-        if map_name == "Eq. 4":
-            model = deepinv.optim.GD(prior=deepinv.optim.RED(Denoiser()), lambda_reg=tau,
-                                     stepsize=1.0, **common)
-        else:
-            model = deepinv.optim.HQS(prior=deepinv.optim.PnP(Denoiser()), stepsize=1 / tau,
-                                      **common)
-        output = model(d, physics)
-        return output.detach(), output
-
-    return run
-
-
-# name -> (maker, map, gradient, solvers to choose from by calibration)
-CONTENDERS: dict[str, tuple[Callable[..., Run], str, str, tuple[str, ...]]] = {
-    **{f"jfbnb {g}": (ours, "splitting", g, ("anderson",))
-       for g in ("jfb", "neumann-5", "implicit", "unrolled")},
-    **{f"torchdeq {g}, {m}": (torchdeqs, m, g, ("anderson", "broyden", "fixed_point_iter"))
-       for g in ("jfb", "phantom-5", "implicit") for m in MAPS},
-    **{f"deepinv {g}, {m}": (deepinvs, m, g, ("anderson", "picard"))
-       for g in ("jfb", "implicit") for m in MAPS},
-}
-
-
-def available(name: str) -> bool:
-    """Whether the contender's library is installed."""
-    import importlib.util
-
-    library = name.split()[0]
-    return library == "jfbnb" or importlib.util.find_spec(library) is not None
-
-
-def results_folder() -> Path:
-    return Path(__file__).parent / "results"
+    if contender.map == "Eq. 4":
+        model = deepinv.optim.GD(prior=deepinv.optim.RED(Denoiser()), lambda_reg=tau, stepsize=1.0,
+                                 **common)
+    else:
+        model = deepinv.optim.HQS(prior=deepinv.optim.PnP(Denoiser()), stepsize=1 / tau, **common)
+    return lambda: model(d, physics)

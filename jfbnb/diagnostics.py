@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -154,9 +154,9 @@ def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
     return torch.cat([columns[name].reshape(state.numel(), -1) for name in parameters], dim=1)
 
 
-def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor,
-                   iterations: list[int]) -> list[dict]:
-    """Time and memory of one training step by JFB, implicit and unrolled gradient.
+def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor, iterations: list[int],
+                   gradients: Sequence[str] = ("jfb", "implicit", "unrolled")) -> list[dict]:
+    """Time and memory of one training step by each of the gradients.
 
     Args:
         iterations: values of K, the number of plain iterations that find x*, of adjoint
@@ -173,7 +173,7 @@ def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor,
         return parameter_gradient(T, state, d, truth, method)
 
     records = []
-    for gradient in ("jfb", "implicit", "unrolled"):
+    for gradient in gradients:
         for K in iterations:
             seconds, peak = step_cost(lambda g=gradient, K=K: step(g, K))
             records.append({"gradient": gradient, "K": K, "seconds": seconds, "bytes": peak})

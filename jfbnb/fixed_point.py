@@ -60,7 +60,7 @@ def picard(
         max_iterations: evaluations of T at most.
         callback: called with (k, x) at each evaluation.
     """
-    return _iterate(T, x0, lambda x, f: f, tolerance, max_iterations, callback)
+    return _iterate(T, x0, lambda f, g: f, tolerance, max_iterations, callback)
 
 
 def anderson(
@@ -78,27 +78,27 @@ def anderson(
     whose combined residual is smallest. `ridge` is relative to the residuals' Gram matrix: an
     absolute one would dominate as soon as the residuals are small. Other arguments as in `picard`.
     """
-    xs: list[Tensor] = []
-    fs: list[Tensor] = []
+    # The last values T(x) and residuals T(x) - x, one row each, the oldest overwritten first.
+    F = x0.new_empty(len(x0), min(window, max_iterations), x0.flatten(1).shape[1])
+    G = torch.empty_like(F)
+    k = 0
 
-    def step(x: Tensor, f: Tensor) -> Tensor:
-        xs.append(x.flatten(1))
-        fs.append(f.flatten(1))
-        del xs[:-window], fs[:-window]
-        F = torch.stack(fs, dim=1)  # (B, m, n)
-        G = F - torch.stack(xs, dim=1)
-        gram = (G @ G.mT).double()  # (B, m, m)
-        m = gram.shape[1]
+    def step(f: Tensor, g: Tensor) -> Tensor:
+        nonlocal k
+        row, m = k % window, min(k + 1, window)
+        k += 1
+        F[:, row], G[:, row] = f.flatten(1), g.flatten(1)
+        gram = (G[:, :m] @ G[:, :m].mT).double()  # (B, m, m)
         scale = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-300)
-        gram = gram / scale[:, None, None] + ridge * torch.eye(m, device=x.device)
-        weights, failed = torch.linalg.solve_ex(gram, gram.new_ones(len(x), m))
+        gram = gram / scale[:, None, None] + ridge * torch.eye(m, device=f.device)
+        weights, failed = torch.linalg.solve_ex(gram, gram.new_ones(len(f), m))
         weights = weights / weights.sum(dim=1, keepdim=True)
         # Where the small system is singular, fall back on the plain step.
         usable = (failed == 0) & weights.isfinite().all(dim=1)
         latest = torch.zeros_like(weights)
-        latest[:, -1] = 1
+        latest[:, row] = 1
         weights = torch.where(usable[:, None], weights, latest)
-        return (weights.to(x.dtype)[:, None] @ F).view_as(x)
+        return (weights.to(f.dtype)[:, None] @ F[:, :m]).view_as(f)
 
     return _iterate(T, x0, step, tolerance, max_iterations, callback)
 
@@ -116,8 +116,9 @@ def _iterate(T, x0, step, tolerance, max_iterations, callback) -> tuple[Tensor, 
     residuals = []
     for k in range(1, max_iterations + 1):
         f = T(x)
+        g = f - x
         norm = x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
-        new = (f - x).flatten(1).norm(dim=1) / norm
+        new = g.flatten(1).norm(dim=1) / norm
         residual = torch.where(active, new, residual)
         iterations = iterations + active
         residuals.append(residual)
@@ -127,5 +128,5 @@ def _iterate(T, x0, step, tolerance, max_iterations, callback) -> tuple[Tensor, 
         active = active & (residual > tolerance) & residual.isfinite()
         if k == max_iterations or not active.any():
             break
-        x = torch.where(active.view(shape), step(x, f), x)
+        x = torch.where(active.view(shape), step(f, g), x)
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))

@@ -61,6 +61,33 @@ def test_anderson_meets_picard_in_fewer_evaluations(problem):
     assert (info_y.iterations < info_x.iterations).all()
 
 
+def textbook_anderson(T, x, iterations, window, ridge):
+    """Walker and Ni's Algorithm AA, one image after the other, in lists."""
+    xs, fs = [], []
+    for _ in range(iterations - 1):
+        xs, fs = [*xs, x][-window:], [*fs, T(x)][-window:]
+        images = []
+        for i in range(len(x)):
+            G = torch.stack([(f[i] - z[i]).flatten() for z, f in zip(xs, fs, strict=True)])
+            gram = G @ G.T
+            gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
+            weights = torch.linalg.solve(gram, torch.ones(len(gram), dtype=gram.dtype))
+            images.append(sum(w * f[i] for w, f in zip(weights / weights.sum(), fs, strict=True)))
+        x = torch.stack(images)
+    return x
+
+
+def test_anderson_is_the_textbooks(problem):
+    A, S, d = problem
+    T = PreconditionedMap(A, S)
+    with torch.no_grad():
+        expected = textbook_anderson(lambda z: T(z, d), d, 9, 3, 1e-6)
+    found, _ = anderson(lambda z: T(z, d), d, 0.0, 9, window=3, ridge=1e-6)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    with torch.no_grad():
+        assert (found - T(found, d)).norm() > 1e-7  # not yet at the fixed point, where all agree
+
+
 @pytest.mark.parametrize("solver", [picard, anderson])
 def test_reported_residual_is_that_of_the_returned_point(problem, solver):
     A, S, d = problem
