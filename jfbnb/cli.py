@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("network", choices=["denoiser", "jfb"], help="notebook 3's or notebook 4's")
     sub.add_argument("--profile", default="quick", help="quick, cpu or paper")
     sub.add_argument("--data", help="folder, tar or zip of CelebA JPEGs")
-    sub.add_argument("--start", type=Path, metavar="DIR",
+    sub.add_argument("--from", dest="start", type=Path, metavar="DIR",
                      help="with the denoiser that jfb starts from; runs/PROFILE by default")
     sub.add_argument("--out", type=Path, metavar="DIR", help="runs/PROFILE/trained by default")
     sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",

@@ -1,6 +1,6 @@
 """What test_processes.py runs under torchrun: tiny trainings, each in a folder of its own.
 
-Arguments: a folder for the results, and how rank 1 ends: "well", or "killed" in epoch 2.
+Arguments: how rank 1 ends, "well" or "killed" in epoch 2; and a folder for the results.
 """
 
 import json
@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from jfbnb import processes
+from jfbnb import datasets, processes, training
 from jfbnb.maps import SplittingMap
 from jfbnb.networks import DnCNN, Regulariser
 from jfbnb.operators import Blur
-from jfbnb.training import DenoiserLoss, EquilibriumLoss, TrainingConfig, train
+from jfbnb.training import DenoiserLoss, EquilibriumLoss, TrainingConfig
 
 CPU = torch.device("cpu")
 # 9 images in batches of 4: the last batch has one, so the second process has none of it.
@@ -39,37 +39,32 @@ def make(name: str):
 
 def train_in(folder: Path, name: str, log=lambda line: None):
     S, loss = make(name)
-    history = train(S, loss, IMAGES, CONFIG, CPU, folder / name, log=log)
-    return S, history
+    return S, training.train(S, loss, IMAGES, CONFIG, CPU, folder, log=log)
 
 
-def die(line: str) -> None:
-    if line.startswith("epoch 1"):
-        Path(os.environ["DYING"]).touch()
+def train_well(folder: Path) -> None:
+    """All losses from the start, and jfb from what a single process has left in `begun`."""
+    for place, name in [*((name, name) for name in LOSSES), ("begun", "jfb")]:
+        lines = []
+        S, history = train_in(folder / place, name, lines.append)
+        if processes.rank() == 0:
+            weights = torch.cat([value.flatten() for value in S.state_dict().values()])
+            record = {"lines": lines, "history": history, "weights": weights.tolist()}
+            (folder / f"{place}.json").write_text(json.dumps(record))
 
 
-def main(folder: Path, end: str) -> None:
-    with processes.process_group(CPU):
-        if end == "killed":
-            S, loss = make("jfb")
+def die_in_epoch_2(folder: Path) -> None:
+    """As train_in(folder, "jfb"), but process 1 is killed in the second step of epoch 2."""
+    def crops(images, size, *keys):
+        if keys[1:3] == (2, 1) and processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return datasets.random_crops(images, size, *keys)
 
-            def deadly(x, keys, share):
-                if keys[1:3] == (2, 1) and processes.rank() == 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return loss(x, keys, share)
-
-            train(S, deadly, IMAGES, CONFIG, CPU, folder, log=print)
-            return
-        for name in LOSSES:
-            lines = []
-            S, history = train_in(folder, name, lines.append)
-            if processes.rank() == 0:
-                record = {"lines": lines, "history": history,
-                          "weights": torch.cat([v.flatten() for v in S.state_dict().values()]
-                                               ).tolist()}
-                (folder / f"{name}.json").write_text(json.dumps(record))
+    training.random_crops = crops
+    train_in(folder, "jfb")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), sys.argv[2])
+    with processes.process_group(CPU):
+        {"well": train_well, "killed": die_in_epoch_2}[sys.argv[1]](Path(sys.argv[2]))
