@@ -87,8 +87,8 @@ def _train(name: str, p: Parameters, start: Path, out: Path, command: str, devic
     else:
         network = load_regulariser(start / "denoiser.safetensors").network.to(device)
         job = _jfb(p, setup, splits, network, device)
-    log(f"{len(splits.train)} training images ({splits.source}), {processes.world_size()} "
-        f"processes, rank 0 on {describe_device(device)}")
+    log(f"{len(splits.train)} training images: {splits.source}; processes: "
+        f"{processes.world_size()}; device of the first: {describe_device(device)}")
     history = pd.DataFrame(train(job.S, job.loss, splits.train.images, job.config, device,
                                  out / "checkpoints", job.validate, log))
     weights = out / f"{name}.safetensors"

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,14 +16,24 @@ from jfbnb import datasets, processes, training
 from jfbnb.maps import SplittingMap
 from jfbnb.networks import DnCNN, Regulariser
 from jfbnb.operators import Blur
-from jfbnb.training import DenoiserLoss, EquilibriumLoss, TrainingConfig
+from jfbnb.training import WHOLE, BatchLoss, DenoiserLoss, EquilibriumLoss, TrainingConfig
 
 CPU = torch.device("cpu")
 # 9 images in batches of 4: the last batch has one, so the second process has none of it.
 CONFIG = TrainingConfig(3, batch_size=4, crop=12, learning_rate=1e-3, seed=0, unconverged_limit=1.0)
 IMAGES = torch.randint(0, 256, (9, 3, 16, 16), dtype=torch.uint8,
                        generator=torch.Generator().manual_seed(0))
-LOSSES = ("denoiser", "jfb", "implicit")
+LOSSES = ("denoiser", "jfb", "implicit", "jfb in float32")  # float64 but for the last
+
+
+@dataclass(frozen=True)
+class InFloat64:
+    """Rounding, which a sum in another order changes, then does not hide a wrong sum."""
+
+    loss: BatchLoss
+
+    def __call__(self, x, keys, share=WHOLE):
+        return self.loss(x.double(), keys, share)
 
 
 def make(name: str):
@@ -30,11 +41,19 @@ def make(name: str):
     S = Regulariser(DnCNN(3, 6), 0.1, 0.03, None if name == "denoiser" else DnCNN(3, 6))
     for network in filter(None, (S.network, S.head)):
         torch.nn.init.normal_(network.layers[-1].weight, std=0.05)
+    T = SplittingMap(Blur(12, 5, 2.0), S)
+    if name == "jfb in float32":
+        return S, equilibrium_loss(T, "jfb")
+    S.double()
     if name == "denoiser":
         S.log_tau.requires_grad_(False)
-        return S, DenoiserLoss(S, 0.1)
-    T = SplittingMap(Blur(12, 5, 2.0), S)  # contraction 0.1: the penalty is never idle
-    return S, EquilibriumLoss(T, 0.01, 1e-3, 8, 1, 0.1, 0.1, gradient=name)
+        return S, InFloat64(DenoiserLoss(S, 0.1))
+    return S, InFloat64(equilibrium_loss(T, name))
+
+
+def equilibrium_loss(T: SplittingMap, gradient: str) -> EquilibriumLoss:
+    """It allows a contraction of 0.1 alone: the penalty is never idle."""
+    return EquilibriumLoss(T, 0.01, 1e-3, 8, 1, 0.1, 0.1, gradient=gradient)
 
 
 def train_in(folder: Path, name: str, log=lambda line: None):

@@ -31,9 +31,8 @@ from jfbnb.training import (
 )
 
 CPU = torch.device("cpu")
-# Relative, of every epoch's loss. Adam and Anderson amplify what is summed in another order, and
-# the adjoint equation of the exact gradient is far from solved in these few iterations.
-TOLERANCES = {"denoiser": 1e-6, "jfb": 1e-4, "implicit": 2e-3}
+# Relative, of every epoch's loss. Anderson and Adam amplify rounding, in float32 by a lot.
+TOLERANCE = {name: 1e-4 if "float32" in name else 1e-8 for name in LOSSES}
 
 
 def torchrun(*words, seconds: float = 120) -> subprocess.CompletedProcess:
@@ -85,13 +84,13 @@ def test_two_processes_give_the_loss_curve_of_one(alone, together, name):
     S, history = alone[name]
     found = result(together, name)
     assert len(found["history"]) == 3 and found["lines"][0].startswith("epoch 1")
-    assert losses(found["history"]) == pytest.approx(losses(history), rel=TOLERANCES[name])
+    assert losses(found["history"]) == pytest.approx(losses(history), rel=TOLERANCE[name])
     for record, wanted in zip(found["history"], history, strict=True):
         assert set(record) == set(wanted)
         assert record.get("iterations") == wanted.get("iterations")
     weights = torch.cat([value.flatten() for value in S.state_dict().values()])
-    torch.testing.assert_close(torch.tensor(found["weights"]), weights, rtol=0,
-                               atol=TOLERANCES[name])
+    found_weights = torch.tensor(found["weights"], dtype=weights.dtype)
+    assert (found_weights - weights).norm() < TOLERANCE[name] * weights.norm()
 
 
 def test_one_process_goes_on_where_two_stopped(alone, together, tmp_path):
@@ -100,14 +99,14 @@ def test_one_process_goes_on_where_two_stopped(alone, together, tmp_path):
     lines = []
     _, history = train_in(tmp_path / "jfb", "jfb", lines.append)
     assert lines[0] == "resumed after epoch 2 of 3"
-    assert losses(history) == pytest.approx(losses(alone["jfb"][1]), rel=TOLERANCES["jfb"])
+    assert losses(history) == pytest.approx(losses(alone["jfb"][1]), rel=TOLERANCE["jfb"])
 
 
 def test_two_processes_go_on_where_one_stopped(alone, together):
     found, (_, history) = result(together, "begun"), alone["jfb"]
     assert found["lines"][0] == "resumed after epoch 2 of 3"
     assert losses(found["history"])[:2] == losses(history)[:2]
-    assert losses(found["history"]) == pytest.approx(losses(history), rel=TOLERANCES["jfb"])
+    assert losses(found["history"]) == pytest.approx(losses(history), rel=TOLERANCE["jfb"])
 
 
 def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(alone, tmp_path):
@@ -118,7 +117,7 @@ def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(alone, tmp_path):
     lines = []
     _, history = train_in(tmp_path, "jfb", lines.append)
     assert lines[0] == "resumed after epoch 1 of 3"
-    assert losses(history) == pytest.approx(losses(alone["jfb"][1]), rel=TOLERANCES["jfb"])
+    assert losses(history) == pytest.approx(losses(alone["jfb"][1]), rel=TOLERANCE["jfb"])
 
 
 def every_loss(S: Regulariser) -> list:
@@ -134,7 +133,7 @@ def every_loss(S: Regulariser) -> list:
 def test_the_shares_of_a_batch_add_up_to_it(number, batch, shares):
     """Loss, figures and gradient; also where only some have a part of the first quarter, or none
     of the batch at all."""
-    S = make("jfb")[0].double()
+    S, _ = make("jfb")
     x = IMAGES[:batch, :, :12, :12].double() / 255
     loss = every_loss(S)[number]
 
@@ -172,10 +171,10 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path):
         words += ["-p", setting]
     done = torchrun("-m", "jfbnb.cli", *words, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1  ") == 1 and "2 processes" in done.stdout
+    assert done.stdout.count("epoch 1  ") == 1 and "processes: 2;" in done.stdout
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
     cards = [json.loads((tmp_path / n / "jfb.json").read_text()) for n in ("one", "two")]
-    assert losses(cards[1]["history"]) == pytest.approx(losses(cards[0]["history"]), rel=1e-3)
+    assert losses(cards[1]["history"]) == pytest.approx(losses(cards[0]["history"]), rel=1e-2)
     released = json.loads((RELEASED / "jfb.json").read_text())
     assert set(cards[1]["history"][0]) == set(released["history"][0])
     assert set(cards[1]["loss"]) == set(released["loss"])
