@@ -1,4 +1,4 @@
-"""The `jfbnb` command: reproduce, evaluate, deblur, blur, data, verify, sweep, doctor."""
+"""The `jfbnb` command: reproduce, train, evaluate, deblur, blur, data, verify, sweep, doctor."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from jfbnb import datasets, evaluation, methods, operators
+from jfbnb import datasets, evaluation, methods, operators, processes
 from jfbnb.common import ROOT, UserError, atomic_path, atomic_write, pick_device
 
 
@@ -53,6 +53,17 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
                      help="set a notebook parameter; may be repeated")
     sub.set_defaults(run=run_reproduce)
+
+    sub = commands.add_parser("train", help="train one network; under torchrun, by many processes")
+    sub.add_argument("network", choices=["denoiser", "jfb"], help="notebook 3's or notebook 4's")
+    sub.add_argument("--profile", default="quick", help="quick, cpu or paper")
+    sub.add_argument("--data", help="folder, tar or zip of CelebA JPEGs")
+    sub.add_argument("--from", dest="start", type=Path, metavar="DIR",
+                     help="with the denoiser that jfb starts from; runs/PROFILE by default")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="runs/PROFILE/trained by default")
+    sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                     help="set a notebook parameter; may be repeated")
+    sub.set_defaults(run=run_train)
 
     sub = commands.add_parser("evaluate", help="measure methods on a folder of sharp images")
     sub.add_argument("--data", required=True, help="folder, tar or zip of images")
@@ -124,14 +135,7 @@ def _add_images(sub: argparse.ArgumentParser) -> None:
 def run_reproduce(args: argparse.Namespace) -> None:
     from jfbnb.reproduce import NOTEBOOKS, reproduce
 
-    overrides = {}
-    for text in args.parameters:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UserError(f"-p {text}: write it as NAME=VALUE")
-        overrides[name] = yaml.safe_load(value)
-    if args.data:
-        overrides["data"] = str(Path(args.data).resolve()) if args.data != "bundled" else "bundled"
+    overrides = _overrides(args)
     if args.frozen:
         if args.weights:
             raise UserError("--frozen takes the networks of the run itself: leave --weights out")
@@ -146,17 +150,51 @@ def run_reproduce(args: argparse.Namespace) -> None:
     print("Written:", *(f"  {f.relative_to(ROOT)}" for f in files), sep="\n")
 
 
+def _overrides(args: argparse.Namespace) -> dict[str, object]:
+    """The notebook parameters that -p and --data set."""
+    overrides = {}
+    for text in args.parameters:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"-p {text}: write it as NAME=VALUE")
+        overrides[name] = yaml.safe_load(value)
+    if args.data:
+        overrides["data"] = str(Path(args.data).resolve()) if args.data != "bundled" else "bundled"
+    return overrides
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from jfbnb.profile_training import network_parameters, train_network
+
+    runs = ROOT / "runs" / args.profile
+    train_network(args.network, network_parameters(args.profile, _overrides(args)),
+                  args.start or runs, args.out or runs / "trained",
+                  f"jfbnb train {args.network} --profile {args.profile}",
+                  log=lambda line: print(line, flush=True))
+
+
 def run_evaluate(args: argparse.Namespace) -> None:
     if args.limit is not None and args.limit < 1:
         raise UserError(f"--limit {args.limit}: give a positive number of images")
+    with processes.process_group(pick_device(args.device)) as device:
+        _evaluate(args, device)
+
+
+def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
+    """Each process takes a block of the images; rank 0 shows and stores the table of all."""
     protocol = operators.get_protocol(args.protocol)
-    device = pick_device(args.device)
     chosen = methods.make_methods(args.method or list(methods.LABELS), args.weights, device)
-    images = datasets.load_images(args.data, protocol.image_size, args.limit, _warn)
+    with processes.rank_0_first():  # the others find the decoded images in the cache
+        images = datasets.load_images(args.data, protocol.image_size, args.limit,
+                                      _ignore if processes.rank() else _warn)
+    own = images[processes.block(len(images))]
     A = operators.make_blur(protocol).to(device)
-    x = images.as_float().to(device)
-    d = operators.measure(A, x, protocol.noise_std, 0, images.indices)
-    table = evaluation.evaluate(chosen, A, x, d, protocol.noise_std, images.names)
+    x = own.as_float().to(device)
+    d = operators.measure(A, x, protocol.noise_std, 0, own.indices)
+    table = evaluation.join(processes.gather(
+        evaluation.evaluate(chosen, A, x, d, protocol.noise_std, own.names)))
+    if processes.rank():
+        return
     summary = evaluation.summarise(table)
     print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
     for line in evaluation.complaints(table):
@@ -238,6 +276,10 @@ def run_doctor(args: argparse.Namespace) -> None:
 
 def _warn(message: str) -> None:
     print(message, file=sys.stderr)
+
+
+def _ignore(message: str) -> None:
+    """What rank 0 has said already."""
 
 
 def _check_noise(noise_std: float, positive: bool) -> None:

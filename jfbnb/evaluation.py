@@ -78,8 +78,13 @@ def evaluate(
                 "converged": info.converged.cpu().double() if info else np.nan,
                 "seconds": seconds / len(y),
             }))
-    table = pd.concat(parts, ignore_index=True)
-    order = {name: i for i, name in enumerate(methods)}
+    return join(parts)
+
+
+def join(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of some images each as one: method by method, in the first table's order."""
+    table = pd.concat(tables, ignore_index=True)
+    order = {name: i for i, name in enumerate(table.method.unique())}
     return table.sort_values("method", key=lambda column: column.map(order), kind="stable",
                              ignore_index=True)
 

@@ -149,8 +149,9 @@ def measure(A: nn.Module, x: Tensor, noise_std: float, seed: int, indices: list[
     """
     if len(indices) != len(x):
         raise ValueError(f"{len(x)} images but {len(indices)} indices")
-    noise = torch.stack([torch.randn(x.shape[1:], generator=seeded_generator(seed, i))
-                         for i in indices])
+    noise = torch.empty(x.shape)
+    for row, index in enumerate(indices):
+        noise[row] = torch.randn(x.shape[1:], generator=seeded_generator(seed, index))
     return A(x) + noise_std * noise.to(x)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from jfbnb import processes
 from jfbnb.checkpoints import resume, save_checkpoint
 from jfbnb.common import UserError, seeded_generator
 from jfbnb.datasets import random_crops
@@ -27,10 +28,12 @@ from jfbnb.operators import measure
 
 # The modules that a training depends on: when one changes, old checkpoints are not taken up.
 CODE = ("common", "datasets", "operators", "networks", "maps", "fixed_point", "gradients",
-        "baselines", "explicit", "training")
+        "baselines", "explicit", "processes", "training")
 
 # Loss of a batch of crops x, given the keys that seed its draws: (loss, figures to average).
-BatchLoss = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, dict[str, float]]]
+# Where several processes train together, a third argument is the share of the batch to compute.
+BatchLoss = Callable[..., tuple[Tensor, dict[str, float]]]
+WHOLE = slice(None)
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ class TrainingConfig:
 # the input and the gradient in the weights.
 # Where S has a head, its error is added: both images are to be good.
 # `bf16` runs the convolutions in bfloat16, at half the cost where the hardware has it.
+# Loss and figures are means over the batch x. Of another `share` than the whole batch, x[share],
+# they are its part of these means: over the shares of a batch the parts add up.
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,14 @@ class DenoiserLoss:
     S: Regulariser
     noise_max: float
 
-    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
+    def __call__(self, x: Tensor, keys: tuple[int, ...],
+                 share: slice = WHOLE) -> tuple[Tensor, dict[str, float]]:
         generator = seeded_generator(*keys)
-        sigma = (self.noise_max * torch.rand(len(x), 1, 1, 1, generator=generator)).to(x)
+        batch = len(x)
+        sigma = (self.noise_max * torch.rand(batch, 1, 1, 1, generator=generator)).to(x)
         noisy = x + sigma * torch.randn(x.shape, generator=generator).to(x)
-        return (noisy - self.S.network(noisy, sigma) - x).square().mean(), {}
+        x, noisy, sigma = x[share], noisy[share], sigma[share]
+        return _part((noisy - self.S.network(noisy, sigma) - x).square(), batch), {}
 
 
 @dataclass(frozen=True)
@@ -85,11 +93,13 @@ class FeedforwardLoss:
     def evaluations(self) -> float:
         return 3.0 + _head_evaluations(self.S)
 
-    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
-        d = draw_measurement(self.A, x, self.noise_std, keys)
+    def __call__(self, x: Tensor, keys: tuple[int, ...],
+                 share: slice = WHOLE) -> tuple[Tensor, dict[str, float]]:
+        d = draw_measurement(self.A, x, self.noise_std, keys, share)
         with precision(self.S, self.bf16):
             y = feedforward(self.A, self.S, d, self.lam)
-            return _errors(x, y, None if self.S.head is None else feedforward_head(self.S, y))
+            head = None if self.S.head is None else feedforward_head(self.S, y)
+            return _errors(x[share], y, head, len(x))
 
 
 @dataclass(frozen=True)
@@ -105,18 +115,25 @@ class UnrolledLoss:
     def evaluations(self) -> float:
         return 3.0 * self.iterations
 
-    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
-        d = draw_measurement(self.T.A, x, self.noise_std, keys)
+    def __call__(self, x: Tensor, keys: tuple[int, ...],
+                 share: slice = WHOLE) -> tuple[Tensor, dict[str, float]]:
+        d = draw_measurement(self.T.A, x, self.noise_std, keys, share)
         with precision(self.T.S, self.bf16):
-            return _errors(x, deep_unrolling(self.T, d, self.iterations), None)
+            return _errors(x[share], deep_unrolling(self.T, d, self.iterations), None, len(x))
 
 
-def _errors(x: Tensor, y: Tensor, predicted: Tensor | None) -> tuple[Tensor, dict[str, float]]:
-    """The mean squared error of an image y, plus that of its head's prediction; and the parts."""
-    loss = (y - x).square().mean()
+def _part(values: Tensor, batch: int) -> Tensor:
+    """What the values of some images, (b, ...), add to the mean over a batch of `batch` images."""
+    return values.sum() / (batch * math.prod(values.shape[1:]))
+
+
+def _errors(x: Tensor, y: Tensor, predicted: Tensor | None,
+            batch: int) -> tuple[Tensor, dict[str, float]]:
+    """The mean squared error of an image y, plus that of its head's prediction; and the two."""
+    loss = _part((y - x).square(), batch)
     figures = {"mse": loss.item()}
     if predicted is not None:
-        head = (predicted - x).square().mean()
+        head = _part((predicted - x).square(), batch)
         figures["head_mse"] = head.item()
         loss = loss + head
     return loss, figures
@@ -126,10 +143,11 @@ def _head_evaluations(S: Regulariser) -> float:
     return 0.0 if S.head is None else 3.0
 
 
-def draw_measurement(A: nn.Module, x: Tensor, noise_std: float, keys: tuple[int, ...]) -> Tensor:
-    """A measurement of each crop, whose noise depends on the keys alone."""
+def draw_measurement(A: nn.Module, x: Tensor, noise_std: float, keys: tuple[int, ...],
+                     share: slice = WHOLE) -> Tensor:
+    """A measurement of each crop in x[share]; its noise depends on keys and place in x alone."""
     seed = seeded_generator(*keys).initial_seed() >> 1
-    return measure(A, x, noise_std, seed, list(range(len(x))))
+    return measure(A, x[share], noise_std, seed, list(range(len(x)))[share])
 
 
 def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, Tx: Tensor,
@@ -202,26 +220,31 @@ class EquilibriumLoss:
         return (self.max_iterations + 3 + extra[self.gradient] + watch
                 + _head_evaluations(self.T.S))
 
-    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, float]]:
-        T = self.T
-        d = draw_measurement(T.A, x, self.noise_std, keys)
+    def __call__(self, x: Tensor, keys: tuple[int, ...],
+                 share: slice = WHOLE) -> tuple[Tensor, dict[str, float]]:
+        T, batch = self.T, len(x)
+        d = draw_measurement(T.A, x, self.noise_std, keys, share)
+        x = x[share]
         with precision(T.S, self.bf16):
             x_star, info = anderson(lambda z: T(z, d), T.start(d), self.tolerance,
                                     self.max_iterations)
-            figures = _solve_figures(info)
-            Tx = self._track(lambda z: T(z, d), x_star, figures)
-            loss, errors = _errors(x, T.image(Tx), None if T.S.head is None else T.predict(Tx, d))
+            figures = _solve_figures(info, batch)
+            Tx = self._track(lambda z: T(z, d), x_star, figures, batch)
+            head = None if T.S.head is None else T.predict(Tx, d)
+            loss, errors = _errors(x, T.image(Tx), head, batch)
         figures.update(errors)
         if self.penalty > 0:
-            part = slice(0, (len(x) + 3) // 4)
+            quarter = (batch + 3) // 4
+            part = slice(0, len(range(quarter)[share]))  # those of it that are in this share
             factor = contraction_estimate(lambda z: T(z, d[part]), x_star[part],
                                           T(x_star[part], d[part]), self.power_iterations)
-            figures["contraction"] = factor.mean().item()
-            loss = loss + self.penalty * (factor - self.contraction).clamp_min(0).square().mean()
+            figures["contraction"] = _part(factor, quarter).item()
+            excess = (factor - self.contraction).clamp_min(0).square()
+            loss = loss + self.penalty * _part(excess, quarter)
         return loss, figures
 
     def _track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
-               figures: dict[str, float]) -> Tensor:
+               figures: dict[str, float], batch: int) -> Tensor:
         """T(x*), whose backward pass is the chosen gradient's."""
         if self.gradient == "jfb":
             return jfb(T, x_star)
@@ -229,15 +252,15 @@ class EquilibriumLoss:
             return neumann(T, x_star, self.terms)
 
         def report(adjoint: SolveInfo) -> None:  # called in the backward pass
-            figures["adjoint_residual"] = adjoint.residual.mean().item()
+            figures["adjoint_residual"] = _part(adjoint.residual, batch).item()
 
         return implicit(T, x_star, self.tolerance, self.max_iterations, report)
 
 
-def _solve_figures(info: SolveInfo) -> dict[str, float]:
-    return {"iterations": info.iterations.float().mean().item(),
-            "residual": info.residual.mean().item(),
-            "converged": info.converged.float().mean().item()}
+def _solve_figures(info: SolveInfo, batch: int) -> dict[str, float]:
+    return {"iterations": _part(info.iterations.float(), batch).item(),
+            "residual": _part(info.residual, batch).item(),
+            "converged": _part(info.converged.float(), batch).item()}
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -260,6 +283,10 @@ def train(
     seconds of training, and what `validate` returns. With `checkpoints`, a folder, each epoch is
     stored and a stopped training goes on from the last one that is whole.
 
+    In a `processes.process_group` all processes train together, on the same batches as one would;
+    rank 0 alone logs, validates and stores. The checkpoint of one number of processes serves any
+    other.
+
     Args:
         module: what is trained, in place.
         images: uint8 (N, 3, H, W).
@@ -275,29 +302,40 @@ def train(
     module.to(device)
     if finished is not None:
         return _take(finished, module, config)
+    if processes.world_size() > config.batch_size:
+        raise UserError(f"batch_size={config.batch_size} for {processes.world_size()} processes: "
+                        f"start at most {config.batch_size}")
+    if processes.rank() > 0:
+        log, validate = _nothing, None
+    shared_loss = processes.share_out(module, batch_loss)
     optimizer = torch.optim.Adam(module.parameters(), lr=config.learning_rate)
     history: list[dict[str, float]] = []
     file = None
     if checkpoints is not None:
         file = checkpoints / f"{_training_key(module, batch_loss, images, config)}.safetensors"
-        history = resume(file, module, optimizer, log)
+        with processes.rank_0_first():  # the others read the one that it finds whole
+            history = resume(file, module, optimizer, log)
         if history:
             log(f"resumed after epoch {len(history)} of {config.epochs}")
     for epoch in range(len(history) + 1, config.epochs + 1):
         start = time.perf_counter()
         last_good = f"; the last good checkpoint is {file}" if file and history else ""
-        record = {"epoch": epoch, **_train_epoch(module, batch_loss, images, config, device,
-                                                 optimizer, epoch, last_good)}
+        record = {"epoch": epoch, **_train_epoch(shared_loss, images, config, device, optimizer,
+                                                 epoch, last_good)}
         record["seconds"] = time.perf_counter() - start
         record.update(validate() if validate else {})
         history.append(record)
-        if file is not None:
+        if file is not None and processes.rank() == 0:
             save_checkpoint(file, module, optimizer, history)
         log("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
         if 1 - record.get("converged", 1) > config.unconverged_limit / 2:
             log(f"warning: {1 - record['converged']:.0%} of the solves of epoch {epoch} did not "
                 f"converge; training stops above {config.unconverged_limit:.0%}")
     return history
+
+
+def _nothing(line: str) -> None:
+    """The log of those that have none."""
 
 
 def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dict[str, float]]:
@@ -316,7 +354,7 @@ def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dic
     return history
 
 
-def _train_epoch(module: nn.Module, batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
+def _train_epoch(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
                  device: torch.device, optimizer: torch.optim.Optimizer, epoch: int,
                  last_good: str) -> dict[str, float]:
     """One crop of each image; the means of the loss and of what it reports."""
@@ -334,10 +372,10 @@ def _train_epoch(module: nn.Module, batch_loss: BatchLoss, images: Tensor, confi
             raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}, images "
                             f"{batch.tolist()}: lower the learning rate{last_good}")
         optimizer.zero_grad()
-        loss.backward()
+        (loss * processes.world_size()).backward()  # averaged over the processes, it is the sum
         optimizer.step()
         done += len(batch)
-        for name, value in {"loss": loss.item(), **figures}.items():
+        for name, value in processes.add_up({"loss": loss.item(), **figures}, device).items():
             totals[name] = totals.get(name, 0.0) + value * len(batch)
         unconverged = 1 - totals.get("converged", done) / done
         if unconverged > config.unconverged_limit and (step >= 20 or step == len(batches) - 1):

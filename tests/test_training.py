@@ -66,6 +66,29 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, images, tmp_pat
     assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
 
 
+def test_threads_change_rounding_alone():
+    """The same weights bit for bit with as many threads. With another number of them, which sum
+    in another order, losses within 1e-4 and weights within 1e-3 of their norm.
+    """
+    photos = bundled_photos("test", 48).images[:16]
+
+    def trained(threads: int) -> tuple[torch.Tensor, list[float]]:
+        torch.manual_seed(0)
+        S = Regulariser(DnCNN(3, 16), 0.1, 0.03)
+        loss = EquilibriumLoss(SplittingMap(Blur(48, 5, 2.0), S), 0.01, 1e-3, 8, 1, 0.9, 0.1)
+        torch.set_num_threads(threads)
+        try:
+            history = train(S, loss, photos, TrainingConfig(2, 8, 48, 1e-3, 0, 1.0), CPU)
+        finally:
+            torch.set_num_threads(1)
+        return torch.cat([w.flatten() for w in weights_of(S)]), [r["loss"] for r in history]
+
+    (one, losses), (two, losses_two), (again, _) = trained(1), trained(2), trained(2)
+    assert torch.equal(two, again)
+    assert (two - one).norm() < 1e-3 * one.norm()
+    assert losses_two == pytest.approx(losses, rel=1e-4)
+
+
 def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
     S, loss = make()
     train(S, loss, images, CONFIG, CPU, tmp_path)

@@ -1,0 +1,233 @@
+"""Several processes under torchrun do what one does. They talk over the loopback alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from in_two_processes import CONFIG, IMAGES, LOSSES, make, train_in
+
+from jfbnb import processes
+from jfbnb.checkpoints import previous
+from jfbnb.cli import main
+from jfbnb.common import ROOT, UserError
+from jfbnb.evaluation import evaluate, join
+from jfbnb.maps import SplittingMap
+from jfbnb.methods import RELEASED, make_methods
+from jfbnb.networks import DnCNN, Regulariser, load_regulariser
+from jfbnb.operators import Blur, measure
+from jfbnb.training import (
+    DenoiserLoss,
+    EquilibriumLoss,
+    FeedforwardLoss,
+    TrainingConfig,
+    UnrolledLoss,
+    train,
+)
+
+CPU = torch.device("cpu")
+# Relative, of every epoch's loss. Anderson and Adam amplify rounding, in float32 by a lot.
+TOLERANCE = {name: 1e-4 if "float32" in name else 1e-8 for name in LOSSES}
+
+
+def torchrun(*words, seconds: float = 120) -> subprocess.CompletedProcess:
+    """Two processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+               "--nproc-per-node", "2", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, timeout=seconds)
+
+
+def leave_epoch_2(folder: Path) -> None:
+    """Drop the last of three epochs, as if the training had been killed in it."""
+    newest = next(f for f in folder.iterdir() if "previous" not in f.name)
+    assert previous(newest).exists()
+    newest.unlink()
+
+
+def losses(history: list[dict]) -> list[float]:
+    return [record["loss"] for record in history]
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> dict:
+    """Each loss trained in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {"folder": folder, **{name: train_in(folder / name, name) for name in LOSSES}}
+
+
+@pytest.fixture(scope="module")
+def together(alone, tmp_path_factory) -> Path:
+    """The same in two processes; and a training that one began and two have ended."""
+    folder = tmp_path_factory.mktemp("together")
+    shutil.copytree(alone["folder"] / "jfb", folder / "begun")
+    leave_epoch_2(folder / "begun")
+    done = torchrun("tests/in_two_processes.py", "well", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def result(together: Path, name: str) -> dict:
+    return json.loads((together / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_two_processes_give_the_loss_curve_of_one(alone, together, name):
+    S, history = alone[name]
+    found = result(together, name)
+    assert len(found["history"]) == 3 and found["lines"][0].startswith("epoch 1")
+    assert losses(found["history"]) == pytest.approx(losses(history), rel=TOLERANCE[name])
+    for record, wanted in zip(found["history"], history, strict=True):
+        assert set(record) == set(wanted)
+        assert record.get("iterations") == wanted.get("iterations")
+    weights = torch.cat([value.flatten() for value in S.state_dict().values()])
+    found_weights = torch.tensor(found["weights"], dtype=weights.dtype)
+    assert (found_weights - weights).norm() < TOLERANCE[name] * weights.norm()
+
+
+def test_one_process_goes_on_where_two_stopped(alone, together, tmp_path):
+    shutil.copytree(together / "jfb", tmp_path / "jfb")
+    leave_epoch_2(tmp_path / "jfb")
+    lines = []
+    _, history = train_in(tmp_path / "jfb", "jfb", lines.append)
+    assert lines[0] == "resumed after epoch 2 of 3"
+    assert losses(history) == pytest.approx(losses(alone["jfb"][1]), rel=TOLERANCE["jfb"])
+
+
+def test_two_processes_go_on_where_one_stopped(alone, together):
+    found, (_, history) = result(together, "begun"), alone["jfb"]
+    assert found["lines"][0] == "resumed after epoch 2 of 3"
+    assert losses(found["history"])[:2] == losses(history)[:2]
+    assert losses(found["history"]) == pytest.approx(losses(history), rel=TOLERANCE["jfb"])
+
+
+def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(alone, tmp_path):
+    done = torchrun("tests/in_two_processes.py", "killed", tmp_path, seconds=60)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert "the same command goes on from the last checkpoint" in done.stderr
+    lines = []
+    _, history = train_in(tmp_path, "jfb", lines.append)
+    assert lines[0] == "resumed after epoch 1 of 3"
+    assert losses(history) == pytest.approx(losses(alone["jfb"][1]), rel=TOLERANCE["jfb"])
+
+
+def every_loss(S: Regulariser) -> list:
+    A = Blur(12, 5, 2.0)
+    T = SplittingMap(A, S)
+    return [DenoiserLoss(S, 0.1), FeedforwardLoss(A, S, 0.01, 0.01), UnrolledLoss(T, 0.01, 3),
+            *(EquilibriumLoss(T, 0.01, 1e-3, 40, 2, 0.1, 1.0, gradient=gradient)
+              for gradient in ("jfb", "neumann", "implicit"))]
+
+
+@pytest.mark.parametrize("number", range(6))
+@pytest.mark.parametrize(("batch", "shares"), [(8, 2), (8, 4), (5, 3), (3, 8)])
+def test_the_shares_of_a_batch_add_up_to_it(number, batch, shares):
+    """Loss, figures and gradient; also where only some have a part of the first quarter, or none
+    of the batch at all."""
+    S, _ = make("jfb")
+    x = IMAGES[:batch, :, :12, :12].double() / 255
+    loss = every_loss(S)[number]
+
+    def contribution(share: slice) -> tuple[float, dict[str, float], torch.Tensor]:
+        S.zero_grad()
+        value, figures = loss(x, (0, 1), share)
+        value.backward()
+        return value.item(), figures, torch.cat([
+            torch.zeros(p.numel(), dtype=p.dtype) if p.grad is None else p.grad.flatten()
+            for p in S.parameters()])
+
+    whole, figures, gradient = contribution(slice(None))
+    parts = [contribution(slice(i, None, shares)) for i in range(shares)]
+    assert sum(part for part, _, _ in parts) == pytest.approx(whole, rel=1e-6)
+    for name, value in figures.items():
+        assert sum(part[name] for _, part, _ in parts) == pytest.approx(value, rel=1e-6), name
+    together = torch.stack([part for _, _, part in parts]).sum(0)
+    assert (together - gradient).norm() < 1e-6 * gradient.norm()
+
+
+def test_more_processes_than_a_batch_has_images(monkeypatch):
+    monkeypatch.setattr(processes, "world_size", lambda: 5)
+    S, loss = make("jfb")
+    with pytest.raises(UserError, match="batch_size=4 for 5 processes: start at most 4"):
+        train(S, loss, IMAGES, CONFIG, CPU)
+
+
+# --- the commands -------------------------------------------------------------------------------
+
+
+def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path):
+    words = ["train", "jfb", "--data", image_folder, "--from", weights]
+    for setting in ("n_train=5", "n_validation=1", "n_test=1", "search_images=1", "candidates=1",
+                    "epochs=1", "batch_size=3", "crop=12", "unconverged_limit=1.0", "device=cpu"):
+        words += ["-p", setting]
+    done = torchrun("-m", "jfbnb.cli", *words, "--out", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1  ") == 1 and "processes: 2;" in done.stdout
+    assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
+    cards = [json.loads((tmp_path / n / "jfb.json").read_text()) for n in ("one", "two")]
+    assert losses(cards[1]["history"]) == pytest.approx(losses(cards[0]["history"]), rel=1e-2)
+    released = json.loads((RELEASED / "jfb.json").read_text())
+    assert set(cards[1]["history"][0]) == set(released["history"][0])
+    assert set(cards[1]["loss"]) == set(released["loss"])
+    S = load_regulariser(weights / "denoiser.safetensors")
+    S = Regulariser(S.network, 1.0, 0.1, DnCNN(2, 4))
+    history = train(S, None, IMAGES, TrainingConfig(**cards[1]["training"]), CPU,
+                    finished=tmp_path / "two" / "jfb.safetensors")
+    assert history == cards[1]["history"]
+
+
+def test_train_refuses_bad_input_in_one_line(image_folder, tmp_path, capsys):
+    for words, message in (
+            (["--profile", "slow"], "unknown profile 'slow'"),
+            (["-p", "epoch=3"], "unknown parameter 'epoch'"),
+            (["--data", str(tmp_path / "none")], "no data at"),
+            (["--from", str(tmp_path)], "no weights at")):
+        assert main(["train", "jfb", "--out", str(tmp_path / "out"), *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_evaluate_in_two_processes_gives_the_figures_of_one(image_folder, weights, tmp_path):
+    words = ["evaluate", "--data", image_folder, "--weights", weights, "--limit", "3",
+             "--method", "unrolled", "--method", "tikhonov", "--method", "jfb", "--json"]
+    done = torchrun("-m", "jfbnb.cli", *words, tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tikhonov") == 1
+    assert main([*map(str, words), str(tmp_path / "one.json")]) == 0
+    one, two = (json.loads((tmp_path / f"{n}.json").read_text()) for n in ("one", "two"))
+    assert list(two["methods"]) == list(one["methods"]) == ["unrolled", "tikhonov", "jfb"]
+    for row in (*one["methods"].values(), *two["methods"].values()):
+        del row["seconds_per_image"]
+    assert two == one
+
+
+def test_tables_of_blocks_join_into_the_table_of_all(weights):
+    methods = make_methods(["tikhonov", "measurement"], weights, CPU)
+    A, x = Blur(12, 5, 2.0), IMAGES[:3, :, :12, :12] / 255
+    d, names = measure(A, x, 0.01, 0, [0, 1, 2]), ["a", "b", "c"]
+    whole = evaluate(methods, A, x, d, 0.01, names)
+    parts = [evaluate(methods, A, x[part], d[part], 0.01, names[part])
+             for part in (slice(0, 1), slice(1, 3))]
+    columns = ["method", "image", "psnr", "ssim"]
+    assert join(parts)[columns].equals(whole[columns])
+
+
+@pytest.mark.parametrize(("images", "world"), [(7, 3), (4, 4), (200, 64)])
+def test_blocks_have_every_image_once_and_are_of_like_size(monkeypatch, images, world):
+    monkeypatch.setattr(processes, "world_size", lambda: world)
+    found = []
+    for rank in range(world):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        found.append(list(range(images))[processes.block(images)])
+    assert list(chain.from_iterable(found)) == list(range(images))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+    with pytest.raises(UserError, match=f"{world - 1} images for {world} processes"):
+        processes.block(world - 1)
