@@ -81,12 +81,23 @@ def printable(text: str) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a short text can stand for one that no memory holds."""
+    """YAML without aliases, by which a short text can stand for one that no memory holds, and
+    without integers that Python would not print.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError("an alias (*) is not allowed here")
         return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.Node) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**63:
+            raise yaml.YAMLError("an integer is too large")
+        return value
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:

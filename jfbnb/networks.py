@@ -132,7 +132,7 @@ def save_regulariser(path: str | Path, S: Regulariser, card: dict) -> None:
 def load_regulariser(path: str | Path) -> Regulariser:
     """Read what `save_regulariser` wrote. Loading runs no code of the file's.
 
-    Nothing is allocated before the file's own list of its tensors is that of such a network.
+    Its own list of its tensors is looked at before any of them is read.
 
     Raises:
         UserError: if there is no such file, or it is truncated, or it holds something else.
@@ -147,15 +147,18 @@ def load_regulariser(path: str | Path) -> Regulariser:
             if not _is_architecture(architecture):
                 raise UserError(f"the weights {path} are of another architecture than a DnCNN "
                                 "regulariser")
-            with torch.device("meta"):  # shapes without memory
-                wanted = _untrained(**architecture).state_dict()
-            if tensor_list(stored) != {k: ("F32", list(v.shape)) for k, v in wanted.items()}:
+            # Hardly more memory than the file is long, whatever depth and width it claims.
+            if 36 * architecture["width"]**2 * (architecture["depth"] - 2) > path.stat().st_size:
+                raise UserError(f"the weights {path} are too few for their own architecture "
+                                f"{architecture}")
+            S = _untrained(**architecture)
+            wanted = {k: ("F32", list(v.shape)) for k, v in S.state_dict().items()}
+            if tensor_list(stored) != wanted:
                 raise UserError(f"the weights {path} do not fit their own architecture "
                                 f"{architecture}")
             tensors = {name: stored.get_tensor(name) for name in wanted}
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
-    S = _untrained(**architecture)
     S.load_state_dict(tensors)
     if not all(value.isfinite().all() for value in (*tensors.values(), S.tau)):
         raise UserError(f"the weights {path} are not all finite numbers: fetch them again")

@@ -162,7 +162,7 @@ def _is_like(value: Any, example: Any) -> bool:
     if type(value) is float:
         return type(example) is float and math.isfinite(value)
     if type(value) is int:
-        return type(example) in (int, float) and abs(value) < 2**63
+        return type(example) in (int, float)
     return type(value) is type(example) and (type(value) is not str or value.isprintable())
 
 

@@ -29,6 +29,8 @@ def load_sweep(path: Path) -> tuple[str, dict[str, list[Any]]]:
     Raises:
         UserError: if the file is no such description, or has a parameter that no notebook has.
     """
+    if not path.is_file():
+        raise UserError(f"cannot read the sweep {path}: there is no such file")
     try:
         sweep = parse_yaml(path.read_bytes(), str(path))
     except OSError as error:
