@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jfbnb.common import UserError, atomic_path
+from jfbnb.networks import tensor_list
 
 History = list[dict[str, float]]
 
@@ -68,26 +69,45 @@ def load_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimi
 
     Raises:
         UserError: if the file is damaged; module and optimizer are then as before.
+        OSError: if it cannot be read now, which says nothing of what is in it.
     """
     try:
         with safe_open(file, "pt") as stored:
+            _check_list(tensor_list(stored), module, optimizer)
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             metadata = stored.metadata()
         if _digest(tensors, metadata["history"]) != metadata["sha256"]:
             raise ValueError("its hash is not the stored one")
         history = json.loads(metadata["history"])
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("adam."):
-                _, i, moment = name.split(".")
-                state.setdefault(int(i), {})[moment] = value
-        module.load_state_dict({name.removeprefix("module."): value
-                                for name, value in tensors.items() if name.startswith("module.")})
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"the checkpoint {file} is damaged ({error})"
-                        ) from error
+        if not (isinstance(history, list) and all(isinstance(r, dict) for r in history)):
+            raise ValueError("its history is none")
+    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"the checkpoint {file} is damaged ({error})") from error
+    except OSError as error:
+        raise OSError(f"cannot read the checkpoint {file} ({error})") from error
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("adam."):
+            _, i, moment = name.split(".")
+            state.setdefault(int(i), {})[moment] = value
+    module.load_state_dict({name.removeprefix("module."): value
+                            for name, value in tensors.items() if name.startswith("module.")})
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return history
+
+
+def _check_list(found: dict[str, tuple[str, list[int]]], module: nn.Module,
+                optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError unless the tensors are the module's and Adam's, before any is read."""
+    weights = {f"module.{name}": list(v.shape) for name, v in module.state_dict().items()}
+    moments = {}
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+        if f"adam.{i}.step" in found:  # frozen weights have none
+            moments |= {f"adam.{i}.step": [], f"adam.{i}.exp_avg": list(p.shape),
+                        f"adam.{i}.exp_avg_sq": list(p.shape)}
+    if ({name: shape for name, (_, shape) in found.items()} != weights | moments
+            or not {kind for kind, _ in found.values()} <= {"F32", "F64", "I64"}):
+        raise ValueError("its tensors are not those of this training")
 
 
 def _digest(tensors: dict[str, Tensor], history: str) -> str:

@@ -1,6 +1,7 @@
 """The `jfbnb` command: reproduce, train, evaluate, deblur, blur, data, verify, sweep, doctor."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -10,16 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 
 from jfbnb import datasets, evaluation, methods, operators, processes
-from jfbnb.common import ROOT, UserError, atomic_path, atomic_write, pick_device
+from jfbnb.common import ROOT, UserError, atomic_path, parse_yaml, pick_device
+
+MAX_SIDE = 8192  # of an image to blur or deblur, in pixels: A's factors take its square
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; bad input ends in one line on stderr and exit status 2."""
     args = make_parser().parse_args(argv)
+    with contextlib.suppress(AttributeError):  # a file's name may be no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.run(args)
     except UserError as error:
@@ -29,10 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"jfbnb: error: {error.strerror or error}: {error.filename or 'a file'}; "
               "nothing that was complete has been touched", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        print("jfbnb: error: memory ran out: take smaller images, or fewer with --limit",
+              file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("jfbnb: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "DefaultCPUAllocator" in str(error))  # what PyTorch says of a CPU's
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -157,9 +172,9 @@ def _overrides(args: argparse.Namespace) -> dict[str, object]:
         name, equals, value = text.partition("=")
         if not equals:
             raise UserError(f"-p {text}: write it as NAME=VALUE")
-        overrides[name] = yaml.safe_load(value)
+        overrides[name] = parse_yaml(value, f"-p {name}: its value")
     if args.data:
-        overrides["data"] = str(Path(args.data).resolve()) if args.data != "bundled" else "bundled"
+        overrides["data"] = os.path.abspath(args.data) if args.data != "bundled" else "bundled"
     return overrides
 
 
@@ -174,14 +189,21 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f"--limit {args.limit}: give a positive number of images")
+    _check_limit(args.limit)
     with processes.process_group(pick_device(args.device)) as device:
-        _evaluate(args, device)
+        to_write = args.json if processes.rank() == 0 else None
+        # The file is begun first, so that one that cannot be written is no surprise in the end.
+        with atomic_path(to_write) if to_write else contextlib.nullcontext() as file:
+            document = _evaluate(args, device)
+            if file:
+                file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
-    """Each process takes a block of the images; rank 0 shows and stores the table of all."""
+def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
+    """Each process measures a block of the images; rank 0 shows the table of all.
+
+    Returns what --json writes, in rank 0.
+    """
     protocol = operators.get_protocol(args.protocol)
     chosen = methods.make_methods(args.method or list(methods.LABELS), args.weights, device)
     with processes.rank_0_first():  # the others find the decoded images in the cache
@@ -194,18 +216,16 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> None:
     table = evaluation.join(processes.gather(
         evaluation.evaluate(chosen, A, x, d, protocol.noise_std, own.names)))
     if processes.rank():
-        return
+        return None
     summary = evaluation.summarise(table)
     print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
     for line in evaluation.complaints(table):
         _warn(f"warning: {line}")
-    if args.json:
-        records = summary.set_index("method").to_dict(orient="index")
-        results = {name: {k: None if isinstance(v, float) and math.isnan(v) else v
-                          for k, v in row.items()} for name, row in records.items()}
-        document = {"protocol": protocol.name, "images": len(images), "skipped": images.skipped,
-                    "methods": results}
-        atomic_write(args.json, json.dumps(document, indent=2) + "\n")
+    records = summary.set_index("method").to_dict(orient="index")
+    results = {name: {k: None if isinstance(v, float) and math.isnan(v) else v
+                      for k, v in row.items()} for name, row in records.items()}
+    return {"protocol": protocol.name, "images": len(images), "skipped": images.skipped,
+            "methods": results}
 
 
 @torch.no_grad()
@@ -218,6 +238,9 @@ def run_deblur(args: argparse.Namespace) -> None:
         d = _read(path).to(device)
         A = operators.Blur(tuple(d.shape[2:]), args.kernel_size, args.kernel_std).to(device)
         x, info = restore(A, d, args.noise_std)
+        if not x.isfinite().all():
+            raise UserError(f"{name} makes no finite image of {path}: choose another method, or "
+                            "another --kernel-std or --noise-std")
         _save(target, x, path)
         state = ""
         if info is not None:
@@ -247,6 +270,7 @@ def run_data(args: argparse.Namespace) -> None:
 def run_verify(args: argparse.Namespace) -> None:
     from jfbnb.verify import verify
 
+    _check_limit(args.limit)
     differences = 0
     for line in verify(args.profile, args.data, args.limit):
         print(line)
@@ -282,27 +306,43 @@ def _ignore(message: str) -> None:
     """What rank 0 has said already."""
 
 
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: give a positive number of images")
+
+
 def _check_noise(noise_std: float, positive: bool) -> None:
-    if not (0 <= noise_std <= 1) or (positive and noise_std == 0):
+    # Below 1e-5 it would vanish in float32, of which the methods take the square.
+    if not (1e-5 <= noise_std <= 1 or (noise_std == 0 and not positive)):
         raise UserError(f"--noise-std {noise_std}: give it on the scale of pixel values in [0, 1], "
                         "e.g. 0.01")
 
 
 def _targets(images: list[Path], out: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Each image with the PNG to write. Raises UserError where two would be the same file."""
+    """Each image with the PNG to write.
+
+    Raises:
+        UserError: where two would be the same file, or one is among the images still to be read.
+    """
     pairs = [(path, out / f"{path.stem}-{suffix}.png") for path in images]
     targets = [target for _, target in pairs]
     for path, target in pairs:
         if targets.count(target) > 1:
             raise UserError(f"several images would become {target}: {path} needs another --out")
+        if target in images:
+            raise UserError(f"{target} is to be read and would be written: choose another --out")
     return pairs
 
 
 def _read(path: Path) -> torch.Tensor:
     try:
-        return datasets.as_float(datasets.decode(path))[None]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        x = datasets.as_float(datasets.decode(path))[None]
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read the image {path}: {error}") from error
+    if max(x.shape) > MAX_SIDE:
+        raise UserError(f"cannot read the image {path}: over {MAX_SIDE} pixels on a side; cut it "
+                        "into parts")
+    return x
 
 
 def _save(target: Path, x: torch.Tensor, source: Path) -> None:

@@ -5,14 +5,17 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 CHECK_FAILED = "NOT MET:"
+UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
 
 
 class UserError(Exception):
@@ -20,7 +23,13 @@ class UserError(Exception):
 
 
 def seeded_generator(*keys: int) -> torch.Generator:
-    """A CPU generator that depends on the integer keys alone, e.g. (seed, image index)."""
+    """A CPU generator that depends on the integer keys alone, e.g. (seed, image index).
+
+    Raises:
+        UserError: for a negative key.
+    """
+    if min(keys, default=0) < 0:
+        raise UserError(f"seed {min(keys)}: choose one that is not negative")
     state = np.random.SeedSequence([int(key) for key in keys]).generate_state(2)
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
@@ -30,11 +39,16 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it over `path` only if the block succeeds.
 
     Readers so never see half a file, and a failed write leaves the earlier file as it was.
+
+    Raises:
+        UserError: if `path` is a folder, a device or anything else that is no file.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise UserError(f"cannot write {path}: what has that name is no file; choose another")
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers such as matplotlib choose the format by it.
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -53,6 +67,46 @@ def atomic_write(path: str | Path, text: str) -> None:
     """Write a text file whole or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Delete what `atomic_path` left below `folder` in processes that were killed."""
+    for path in folder.rglob(f"{UNFINISHED}*"):
+        path.unlink(missing_ok=True)
+
+
+def printable(text: str) -> str:
+    """The text with its control characters and broken Unicode escaped, to be shown on one line."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, by which a short text can stand for one that no memory holds, and
+    without integers that Python would not print.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*) is not allowed here")
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.Node) -> int:
+        value = super().construct_yaml_int(node)
+        if abs(value) >= 2**63:
+            raise yaml.YAMLError("an integer is too large")
+        return value
+
+
+_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+
+
+def parse_yaml(text: str | bytes, source: str) -> Any:
+    """The value of a YAML text. Raises UserError, which names the source, where it is none."""
+    try:
+        return yaml.load(text, Loader=_PlainLoader)
+    except Exception as error:  # PyYAML raises all sorts for values such as 2024-13-99
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{source} is no YAML: {reason}") from error
 
 
 def pick_device(device: str) -> torch.device:

@@ -3,9 +3,9 @@
 Decoded images are kept as uint8 (N, 3, H, W), a quarter of the memory; `as_float` makes a batch.
 """
 
-import contextlib
 import hashlib
 import io
+import itertools
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -19,10 +19,15 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from jfbnb.common import ROOT, UserError, atomic_path, seeded_generator
+from jfbnb.common import ROOT, UserError, atomic_path, printable, seeded_generator
 
 CACHE = ROOT / "data" / "cache"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# What Pillow may try. Its others include PostScript, which it has another program run.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+MAX_PIXELS = 2**26  # of an image, before it is decoded: 8192 x 8192
+MAX_BYTES = 2**28  # of an image file in an archive, unpacked
+MAX_RATIO = 100  # of a larger archive's size unpacked to its own; images hardly shrink at all
 
 
 @dataclass
@@ -99,10 +104,29 @@ def _photo(name: str) -> Image.Image:
 def decode(source: Path | io.BytesIO, size: int | None = None) -> Tensor:
     """One image file as uint8 (3, H, W), resized to `size` x `size` if given.
 
-    Turned upright by its EXIF tag. Grey becomes three equal channels, transparency white, and
-    16 bits become 8. Raises OSError, SyntaxError or ValueError where the file is no readable image.
+    Turned upright by its EXIF tag. Grey becomes three equal channels, transparency white, 16 bits
+    become 8, and of an animation the first picture is taken.
+
+    Raises:
+        ValueError: where the file is no readable image, or too large a one.
+        OSError: where it cannot be read at all.
     """
-    with Image.open(source) as opened:
+    try:
+        return _decode(source, size)
+    except Exception as error:  # Pillow's readers raise all sorts
+        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+            raise
+        raise ValueError(f"no readable image ({printable(str(error))})") from error
+
+
+def _decode(source: Path | io.BytesIO, size: int | None) -> Tensor:
+    if isinstance(source, Path) and source.exists() and not source.is_file():
+        raise ValueError("no file")  # a pipe would be waited for
+    with Image.open(source, formats=FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{opened.width} x {opened.height} pixels are too many: cut it down")
+        if opened.mode == "F":
+            raise ValueError("its pixels are fractions of unknown range: save it with 8 bits")
         if opened.mode.startswith("I"):  # 16-bit grey, which convert() would clip
             image = Image.fromarray((np.asarray(opened) / 257).clip(0, 255).astype(np.uint8))
         else:
@@ -125,30 +149,33 @@ def load_images(
     """The first `limit` images, in file order, of a folder, tar or zip; resized to size x size.
 
     A file that cannot be decoded is named through `warn`, skipped and counted. Its place stays
-    empty, so the other images keep their indices. The decoded images are cached.
+    empty, so the other images keep their indices. The decoded images are cached. Nothing is
+    unpacked to disk.
 
     Raises:
-        UserError: if there is no such path, or no readable image in it.
+        UserError: if there is no such path, no readable image in it, or a damaged archive.
+        OSError: if one of its files cannot be read, which says nothing of what is in it.
     """
     path = Path(path)
     listing = _list_images(path)[:limit]
     stored = _cache_file(path, listing, size)
-    if stored.exists():
-        images, good = _read_cache(stored)
-    else:
-        images, good = _decode_all(path, listing, size)
-        if good.any():
-            _write_cache(stored, images, good)
+    cached = _read_cache(stored)
+    images, good = cached or _decode_all(path, listing, size)
     if not good.any():
         raise UserError(f"none of the {len(listing)} images in {path} could be decoded")
+    if cached is None:
+        try:
+            _write_cache(stored, images, good)
+        except OSError as error:
+            warn(f"warning: the decoded images are not kept for the next time: {error}")
     places = np.flatnonzero(good).tolist()
-    names = [listing[i][0] for i in places]
+    names = [printable(name) for name, *_ in listing]
     skipped = len(listing) - len(places)
     for i in np.flatnonzero(~good):
-        warn(f"warning: skipped {listing[i][0]}: no readable image")
+        warn(f"warning: skipped {names[i]}: no readable image")
     if skipped:
         warn(f"warning: skipped {skipped} unreadable of {len(listing)} images in {path}")
-    return ImageSet(torch.from_numpy(images), names, places, skipped)
+    return ImageSet(torch.from_numpy(images), [names[i] for i in places], places, skipped)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -165,22 +192,48 @@ def _list_images(path: Path) -> list[tuple[str, int, float]]:
         if path.is_dir():
             found = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime)
                      for p in path.rglob("*") if p.is_file()]
-        elif zipfile.is_zipfile(path):
+        elif path.is_file() and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                found = [(m.filename, m.file_size, m.CRC) for m in archive.infolist()
-                         if not m.is_dir()]
-        elif tarfile.is_tarfile(path):
+                members = [m for m in archive.infolist() if not m.is_dir()]
+            _check_ratio(path, sum(m.file_size for m in members))
+            found = [(m.filename, m.file_size, m.CRC) for m in members]
+        elif path.is_file() and _is_tar(path):
             with tarfile.open(path) as archive:
-                found = [(m.name, m.size, m.mtime) for m in archive if m.isfile()]
+                found = [(m.name, m.size, m.mtime) for m in _members(archive, path) if m.isfile()]
         else:
             raise UserError(f"{path} is no folder, tar or zip of images")
-    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:  # damaged archives raise all sorts
+        raise UserError(f"cannot read {path}: {printable(str(error))}") from error
     images = sorted(f for f in found if f[0].lower().endswith(SUFFIXES)
                     and not Path(f[0]).name.startswith("."))
     if not images:
         raise UserError(f"no images in {path}: it must hold {', '.join(SUFFIXES)} files")
     return images
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        return tarfile.is_tarfile(path)
+    except Exception:  # a file that looks compressed and is damaged
+        return False
+
+
+def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    """The members in archive order, each looked at before tarfile reads on."""
+    for member in archive:
+        if member.size < 0:  # tarfile would read the one before it again, for ever
+            raise UserError(f"cannot read {path}: {printable(member.name)} has a negative size")
+        _check_ratio(path, member.offset_data + member.size)
+        yield member
+
+
+def _check_ratio(path: Path, unpacked: int) -> None:
+    """Raise UserError for an archive that would fill memory, or time."""
+    if unpacked > max(MAX_BYTES, MAX_RATIO * path.stat().st_size):
+        raise UserError(f"{path} unpacks to over {MAX_RATIO} times its size: if you trust it, "
+                        "unpack it yourself and give the folder")
 
 
 def _decode_all(path: Path, listing: list, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -190,28 +243,38 @@ def _decode_all(path: Path, listing: list, size: int) -> tuple[np.ndarray, np.nd
 
     def one(job: tuple[int, Path | io.BytesIO]) -> None:
         i, source = job
-        with contextlib.suppress(OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        try:
             images[i] = decode(source, size).numpy()
-            good[i] = True
+        except ValueError:
+            return
+        good[i] = True
 
+    sources = _sources(path, listing)
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        for _ in pool.map(one, _sources(path, [name for name, *_ in listing])):
-            pass  # to raise here what a thread raised
+        while batch := list(itertools.islice(sources, 64)):  # not all files in memory at once
+            for _ in pool.map(one, batch):
+                pass  # to raise here what a thread raised
     return (images if good.all() else images[good]), good
 
 
-def _sources(path: Path, names: list[str]) -> Iterator[tuple[int, Path | io.BytesIO]]:
+def _sources(path: Path, listing: list) -> Iterator[tuple[int, Path | io.BytesIO]]:
+    """Place and content of each image. One that is damaged or too large is left out."""
     if path.is_dir():
-        yield from ((i, path / name) for i, name in enumerate(names))
-    elif zipfile.is_zipfile(path):
+        yield from ((i, path / name) for i, (name, *_) in enumerate(listing))
+        return
+    places = {name: i for i, (name, length, _) in enumerate(listing) if length <= MAX_BYTES}
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            for i, name in enumerate(names):
-                yield i, io.BytesIO(archive.read(name))
+            for name, i in places.items():
+                try:
+                    content = archive.read(name)
+                except Exception:  # damaged, encrypted, packed in an unknown way
+                    continue
+                yield i, io.BytesIO(content)
     else:
-        places = {name: i for i, name in enumerate(names)}
         with tarfile.open(path) as archive:
             for member in archive:  # in archive order: a tar has no index to seek by
-                if member.name in places:
+                if member.isfile() and member.name in places:
                     yield places[member.name], io.BytesIO(archive.extractfile(member).read())
 
 
@@ -220,9 +283,13 @@ def _cache_file(path: Path, listing: list, size: int) -> Path:
     return CACHE / f"{key}.npz"
 
 
-def _read_cache(stored: Path) -> tuple[np.ndarray, np.ndarray]:
-    with np.load(stored, allow_pickle=False) as arrays:
-        return arrays["images"], arrays["good"]
+def _read_cache(stored: Path) -> tuple[np.ndarray, np.ndarray] | None:
+    """What `_write_cache` stored, or None where that is missing or damaged."""
+    try:
+        with np.load(stored, allow_pickle=False) as arrays:
+            return arrays["images"], arrays["good"]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
 
 
 def _write_cache(stored: Path, images: np.ndarray, good: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -146,9 +147,15 @@ class Tuning:
             raise UserError(f"no tuned parameters at {path}: run the earlier notebooks, in order, "
                             "or `jfbnb reproduce`")
         try:
-            return Tuning(**json.loads(path.read_text()))
-        except (TypeError, ValueError) as error:
+            tuning = Tuning(**json.loads(path.read_text()))
+            values = [v for settings in tuning.chosen.values() for v in settings.values()]
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} holds no tuned parameters ({error})") from error
+        for value in (tuning.noise_std, *values):
+            if type(value) not in (int, float) or not 0 < value <= 1e5:
+                raise UserError(f"{path} holds no tuned parameters ({reprlib.repr(value)} is no "
+                                "number between 0 and 1e5)")
+        return tuning
 
 
 # --- restoring ----------------------------------------------------------------------------------
@@ -227,6 +234,9 @@ def _make_method(name: str, tuning: Tuning, weights: Path, device: torch.device)
         S = load_regulariser(weights / f"{trained}.safetensors")
     else:
         S = None
+    if name in HEADS and S.head is None:
+        raise UserError(f"the weights {weights / trained}.safetensors have no head: {name} needs "
+                        "one")
 
     def scale(noise_std: float) -> float:
         return (noise_std / tuning.noise_std) ** NOISE_POWER.get(trained, 2.0)

@@ -132,6 +132,8 @@ def save_regulariser(path: str | Path, S: Regulariser, card: dict) -> None:
 def load_regulariser(path: str | Path) -> Regulariser:
     """Read what `save_regulariser` wrote. Loading runs no code of the file's.
 
+    Its own list of its tensors is looked at before any of them is read.
+
     Raises:
         UserError: if there is no such file, or it is truncated, or it holds something else.
     """
@@ -142,20 +144,41 @@ def load_regulariser(path: str | Path) -> Regulariser:
     try:
         with safe_open(path, "pt") as stored:
             architecture = json.loads((stored.metadata() or {}).get("architecture", "null"))
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+            if not _is_architecture(architecture):
+                raise UserError(f"the weights {path} are of another architecture than a DnCNN "
+                                "regulariser")
+            # Hardly more memory than the file is long, whatever depth and width it claims.
+            if 36 * architecture["width"]**2 * (architecture["depth"] - 2) > path.stat().st_size:
+                raise UserError(f"the weights {path} are too few for their own architecture "
+                                f"{architecture}")
+            S = _untrained(**architecture)
+            wanted = {k: ("F32", list(v.shape)) for k, v in S.state_dict().items()}
+            if tensor_list(stored) != wanted:
+                raise UserError(f"the weights {path} do not fit their own architecture "
+                                f"{architecture}")
+            tensors = {name: stored.get_tensor(name) for name in wanted}
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
-    expected = {"depth": range(2, 65), "width": range(1, 1025), "channels": range(1, 65),
-                "head": (False, True)}
-    if (not isinstance(architecture, dict) or set(architecture) != set(expected)
-            or any(architecture[k] not in expected[k] for k in expected)):
-        raise UserError(f"the weights {path} are of another architecture than a DnCNN regulariser")
-    has_head = architecture.pop("head")
-    S = Regulariser(DnCNN(**architecture), tau=1.0, sigma=0.0,
-                    head=DnCNN(**architecture) if has_head else None)
-    try:
-        S.load_state_dict(tensors)
-    except RuntimeError as error:
-        raise UserError(f"the weights {path} do not fit their own architecture {architecture}"
-                        ) from error
+    S.load_state_dict(tensors)
+    if not all(value.isfinite().all() for value in (*tensors.values(), S.tau)):
+        raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
     return S
+
+
+def tensor_list(stored: safe_open) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor in an open safetensors file; reads none of them."""
+    slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+    return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+
+
+def _is_architecture(found: object) -> bool:
+    """True for what `save_regulariser` may have stored; images have three channels."""
+    return (isinstance(found, dict) and set(found) == {"depth", "width", "channels", "head"}
+            and all(type(found[name]) is int for name in ("depth", "width", "channels"))
+            and 2 <= found["depth"] <= 64 and 1 <= found["width"] <= 1024
+            and found["channels"] == 3 and type(found["head"]) is bool)
+
+
+def _untrained(depth: int, width: int, channels: int, head: bool) -> Regulariser:
+    return Regulariser(DnCNN(depth, width, channels), tau=1.0, sigma=0.0,
+                       head=DnCNN(depth, width, channels) if head else None)

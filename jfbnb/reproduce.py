@@ -9,8 +9,10 @@ import ast
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
+import reprlib
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 from filelock import FileLock, Timeout
 
 from jfbnb.common import (
@@ -29,7 +30,10 @@ from jfbnb.common import (
     UserError,
     atomic_write,
     describe_device,
+    parse_yaml,
     pick_device,
+    printable,
+    remove_unfinished,
 )
 from jfbnb.datasets import fingerprint
 from jfbnb.methods import TRAINED
@@ -99,30 +103,67 @@ def notebook_parameters(path: Path) -> dict[str, Any]:
 
 
 def load_profile(name: str) -> dict[str, Any]:
-    """The parameters in notebooks/profiles/NAME.yaml. Raises UserError for an unknown name."""
+    """The parameters in notebooks/profiles/NAME.yaml.
+
+    Raises:
+        UserError: for an unknown name, or a file that does not map names to values.
+    """
     known = sorted(path.stem for path in PROFILES.glob("*.yaml"))
     if name not in known:
         raise UserError(f"unknown profile {name!r}: choose one of {', '.join(known)}")
-    return {"profile": name, **(yaml.safe_load((PROFILES / f"{name}.yaml").read_text()) or {})}
+    path = PROFILES / f"{name}.yaml"
+    values = parse_yaml(path.read_bytes(), str(path))
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path} is no profile: it maps names of parameters to values")
+    return {**(values or {}), "profile": name}
 
 
 def step_parameters(steps: tuple[Step, ...], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """For each step its notebook's parameters, the given ones in the place of its own.
 
     Raises:
-        UserError: for a parameter that no notebook of the suite has, or of another type.
+        UserError: as `check_parameters` does.
     """
-    defaults = {step.name: notebook_parameters(NOTEBOOKS / f"{step.name}.ipynb") for step in STEPS}
-    known = {name: value for own in defaults.values() for name, value in own.items()}
+    check_parameters(given, known_parameters())
+    return {step.name: {k: given.get(k, v) for k, v in _own_parameters(step).items()}
+            for step in steps}
+
+
+def known_parameters() -> dict[str, Any]:
+    """All parameters of the suite's notebooks, and a value of each."""
+    return {name: value for step in STEPS for name, value in _own_parameters(step).items()}
+
+
+def _own_parameters(step: Step) -> dict[str, Any]:
+    return notebook_parameters(NOTEBOOKS / f"{step.name}.ipynb")
+
+
+def check_parameters(given: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raise UserError for a parameter that is not known, or of another type than the known one."""
     for name, value in given.items():
         if name not in known:
             raise UserError(f"unknown parameter {name!r}: the notebooks have "
                             f"{', '.join(sorted(known))}")
-        kind = type(known[name])
-        if not (type(value) is kind or (kind is float and type(value) is int)):
-            raise UserError(f"parameter {name} takes a value like {known[name]!r}, not {value!r}")
-    return {step.name: {k: given.get(k, v) for k, v in defaults[step.name].items()}
-            for step in steps}
+        if not _is_like(value, known[name]):
+            raise UserError(f"parameter {name} takes a value like {known[name]!r}, not "
+                            f"{reprlib.repr(value)}")
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """True if the value has the example's type, and can be stored; an integer will do for a float.
+
+    A dictionary may have some of the example's keys, a list any number of entries.
+    """
+    if isinstance(example, dict):
+        return isinstance(value, dict) and all(
+            k in example and _is_like(v, example[k]) for k, v in value.items())
+    if isinstance(example, list):
+        return isinstance(value, list) and all(_is_like(v, example[0]) for v in value)
+    if type(value) is float:
+        return type(example) is float and math.isfinite(value)
+    if type(value) is int:
+        return type(example) in (int, float)
+    return type(value) is type(example) and (type(value) is not str or value.isprintable())
 
 
 # --- what a step depends on ---------------------------------------------------------------------
@@ -180,17 +221,25 @@ def weights_taken(step: Step, parameters: dict[str, Any]) -> dict[str, str]:
 
 def read_marker(marker: Path) -> dict[str, Any]:
     """A step's marker, or an empty one where it is missing or damaged."""
+    found = _read_dict(marker)
+    whole = {"inputs": dict, "outputs": dict, "parameters": dict, "seconds": float}
+    return found if all(isinstance(found.get(k), kind) for k, kind in whole.items()) else {}
+
+
+def _read_dict(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(marker.read_text())
-    except (OSError, ValueError):
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
-def is_done(marker: dict[str, Any], inputs: dict[str, str], base: Path) -> bool:
+def is_done(marker: dict[str, Any], inputs: dict[str, str], outputs: list[Path],
+            base: Path) -> bool:
     """True if the marker's inputs are today's and every output is there, unchanged."""
     return marker.get("inputs") == inputs and all(
-        (base / name).is_file() and file_hash(base / name) == digest
-        for name, digest in marker["outputs"].items()
+        (base / path).is_file() and file_hash(base / path) == marker["outputs"].get(str(path))
+        for path in outputs
     )
 
 
@@ -219,24 +268,38 @@ def reproduce(
     steps = tuple(s for s in STEPS if only is None or s.name.startswith(only))
     if not steps:
         raise UserError(f"no notebook {only!r}: choose 01 to 0{len(STEPS)}")
+    if "profile" in overrides:
+        raise UserError("the parameter profile names the output folder: use --folder")
     folder = folder or profile
+    if not _is_inside(folder):
+        raise UserError(f"--folder {printable(folder)}: give the name of a folder inside runs/ "
+                        "and figures/")
     given = load_profile(profile) | {"profile": folder} | overrides
     step_parameters(steps, given)  # refuses unknown ones before anything uses them
     pick_device(given.get("device", "auto"))
     if given.get("data", "bundled") != "bundled":
-        given["data"] = str((NOTEBOOKS / given["data"]).resolve())
+        given["data"] = os.path.abspath(NOTEBOOKS / given["data"])
         fingerprint(given["data"])  # fails here, before hours of work, if there is no such data
     parameters = step_parameters(steps, given)
     for step in steps:
         weights_taken(step, parameters[step.name])  # so does this
     runs, figures = ROOT / "runs" / folder, ROOT / "figures" / folder
     with _alone(runs):
+        for place in (runs, figures):
+            remove_unfinished(place)
         if force:
             shutil.rmtree(runs / "checkpoints", ignore_errors=True)
         _run_steps(steps, parameters, folder, force, log)
         write_provenance(folder, given)
     written = [ROOT / path for step in steps for path in step.outputs(folder)]
     return [path for path in written if path.parent == figures] + [figures / "provenance.json"]
+
+
+def _is_inside(folder: str) -> bool:
+    """True if runs/FOLDER is below runs/, whatever is linked where."""
+    parts = Path(folder).parts
+    return bool(parts) and not Path(folder).is_absolute() and ".." not in parts \
+        and folder.isprintable()
 
 
 @contextlib.contextmanager
@@ -248,7 +311,7 @@ def _alone(runs: Path) -> Iterator[None]:
             yield
     except Timeout:
         raise UserError(f"another run is writing {runs}: wait until it has ended, or choose "
-                        "another profile") from None
+                        "another --folder") from None
 
 
 def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], folder: str,
@@ -260,7 +323,7 @@ def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], f
         title = f"[{number}/{len(steps)}] {step.name}"
         marker_file = runs / "markers" / f"{step.name}.json"
         inputs = input_hashes(step, parameters[step.name], runs)
-        if not force and is_done(read_marker(marker_file), inputs, ROOT):
+        if not force and is_done(read_marker(marker_file), inputs, step.outputs(folder), ROOT):
             log(f"{title}: unchanged, skipped")
             continue
         expected = earlier.get(step.name)
@@ -314,8 +377,11 @@ def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
 
 
 def _durations(provenance: Path) -> dict[str, float]:
-    steps = read_marker(provenance).get("steps", {})
-    return {name: step["seconds"] for name, step in steps.items()}
+    try:
+        return {name: float(step["seconds"])
+                for name, step in _read_dict(provenance)["steps"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError):  # missing or damaged
+        return {}
 
 
 def write_provenance(folder: str, given: dict[str, Any]) -> None:
@@ -326,7 +392,7 @@ def write_provenance(folder: str, given: dict[str, Any]) -> None:
         marker = read_marker(ROOT / "runs" / folder / "markers" / f"{step.name}.json")
         if marker:
             # The data's place is the user's own affair; its fingerprint is among the inputs.
-            own = {k: v if k != "data" or v == "bundled" else Path(v).name
+            own = {k: v if k != "data" or v == "bundled" else Path(str(v)).name
                    for k, v in marker["parameters"].items()}
             steps[step.name] = {"seconds": round(marker["seconds"], 1), "parameters": own,
                                 "inputs": marker["inputs"], "outputs": marker["outputs"]}

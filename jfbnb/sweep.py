@@ -5,6 +5,7 @@ done is skipped, so a sweep that was stopped goes on; a point whose worker dies 
 """
 
 import itertools
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from jfbnb.common import ROOT, UserError
+from jfbnb.common import ROOT, UserError, parse_yaml
 from jfbnb.figures import save_table
-from jfbnb.reproduce import STEPS, load_profile, step_parameters
+from jfbnb.reproduce import check_parameters, known_parameters, load_profile
 
 RETRIES = 3  # after a worker died
+MAX_POINTS = 10_000
 
 
 def load_sweep(path: Path) -> tuple[str, dict[str, list[Any]]]:
@@ -27,18 +29,28 @@ def load_sweep(path: Path) -> tuple[str, dict[str, list[Any]]]:
     Raises:
         UserError: if the file is no such description, or has a parameter that no notebook has.
     """
+    if not path.is_file():
+        raise UserError(f"cannot read the sweep {path}: there is no such file")
     try:
-        sweep = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        sweep = parse_yaml(path.read_bytes(), str(path))
+    except OSError as error:
         raise UserError(f"cannot read the sweep {path}: {error}") from error
     if (not isinstance(sweep, dict) or set(sweep) != {"profile", "parameters"}
             or not isinstance(sweep["parameters"], dict) or not sweep["parameters"]
             or not all(isinstance(v, list) and v for v in sweep["parameters"].values())):
         raise UserError(f"{path} is no sweep: it has a `profile`, and `parameters` that each have "
                         "a list of values")
-    for values in points(sweep["parameters"]):
-        step_parameters(STEPS, load_profile(sweep["profile"]) | values)
-    return sweep["profile"], sweep["parameters"]
+    profile, parameters = sweep["profile"], sweep["parameters"]
+    load_profile(profile)
+    known = known_parameters()
+    for name, values in parameters.items():
+        for value in values:
+            check_parameters({name: value}, known)
+    if "profile" in parameters:
+        raise UserError(f"{path}: every point has a folder of its own; leave out `profile` there")
+    if (n := math.prod(len(values) for values in parameters.values())) > MAX_POINTS:
+        raise UserError(f"{path} has {n} combinations, over {MAX_POINTS}: give fewer values")
+    return profile, parameters
 
 
 def points(parameters: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -58,7 +70,8 @@ def run_point(profile: str, folder: str, values: dict[str, Any], data: str | Non
                "--folder", folder]
     command += ["--data", data] if data else []
     for name, value in values.items():
-        command += ["-p", f"{name}={yaml.safe_dump(value).splitlines()[0]}"]
+        text = yaml.safe_dump([value], default_flow_style=True, width=math.inf)
+        command += ["-p", f"{name}={text.strip()[1:-1]}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{folder}: {done.stderr.strip().splitlines()[-1:]}")
@@ -84,8 +97,12 @@ def sweep(path: Path, scheduler: str | None, data: str | None,
     name = f"sweep-{path.stem}"
     todo = {f"{name}/{point_name(values)}": values for values in points(parameters)}
     cluster = None if scheduler else LocalCluster(n_workers=1, threads_per_worker=1)
+    try:
+        client = Client(scheduler or cluster)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot reach the scheduler {scheduler}: {error}") from error
     failed = []
-    with Client(scheduler or cluster) as client:
+    with client:
         futures = [client.submit(run_point, profile, folder, values, data, retries=RETRIES,
                                  pure=False) for folder, values in todo.items()]
         for future in as_completed(futures):

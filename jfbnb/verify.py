@@ -9,10 +9,13 @@ import pandas as pd
 from jfbnb import evaluation
 from jfbnb.common import ROOT, UserError, pick_device
 from jfbnb.datasets import load_splits
-from jfbnb.methods import make_methods
+from jfbnb.methods import LABELS, make_methods
 from jfbnb.operators import get_protocol, make_blur, measure
-from jfbnb.reproduce import file_hash, load_profile
+from jfbnb.reproduce import check_parameters, file_hash, known_parameters
 
+METRICS = ("psnr", "ssim", "iterations", "residual", "converged", "seconds")
+COLUMNS = ("PSNR (dB)", "± PSNR", "SSIM", "± SSIM", "Converged")
+MEASURED = ("data", "protocol", "seed", "device", "n_train", "n_validation", "n_test")
 DECIBELS, SIMILARITY = 0.01, 1e-3  # how far another machine may be off, per image
 
 
@@ -27,29 +30,54 @@ def verify(profile: str, data: str | None, limit: int | None) -> Iterator[str]:
         UserError: if there is no finished run to verify.
     """
     figures, runs = ROOT / "figures" / profile, ROOT / "runs" / profile
-    provenance = _read_provenance(figures)
-    yield from _changed_files(provenance)
-    steps = provenance["steps"]
+    steps = _read_steps(figures / "provenance.json")
+    yield from _changed_files(steps)
     last = max(steps)
-    parameters = load_profile(profile) | steps[last]["parameters"]
     if not last.startswith("05"):
         raise UserError(f"the run {profile} has not got to notebook 5: finish it with "
                         f"`jfbnb reproduce --profile {profile}`")
-    stored = pd.read_csv(figures / "metrics.csv")
+    stored = _read_table(figures / "metrics.csv", METRICS, ("method", "image"))
+    if not set(stored.method) <= set(LABELS):
+        raise UserError(f"the table {figures / 'metrics.csv'} has a method that is none of "
+                        f"{', '.join(LABELS)}: run `jfbnb reproduce` again")
     yield from _different_table(figures, stored)
+    parameters = {k: v for k, v in steps[last]["parameters"].items() if k in MEASURED}
+    check_parameters(parameters, known_parameters())
+    if missing := set(MEASURED) - set(parameters):
+        raise UserError(f"{figures / 'provenance.json'} does not say the {', '.join(missing)} of "
+                        "the run: run `jfbnb reproduce` again")
     yield from _different_metrics(stored, parameters, data, limit, runs)
 
 
-def _read_provenance(figures: Path) -> dict:
+def _read_steps(provenance: Path) -> dict[str, dict]:
+    """Each step's record, as `reproduce.write_provenance` stored it."""
     try:
-        return json.loads((figures / "provenance.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"no finished run in {figures} ({error}): run `jfbnb reproduce` first"
-                        ) from error
+        steps = json.loads(provenance.read_text())["steps"]
+        for step in steps.values():
+            if not all(isinstance(step[key], dict) for key in ("parameters", "outputs")):
+                raise TypeError("a step without parameters or outputs")
+        max(steps)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"no finished run: {provenance} is missing or damaged ({error}); run "
+                        "`jfbnb reproduce` first") from error
+    return steps
 
 
-def _changed_files(provenance: dict) -> Iterator[str]:
-    for step in provenance["steps"].values():
+def _read_table(file: Path, numbers: tuple[str, ...], names: tuple[str, ...]) -> pd.DataFrame:
+    """These columns of a stored table."""
+    kinds = dict.fromkeys(names, str) | dict.fromkeys(numbers, float)
+    try:
+        table = pd.read_csv(file, dtype=kinds)[[*kinds]].dropna(subset=[*names])
+        if table.empty:
+            raise ValueError("no rows")
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the table {file} is missing or damaged ({error}): run `jfbnb reproduce` "
+                        "again") from error
+    return table
+
+
+def _changed_files(steps: dict[str, dict]) -> Iterator[str]:
+    for step in steps.values():
         for name, digest in step["outputs"].items():
             path = ROOT / name
             if not path.is_file():
@@ -60,9 +88,13 @@ def _changed_files(provenance: dict) -> Iterator[str]:
 
 def _different_table(figures: Path, metrics: pd.DataFrame) -> Iterator[str]:
     """Table 2 against the metrics that it summarises."""
-    stored = pd.read_csv(figures / "table2_comparison.csv").set_index("Method")
+    stored = _read_table(figures / "table2_comparison.csv", COLUMNS, ("Method",))
+    stored = stored.drop_duplicates("Method").set_index("Method")
     again = evaluation.table2(evaluation.summarise(metrics)).set_index("Method")
-    for column in ("PSNR (dB)", "± PSNR", "SSIM", "± SSIM", "Converged"):
+    for method in stored.index.symmetric_difference(again.index):
+        yield f"table 2, {method}: not in both it and metrics.csv"
+    stored, again = stored.align(again[[*COLUMNS]], join="inner", axis=0)
+    for column in COLUMNS:
         apart = (stored[column] - again[column]).abs() > 1e-6
         for method in stored.index[apart | (stored[column].isna() != again[column].isna())]:
             yield f"table 2, {method}: {column} is not that of metrics.csv"
