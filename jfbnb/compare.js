@@ -48,6 +48,7 @@ function mount(el) {
     errorBox.addEventListener("change", () => set({ error: errorBox.checked }));
   }
   const canvas = make("canvas", root, { tabIndex: 0 });
+  canvas.dataset.lmSuppressShortcuts = "true"; // the keys are ours, not Jupyter's, while in focus
   canvas.setAttribute("role", "slider");
   canvas.setAttribute("aria-label", "swipe handle between two images");
   canvas.setAttribute("aria-valuemin", 0);

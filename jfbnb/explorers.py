@@ -7,11 +7,13 @@ said in that line, and the explorer lives on.
 import base64
 import functools
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as w
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from jfbnb.baselines import direct_inverse, gradient_descent_iterate
 from jfbnb.common import UserError
 from jfbnb.datasets import as_float, bundled_photos, decode
 from jfbnb.evaluation import psnr
-from jfbnb.figures import COLOURS, new_figure, show
+from jfbnb.figures import COLOURS, GRADIENT_COLOURS, MAP_COLOURS, new_figure, show
 from jfbnb.fixed_point import anderson, picard
 from jfbnb.gradients import implicit, jfb, neumann
 from jfbnb.maps import GradientMap, PreconditionedMap, SplittingMap
@@ -33,7 +35,8 @@ MOST_PIXELS = 40_000_000  # of an upload
 WITHOUT_KERNEL = "An explorer: run the notebook to use it."
 MAPS = {"Eq. 4": GradientMap, "preconditioned": PreconditionedMap, "splitting": SplittingMap}
 SOLVERS = {"Picard": picard, "Anderson": anderson}
-GRADIENTS = {"exact": COLOURS["deq"], "Neumann": COLOURS["de-admm"], "JFB": COLOURS["jfb"]}
+GRADIENTS = ("exact", "Neumann", "JFB")
+BAD, HOPELESS = 1e6, 1e12  # condition numbers: from the second on float64 knows no inverse
 
 
 class Explorer(w.VBox):
@@ -112,6 +115,13 @@ def _int_slider(label: str, value: int, low: int, high: int, step: int = 1) -> w
                        continuous_update=False)
 
 
+def _three_panels() -> tuple[Figure, list[Axes]]:
+    figure, axes = new_figure(columns=3, width=10, height=3.4)
+    figure.set_layout_engine(None)  # it would draw all twice, half of an answer's time
+    figure.subplots_adjust(left=0.01, right=0.98, bottom=0.17, top=0.9, wspace=0.2)
+    return figure, axes
+
+
 class BlurExplorer(Explorer):
     """Notebook 1: kernel and noise; the measurement, the spectrum and the direct inverse.
 
@@ -128,16 +138,25 @@ class BlurExplorer(Explorer):
     def draw(self, std: float, size: int, noise: float) -> tuple[Figure, str]:
         A = Blur(tuple(self.x.shape[2:]), size, std)
         d = measure(A, self.x, noise, 0, [0])
-        inverse = direct_inverse(A, d)
-        figure, axes = new_figure(columns=3, width=10, height=3.4)
+        numbers = f"measurement {psnr(d, self.x).item():.1f} dB, "
+        figure, axes = _three_panels()
         show(axes[0], d[0], "measurement d")
-        show(axes[1], inverse[0], "direct inverse")
-        axes[2].semilogy(A.spectrum.abs().flatten().sort(descending=True).values,
-                         color=COLOURS["measurement"])
+        if A.cond < HOPELESS:
+            inverse = direct_inverse(A, d)
+            show(axes[1], inverse[0], "direct inverse")
+            numbers += (f"direct inverse {psnr(inverse, self.x).item():.1f} dB, condition number "
+                        f"{A.cond:.1e}")
+        else:
+            show(axes[1], torch.full_like(d[0], 0.9), "no direct inverse")
+            numbers += "<b>an eigenvalue of A is zero to rounding: there is no inverse</b>"
+        singular_values = A.spectrum.abs().flatten().sort(descending=True).values
+        if BAD < A.cond < HOPELESS:
+            numbers += ("; <b>an eigenvalue of A is next to zero</b>: the inverse multiplies the "
+                        f"noise in its pattern by {1 / singular_values[-1].item():.0e}")
+        axes[2].semilogy(singular_values, color=COLOURS["measurement"])
         axes[2].axhline(noise, color=COLOURS["direct-inverse"], linestyle="--")
         axes[2].set(title="singular values of A; dashed: noise", xlabel="index, largest first")
-        return figure, (f"measurement {psnr(d, self.x).item():.1f} dB, direct inverse "
-                        f"{psnr(inverse, self.x).item():.1f} dB, condition number {A.cond:.1e}")
+        return figure, numbers
 
 
 class TikhonovExplorer(Explorer):
@@ -164,7 +183,7 @@ class TikhonovExplorer(Explorer):
         iterate = at(k)
         curve = [psnr(at(count), self.x).item() for count in self.COUNTS]
         now = psnr(iterate, self.x).item()
-        figure, axes = new_figure(columns=3, width=10, height=3.4)
+        figure, axes = _three_panels()
         show(axes[0], self.d[0], "measurement d")
         show(axes[1], iterate[0], f"iterate {k}")
         axes[2].semilogx(self.COUNTS, curve, color=COLOURS["gradient-descent"])
@@ -194,7 +213,7 @@ class DenoiserExplorer(Explorer):
     def draw(self, sigma: float, told: float) -> tuple[Figure, str]:
         y = self.x + sigma * self.n
         residual = self.network(y, told)
-        figure, axes = new_figure(columns=3, width=10, height=3.6)
+        figure, axes = _three_panels()
         show(axes[0], y[0], "noisy y")
         show(axes[1], (y - residual)[0], "denoised D(y)")
         show(axes[2], (0.5 + 2 * residual)[0], "2 R(y), grey is 0")
@@ -206,10 +225,11 @@ class SolverExplorer(Explorer):
     """Notebook 4: iterate k of the solve, by Picard or Anderson, on one of three maps.
 
     Args:
-        A, S: of the maps; x: one image (1, 3, H, W) that fits A; noise_std: of its measurement.
+        A, S: of the maps; x: one image (1, 3, H, W) that fits A, small enough that all its
+            iterates come at once; noise_std: of its measurement.
     """
 
-    MOST = 40  # evaluations of T
+    MOST = 30  # evaluations of T
 
     def __init__(self, A: Blur, S: Regulariser, x: Tensor, noise_std: float):
         self.A, self.S, self.x = A, S, x
@@ -226,22 +246,25 @@ class SolverExplorer(Explorer):
             T = MAPS[map_name](self.A, self.S)
             states: list[Tensor] = []
             _, info = SOLVERS[solver](lambda z: T(z, self.d), self.d, 0.0, self.MOST,
-                                           lambda _, z: states.append(z))
+                                      lambda _, z: states.append(z))
             self.solved[map_name, solver] = states, info.residuals[:, 0].tolist()
         return self.solved[map_name, solver]
 
     def draw(self, map_name: str, solver: str, k: int) -> tuple[Figure, str]:
         states, residuals = self.iterates(map_name, solver)
         k = min(k, len(states) - 1)
-        figure, axes = new_figure(columns=3, width=10, height=3.4)
+        figure, axes = _three_panels()
         show(axes[0], self.d[0], "measurement d")
         show(axes[1], states[k][0], f"iterate {k}")
-        colour = COLOURS["de-grad" if map_name == "Eq. 4" else "jfb"]
+        colour = MAP_COLOURS[map_name]
         axes[2].semilogy(residuals, color=colour)
         axes[2].plot([k], [residuals[k]], "o", color=colour)
         axes[2].set(xlabel="evaluations of T", title="residual |T(x) - x| / |x|")
-        return figure, (f"{map_name}, {solver}, iterate {k}: "
-                        f"{psnr(states[k], self.x).item():.2f} dB, residual {residuals[k]:.1e}")
+        numbers = (f"{map_name}, {solver}, iterate {k}: {psnr(states[k], self.x).item():.2f} dB, "
+                   f"residual {residuals[k]:.1e}")
+        if not residuals[-1] < residuals[0]:
+            numbers += "; <b>it diverges</b>"
+        return figure, numbers
 
 
 class ToyMap(nn.Module):
@@ -298,7 +321,8 @@ class GradientExplorer(Explorer):
         start = torch.tensor(self.START, dtype=torch.float64)
         exact = self.gradient("exact", gamma, degrees, terms, start)
         cosines = []
-        for kind, colour in GRADIENTS.items():
+        for kind in GRADIENTS:
+            colour = GRADIENT_COLOURS[kind]
             at_start = self.gradient(kind, gamma, degrees, terms, start)
             cosines.append(f"{kind} {torch.cosine_similarity(at_start, exact, dim=0).item():.2f}")
             arrow = -0.6 * at_start / at_start.norm().clamp_min(1e-12)
@@ -381,21 +405,20 @@ class MethodsExplorer(w.VBox):
     def refresh(self) -> None:
         """Restore what is not restored yet, and show it."""
         x = self.images[self.image.value]
-        shown = {"Original": x[0]}
-        try:
-            for name in ("measurement", *self.methods.value):
-                shown[LABELS[name]] = self._restore(name, x)[0]
-            self.comparison.show(shown, truth="Original")
-        except UserError as error:
-            self.status.value = _escaped(str(error))
-            return
-        self.status.value = ""
+        A = make_blur(self.setup, tuple(x.shape[2:]))
+        d = measure(A, x, self.noise.value, 0, [0])
+        shown, problem = {"Original": x[0], LABELS["measurement"]: d[0]}, ""
+        for name in self.methods.value:
+            try:
+                shown[LABELS[name]] = self._restore(name, A, d)[0]
+            except UserError as error:  # the other methods are shown all the same
+                problem = str(error)
+        self.comparison.show(shown, truth="Original")
+        self.status.value = _escaped(problem)
 
-    def _restore(self, name: str, x: Tensor) -> Tensor:
+    def _restore(self, name: str, A: Blur, d: Tensor) -> Tensor:
         key = (self.image.value, self.noise.value, name)
         if key not in self.restored:
-            A = make_blur(self.setup, tuple(x.shape[2:]))
-            d = measure(A, x, self.noise.value, 0, [0])
             if name not in self.loaded:
                 self.loaded |= make_methods([name], self.weights, torch.device("cpu"))
             self.restored[key], _ = self.loaded[name](A, d, self.noise.value)
@@ -409,14 +432,16 @@ def read_upload(content: bytes, size: int) -> Tensor:
         UserError: if it is no image, or has over 40 million pixels.
     """
     try:
-        with Image.open(io.BytesIO(content)) as opened:
-            width, height = opened.size
-        if width * height > MOST_PIXELS:
-            raise UserError(f"{width} x {height} pixels are too many: give an image of at most "
-                            f"{MOST_PIXELS // 10**6} million")
-        pixels = decode(io.BytesIO(content))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with warnings.catch_warnings(action="ignore"):  # of its size, which is checked here
+            with Image.open(io.BytesIO(content)) as opened:
+                width, height = opened.size
+            small = width * height <= MOST_PIXELS
+            pixels = decode(io.BytesIO(content)) if small else None
+    except Exception as error:  # Pillow raises all sorts on damaged files
         raise UserError(f"this is no readable image ({error}): give a PNG or JPEG") from error
+    if not small:
+        raise UserError(f"{width} x {height} pixels are too many: give an image of at most "
+                        f"{MOST_PIXELS // 10**6} million")
     side = min(pixels.shape[1:])
     top, left = ((n - side) // 2 for n in pixels.shape[1:])
     square = as_float(pixels[:, top:top + side, left:left + side])[None]

@@ -38,6 +38,12 @@ COLOURS = {
     "jfb": "#0072B2",
     "jfb-head": "#7FB8DE",
 }
+# The maps of notebook 4. Two have the colours of the methods that iterate them.
+MAP_COLOURS = {"Eq. 4": COLOURS["de-grad"], "preconditioned": "#661100",
+               "splitting": COLOURS["jfb"]}
+# The gradients through a fixed point: the colours of the methods that they train.
+GRADIENT_COLOURS = {"exact": COLOURS["deq"], "Neumann": "#117733", "unrolled": COLOURS["unrolled"],
+                    "JFB": COLOURS["jfb"]}
 # How a table's numbers are written, by a word in the name of their column.
 FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "mse": ".2e", "converged": ".0%",
            "residual": ".1e", "radius": ".3f", "norm": ".3f", "drift": ".4f"}
@@ -145,7 +151,119 @@ def training_loss(history: pd.DataFrame, title: str, method: str) -> Figure:
     return figure
 
 
-def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-") -> None:
-    """A curve in its method's colour, under its method's label."""
-    ax.plot(x, y, color=COLOURS[method], label=LABELS[method], marker=marker, markersize=4,
+def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-",
+                  label: str = "") -> None:
+    """A curve in its method's colour, under its method's label unless another is given."""
+    ax.plot(x, y, color=COLOURS[method], label=label or LABELS[method], marker=marker, markersize=4,
             linestyle=linestyle)
+
+
+def ways_to_equilibrium(distances: dict[tuple[str, str], list[float]], residuals: Tensor,
+                        tolerance: float) -> Figure:
+    """Notebook 4: how near each map and solver is to its fixed point, and when a solver stops.
+
+    Args:
+        distances: (map, solver) -> relative distance at each evaluation of T.
+        residuals: of one solve, (evaluations, images), which ends at `tolerance`.
+    """
+    figure, (left, right) = new_figure(columns=2, width=9.5)
+    for (name, solver), values in distances.items():
+        left.semilogy(values, "-" if solver == "Anderson" else "--", color=MAP_COLOURS[name],
+                      label=f"{name}, {solver}")
+    left.set(xlabel="evaluations of $T$", ylabel="relative distance to the fixed point",
+             title="One equilibrium, four ways to it")
+    left.legend()
+    right.semilogy(range(1, len(residuals) + 1), residuals.cpu(), color=MAP_COLOURS["splitting"],
+                   alpha=0.5)
+    right.axhline(tolerance, color="black", linestyle=":", label="the solver stops here")
+    right.set(xlabel="evaluations of $T$", ylabel=r"residual $\|T(x) - x\| / \|x\|$",
+              title=f"Splitting, Anderson: {residuals.shape[1]} images")
+    right.legend()
+    return figure
+
+
+def gradient_angles(terms: list[int], cosines: dict[str, list[float]],
+                    watched: pd.DataFrame) -> Figure:
+    """Notebook 4: the cosine to the exact gradient, for three maps, seen from three sides.
+
+    Args:
+        cosines: map -> one cosine for each of `terms`, of the Neumann series.
+        watched: epoch, cosine_* and radius_* of `diagnostics.direction`, a row per epoch.
+    """
+    figure, axes = new_figure(columns=3, width=10.5, height=3.8)
+    for name, colour in MAP_COLOURS.items():
+        column = "gradient" if name == "Eq. 4" else name
+        cosine = watched[f"cosine_{column}"]
+        axes[0].plot(terms, cosines[name], "o-", color=colour, label=name)
+        axes[1].plot(watched.epoch, cosine, "o-", color=colour)
+        axes[2].plot(watched[f"radius_{column}"], cosine, "o", color=colour)
+    axes[0].set(xscale="log", xticks=terms, xticklabels=terms, xlabel="terms $k$ (JFB has one)",
+                ylabel="cosine to the exact gradient", title="Neumann-k after training")
+    axes[0].minorticks_off()
+    axes[1].set(xlabel="epoch", title="JFB during training")
+    axes[2].set(xlabel="spectral radius of $J$", title="JFB against the contraction")
+    lowest = min(ax.get_ylim()[0] for ax in axes)
+    for ax in axes:  # one scale for all three
+        ax.set_ylim(lowest, 1.03)
+    axes[0].legend()
+    return figure
+
+
+def gradient_cost(cost: pd.DataFrame) -> Figure:
+    """Notebook 4: seconds and memory of one training step against K, by gradient.
+
+    Args:
+        cost: columns gradient (jfb, implicit, unrolled), K, seconds, MB.
+    """
+    figure, axes = new_figure(columns=2, width=9, height=3.6)
+    for gradient, label, colour in (("unrolled", "unrolled", "unrolled"),
+                                    ("implicit", "implicit (exact)", "exact"),
+                                    ("jfb", "JFB", "JFB")):
+        part = cost[cost.gradient == gradient]
+        for ax, column in zip(axes, ("seconds", "MB"), strict=True):
+            ax.plot(part.K, part[column], "o-", color=GRADIENT_COLOURS[colour], label=label)
+    axes[0].set(xlabel="iterations $K$ of the solve", ylabel="seconds", title="Time of one step")
+    axes[1].set(xlabel="iterations $K$ of the solve", ylabel="peak memory (MB)", yscale="log",
+                title="Memory of one step")
+    axes[0].legend()
+    return figure
+
+
+def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
+                     trained: dict[str, object]) -> Figure:
+    """Notebook 5: PSNR under conditions that no method was trained for, one panel per study.
+
+    Args:
+        table: columns study, condition, method, psnr. Conditions with names are drawn as points
+            side by side, those with numbers as curves.
+        panels: study -> title and label of the horizontal axis.
+        trained: study -> the condition of the training, which is marked.
+    """
+    figure, axes = new_figure(columns=2, rows=2, width=9, height=7)
+    methods = list(dict.fromkeys(table.method))
+    for ax, (study, (title, xlabel)) in zip(axes, panels.items(), strict=True):
+        part = table[table.study == study]
+        conditions = list(dict.fromkeys(part.condition))
+        named = isinstance(conditions[0], str)
+        for i, method in enumerate(methods):
+            values = part[part.method == method].psnr
+            if named:
+                places = [k + 0.12 * (i - (len(methods) - 1) / 2) for k in range(len(values))]
+                labelled_line(ax, places, values, method, "o", "none")
+            else:
+                labelled_line(ax, conditions, values, method, "o")
+        if study in trained:
+            at = conditions.index(trained[study]) if named else trained[study]
+            ax.axvline(at, color=COLOURS["measurement"], linestyle="--", zorder=0,
+                       label="as in training")
+        if named:
+            ax.set(xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5),
+                   xticklabels=[name.replace(", ", "\n") for name in conditions])
+            ax.tick_params(axis="x", rotation=30 if len(conditions) > 4 else 0)
+        elif max(conditions) > 10 * min(conditions):
+            ax.set(xscale="log", xticks=conditions, xticklabels=conditions)
+            ax.minorticks_off()
+        ax.set(title=title, xlabel=xlabel, ylabel="PSNR (dB)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center",
+                  ncols=len(methods) + 1)
+    return figure

@@ -1,11 +1,14 @@
 """The static site: all pages, links that lead somewhere, and nothing asked of the outside."""
 
+import importlib
 import importlib.util
 import re
 
 import pytest
 
 from jfbnb.common import ROOT
+from jfbnb.networks import DnCNN, Regulariser
+from jfbnb.operators import Blur
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +46,32 @@ def test_comparison_is_in_its_page(book):
     _, target = book
     text = (target / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
     assert "jfbnb-compare" in text and "function mount(" in text
+
+
+def test_names_in_the_glossary_exist():
+    """Of a module of the package, of the blur, of the regulariser, or a word of the code."""
+    known = {"A": Blur(8, 3, 1.0), "S": Regulariser(DnCNN(2, 2), 1.0, 0.0)}
+    source = "".join(path.read_text(encoding="utf-8") for path in (
+        *(ROOT / "jfbnb").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")))
+    names = []
+    for row in re.findall(r"^\| .*\|$", (ROOT / "docs/glossary.md").read_text(), flags=re.M)[2:]:
+        names += re.findall(r"`([\w.]+)[^`]*`", row.split(" | ")[-1])
+    assert len(names) > 40
+    for name in names:
+        first, _, rest = name.partition(".")
+        if rest:
+            owner = known.get(first) or importlib.import_module(f"jfbnb.{first}")
+            assert hasattr(owner, rest), name
+        else:
+            assert re.search(rf"\b{name}\b", source), name
+
+
+def test_sections_in_documents_exist():
+    """A section number is one of the notebook with that number."""
+    sections = set()
+    for path in (ROOT / "notebooks").glob("0*.ipynb"):
+        sections |= set(re.findall(r"\"## (\d\.\d+) ", path.read_text(encoding="utf-8")))
+    for name in ("glossary.md", "teaching.md"):
+        text = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        named = set(re.findall(r"(?<![\d.])([1-5]\.\d{1,2})(?![\d.]*\d)", text))
+        assert named and named <= sections, named - sections

@@ -3,6 +3,7 @@
 import io
 import re
 import shutil
+import struct
 import subprocess
 import time
 from datetime import UTC, datetime
@@ -146,6 +147,28 @@ def test_an_explorer_says_what_is_wrong_and_lives_on(make, monkeypatch):
     assert "measurement" in explorer.status.value
 
 
+@pytest.mark.parametrize(("std", "size", "said"), [
+    (5**0.5, 5, "condition number"), (1.9, 5, "next to zero"), (6.0, 15, "there is no inverse")])
+def test_blur_explorer_says_when_an_eigenvalue_vanishes(std, size, said):
+    explorer = BlurExplorer(bundled_photos("validation", 128)[:1].as_float())
+    explorer.controls["size"].value = size
+    explorer.controls["std"].value = std
+    assert said in explorer.status.value
+    smallest = Blur(128, size, std).spectrum.abs().min().item()
+    assert ("eigenvalue" in explorer.status.value) == (smallest < 1e-6)
+
+
+def test_solver_explorer_says_that_it_diverges(x):
+    S = load_regulariser(RELEASED / "jfb.safetensors")
+    with torch.no_grad():
+        S.network.layers[-1].weight.mul_(-20)  # adds noise in the place of taking it away
+    explorer = SolverExplorer(Blur(64, 5, 2.0), S, x, 0.01)
+    explorer.controls["solver"].value = "Picard"
+    assert "it diverges" in explorer.status.value
+    explorer.controls["k"].value = explorer.MOST - 1
+    assert explorer.picture.value[:4] == b"\x89PNG"
+
+
 def test_explorers_have_a_picture_for_those_without_a_kernel(make):
     bundle = make["denoiser"]()._repr_mimebundle_()
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
@@ -215,9 +238,20 @@ def test_methods_explorer_restores_what_is_chosen():
     assert explorer.methods.value == MethodsExplorer.START
 
 
+def test_methods_explorer_at_the_ends_of_its_sliders():
+    explorer = MethodsExplorer()
+    explorer.methods.value = ("gradient-descent", "tikhonov")
+    for end in (explorer.noise.min, explorer.noise.max):
+        before = explorer.comparison.figures
+        explorer.noise.value = explorer.noise.base**end
+        assert explorer.comparison.figures != before and explorer.status.value == ""
+    explorer.methods.value = ()
+    assert explorer.comparison.figures.count("<figure ") == 2
+
+
 @pytest.mark.parametrize(("content", "message"), [
-    (b"not an image", "no readable image"), (png(300, 200)[:200], "no readable image"),
-    (png(9000, 5000), "too many")])
+    (b"", "no readable image"), (b"not an image", "no readable image"),
+    (png(300, 200)[:200], "no readable image"), (png(9000, 5000), "too many")])
 def test_bad_uploads_are_a_line(content, message):
     explorer = MethodsExplorer()
     shown = explorer.comparison.figures
@@ -226,6 +260,15 @@ def test_bad_uploads_are_a_line(content, message):
     assert explorer.comparison.figures == shown
     explorer.methods.value = ("tikhonov",)
     assert explorer.status.value == ""
+
+
+def test_whatever_the_decoder_raises_is_a_line(monkeypatch):
+    def fail(*_):
+        raise struct.error("unpack requires a buffer of 4 bytes")
+
+    monkeypatch.setattr(explorers, "decode", fail)
+    with pytest.raises(UserError, match="no readable image"):
+        read_upload(png(30, 20), 32)
 
 
 def test_uploads_keep_their_middle():
@@ -238,6 +281,16 @@ def test_uploads_keep_their_middle():
 def test_missing_weights_are_a_line(tmp_path):
     explorer = MethodsExplorer(tmp_path)
     assert "no tuned parameters" in explorer.status.value
+    assert explorer.comparison.figures.count("<figure ") == 2  # original and measurement
+
+
+def test_one_missing_network_leaves_the_other_methods(weights):
+    (weights / "jfb.safetensors").unlink()
+    explorer = MethodsExplorer(weights)
+    assert "no weights at" in explorer.status.value
+    assert 'data-label="Tikhonov"' in explorer.comparison.figures
+    explorer.methods.value = ("tikhonov",)
+    assert explorer.status.value == ""
 
 
 @pytest.mark.parametrize("name", ["blur", "tikhonov", "denoiser", "solver", "gradient"])

@@ -190,7 +190,9 @@ def move_a_slider(page) -> None:
         page.wait_for_timeout(100)
 
 
-def test_comparison_works_from_disk_without_kernel(page, tmp_path):
+@pytest.fixture
+def comparison(tmp_path) -> str:
+    """The address of a page on disk with a comparison of three images, and nothing else."""
     import torch
 
     from jfbnb.widgets import compare
@@ -199,7 +201,11 @@ def test_comparison_works_from_disk_without_kernel(page, tmp_path):
     html = compare({"a": x, "b": 1 - x, "c": x / 2}, truth="a").to_html()
     file = tmp_path / "page.html"
     file.write_text(f"<!doctype html><meta charset=utf-8><body>{html}", encoding="utf-8")
-    page.goto(Path(file).as_uri())
+    return Path(file).as_uri()
+
+
+def test_comparison_works_from_disk_without_kernel(page, comparison):
+    page.goto(comparison)
     page.wait_for_selector(".jfbnb-swipe canvas")
     swipe(page)
     page.get_by_label("left").select_option(label="c")
@@ -208,3 +214,51 @@ def test_comparison_works_from_disk_without_kernel(page, tmp_path):
     box = page.locator(".jfbnb-swipe canvas").bounding_box()
     page.mouse.move(box["x"] + 100, box["y"] + 100)
     assert "row" in page.locator(".jfbnb-readout").inner_text()
+
+
+def test_comparison_follows_fingers(browser, comparison):
+    """On a screen as narrow as a phone's: a tap, a drag, and two fingers that spread."""
+    context = browser.new_context(viewport={"width": 390, "height": 700}, has_touch=True)
+    page = context.new_page()
+    page.goto(comparison)
+    page.wait_for_selector(".jfbnb-swipe canvas")
+    canvas = page.locator(".jfbnb-swipe canvas")
+    box = canvas.bounding_box()
+    assert box["width"] < 390
+    screen = context.new_cdp_session(page)
+
+    def place(across: float, down: float) -> dict[str, float]:
+        return {"x": box["x"] + across * box["width"], "y": box["y"] + down * box["height"]}
+
+    def touch(kind: str, *fingers: tuple[float, float]) -> None:
+        screen.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [
+            {**place(*finger), "id": i} for i, finger in enumerate(fingers)]})
+
+    kinds = page.evaluate_handle("""() => {
+        const seen = [];
+        document.querySelector(".jfbnb-swipe canvas").addEventListener("pointermove",
+            (event) => seen.push(event.pointerType));
+        return seen;
+    }""")
+    page.touchscreen.tap(*place(0.75, 0.5).values())
+    assert canvas.get_attribute("aria-valuenow") == "75"
+    touch("touchStart", (0.75, 0.5))
+    for across in (0.6, 0.4, 0.2):
+        touch("touchMove", (across, 0.3))
+    touch("touchEnd")
+    assert canvas.get_attribute("aria-valuenow") == "20"
+    assert "touch" in kinds.json_value()
+
+    def corner() -> str:
+        page.mouse.move(*place(0.02, 0.02).values())
+        return page.locator(".jfbnb-readout").inner_text()
+
+    assert corner().startswith("row 0, column 0:")
+    touch("touchStart", (0.45, 0.5))
+    touch("touchStart", (0.45, 0.5), (0.55, 0.5))
+    for spread in (0.1, 0.2, 0.3):
+        touch("touchMove", (0.5 - spread, 0.5), (0.5 + spread, 0.5))
+    touch("touchEnd")
+    assert re.match(r"row [1-9]", corner())
+    assert page.evaluate("scrollY") == 0  # the page itself stayed
+    context.close()
