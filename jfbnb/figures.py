@@ -1,7 +1,7 @@
 """Every figure and table of the paper, drawn and written. This module computes nothing.
 
 A figure is saved as PNG and PDF, and what a notebook shows is the saved PNG itself. A table is
-saved as CSV, Markdown and LaTeX.
+saved as CSV, Markdown and LaTeX, long data as CSV.
 """
 
 from pathlib import Path
@@ -90,8 +90,7 @@ def save_figure(figure: Figure, path: str | Path, source: str = "") -> Displayed
 def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:
     """Write `path`.csv, .md and .tex; the CSV keeps full precision."""
     path = Path(path)
-    with atomic_path(path.with_suffix(".csv")) as temporary:
-        table.to_csv(temporary, index=False)
+    save_data(table, path)
     text = table.copy()
     for column in text.select_dtypes("float"):
         spec = next((spec for word, spec in FORMATS.items() if word in column.lower()), ".2f")
@@ -101,6 +100,12 @@ def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:
     latex = text.to_latex(index=False, escape=True, caption=caption, label=f"tab:{path.name}")
     atomic_write(path.with_suffix(".tex"), latex.replace("±", r"$\pm$"))
     return Markdown(f"{markdown}\n\n*{caption}*")
+
+
+def save_data(table: pd.DataFrame, path: str | Path) -> None:
+    """Write `path`.csv alone, in full precision: data for programs, too long to be read."""
+    with atomic_path(Path(path).with_suffix(".csv")) as temporary:
+        table.to_csv(temporary, index=False)
 
 
 def _alignment(table: pd.DataFrame) -> list[str]:

@@ -47,7 +47,7 @@ RIVALS = tuple(name for name in TRAINED if name != "jfb")  # notebook 5 trains t
 
 @dataclass(frozen=True)
 class Step:
-    """A notebook, the artefacts that later ones read (runs/), its figures and tables.
+    """A notebook, the artefacts that later ones read (runs/), its figures, tables and long data.
 
     `reads`: files of the project, besides code and data, that its results depend on.
     """
@@ -56,6 +56,7 @@ class Step:
     artefacts: tuple[str, ...]
     figures: tuple[str, ...]
     tables: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
     def outputs(self, folder: str) -> list[Path]:
@@ -63,7 +64,8 @@ class Step:
         runs, figures = Path("runs", folder), Path("figures", folder)
         return [runs / f"{self.name}.ipynb", *(runs / a for a in self.artefacts),
                 *(figures / f"{f}{s}" for f in self.figures for s in (".png", ".pdf")),
-                *(figures / f"{t}{s}" for t in self.tables for s in (".csv", ".md", ".tex"))]
+                *(figures / f"{t}{s}" for t in self.tables for s in (".csv", ".md", ".tex")),
+                *(figures / f"{d}.csv" for d in self.data)]
 
 
 STEPS = (
@@ -82,8 +84,9 @@ STEPS = (
          ("tuning.json", *(f"{name}{suffix}" for name in RIVALS
                            for suffix in (".safetensors", ".json"))),
          ("table1_reconstructions", "nb5_per_image", "nb5_training", "nb5_conditions"),
-         ("table2_comparison", "rivals", "rivals_history", "conditions", "metrics",
-          "other_protocol", "psnr_scales", "released"),
+         ("table2_comparison", "rivals", "conditions", "other_protocol", "psnr_scales",
+          "released"),
+         ("metrics", "rivals_history"),
          ("data/published_table2.csv", "data/weights/tuning.json",
           *(f"data/weights/{name}.safetensors" for name in TRAINED))),
 )
