@@ -17,7 +17,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from contenders import CONTENDERS, GRADIENTS, Contender, Size, available, solve_problem
+from contenders import (
+    CONTENDERS,
+    GRADIENTS,
+    MOST,
+    Contender,
+    Size,
+    available,
+    solve_problem,
+)
 from measurements import (
     calibrate,
     prepare_growth,
@@ -138,7 +146,7 @@ def _row(size: Size, contender: Contender, setting: dict, runs: list[dict]) -> d
            "contender": contender.name, "solver": setting["solver"]}
     if not runs:  # what it spent without arriving is the least that it would have taken
         known = (size.depth, size.width) == RELEASED_SIZE
-        return {**row, "stops at": f"given up after {setting.get('iterations', '?')} iterations",
+        return {**row, "stops at": f"given up at {setting.get('iterations', MOST)} iterations",
                 "reached": "no", "came to": f"{setting['distance']:.1e}",
                 "seconds": setting["seconds"] if known else np.nan}
     effort = setting["effort"]

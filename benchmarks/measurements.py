@@ -47,7 +47,7 @@ def calibrate(file: Path, contender: Contender, targets: tuple[float, ...]) -> l
         arrived = [t for t in tried if t["distance"] <= target and "effort" in t]
         best.append({"target": target, "reached": bool(arrived),
                      **(min(arrived, key=lambda t: t["seconds"]) if arrived
-                        else min(tried, key=lambda t: t["distance"]))})
+                        else min(tried, key=lambda t: ("effort" in t, t["distance"])))})
     return best
 
 
