@@ -2,6 +2,7 @@
 # make test        lint, unit tests, the notebooks against their stored outputs, and in a browser
 # make book        the executed notebooks as pages that open from disk, in build/book/
 # make lab         open the notebooks in JupyterLab
+# make bench       measure speed and memory, beside deepinv and torchdeq: benchmarks/README.md
 # make lock        renew requirements.lock
 # make publish     after a clean quick run: its outputs into the notebooks and README.md
 
@@ -9,6 +10,7 @@ PYTHON ?= python3
 PROFILE ?= quick
 DATA ?=
 WEIGHTS ?=
+ARGS ?=
 
 VENV := .venv
 ifeq ($(OS),Windows_NT)
@@ -18,7 +20,7 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/.installed
 
-.PHONY: reproduce test book lab lock publish
+.PHONY: reproduce test book lab bench lock publish
 
 reproduce: $(INSTALLED)
 	$(BIN)/jfbnb reproduce --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") \
@@ -39,6 +41,13 @@ book: $(INSTALLED)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir notebooks
+
+# The lock has the peers; the first command is for an environment made in another way.
+bench: $(INSTALLED)
+	@$(BIN)/python -c 'import sys; from importlib.util import find_spec as f; \
+	  sys.exit(not (f("deepinv") and f("torchdeq")))' || \
+	  $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]' || true
+	$(BIN)/python benchmarks $(if $(DATA),--data "$(DATA)") $(ARGS)
 
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv

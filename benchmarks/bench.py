@@ -17,7 +17,15 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from contenders import CONTENDERS, GRADIENTS, Contender, Size, available, solve_problem
+from contenders import (
+    CONTENDERS,
+    GRADIENTS,
+    MOST,
+    Contender,
+    Size,
+    available,
+    solve_problem,
+)
 from measurements import (
     calibrate,
     prepare_growth,
@@ -122,7 +130,7 @@ def compare(bench: Bench, size: Size, contenders: list[Contender], target: float
         if s["reached"]:
             try:
                 workers[c] = Worker(prepare, bench.solved(size), size, c, s["solver"],
-                                    s["iterations"])
+                                    s["effort"])
             except RuntimeError as error:  # a peer's solver, in the backward pass
                 print(f"  {c.name} failed: {error}")
                 found[c] = {**s, "reached": False, "distance": np.nan, "seconds": np.nan}
@@ -135,14 +143,17 @@ def compare(bench: Bench, size: Size, contenders: list[Contender], target: float
 def _row(size: Size, contender: Contender, setting: dict, runs: list[dict]) -> dict:
     """The median and the spread of a contender's runs, or how far it came."""
     row = {"problem": str(size), "to distance": f"{setting['target']:.0e}",
-           "contender": contender.name, "solver": setting["solver"],
-           "iterations": setting["iterations"]}
+           "contender": contender.name, "solver": setting["solver"]}
     if not runs:  # what it spent without arriving is the least that it would have taken
         known = (size.depth, size.width) == RELEASED_SIZE
-        return {**row, "reached": "no", "came to": f"{setting['distance']:.1e}",
+        return {**row, "stops at": f"given up at {setting.get('iterations', MOST)} iterations",
+                "reached": "no", "came to": f"{setting['distance']:.1e}",
                 "seconds": setting["seconds"] if known else np.nan}
+    effort = setting["effort"]
     seconds = [run["seconds"] for run in runs]
-    return {**row, "reached": "yes", "came to": f"{runs[0]['distance']:.1e}",
+    return {**row, "stops at": f"residual {effort:.1e}" if contender.by_residual
+            else f"{effort} iterations", "reached": "yes",
+            "came to": f"{runs[0]['distance']:.1e}",
             "seconds": np.median(seconds), "least seconds": min(seconds),
             "most seconds": max(seconds), "evaluations": runs[0]["evaluations"],
             "process MB": max(run["process MB"] for run in runs)}

@@ -1,8 +1,8 @@
 """The problem that the contenders share, and the contenders: this project, deepinv and torchdeq.
 
-All solve for the same equilibrium with the same weights. A contender is told how many iterations
-of its solver to make and returns the tracked image that a loss would see; one function judges all
-of them by the distance of that image to x*.
+All solve for the same equilibrium with the same weights. A contender is told how far to go, by a
+number of iterations or by the residual at which each image is done, and returns the tracked image
+that a loss would see; one function judges all of them by the distance of that image to x*.
 """
 
 import importlib.util
@@ -85,9 +85,11 @@ def solve_problem(file: Path, batch: int, side: int) -> None:
     photos = photos[::len(photos) // batch][:batch]
     x = photos.as_float()
     d = measure(A, x, setup.noise_std, 0, photos.indices)
-    T = SplittingMap(A, load_regulariser(RELEASED / "jfb.safetensors").double())
+    T = SplittingMap(A, load_regulariser(RELEASED / "jfb.safetensors"))
+    near, _ = anderson(T, d, 3e-6, 100, given=d)  # most of the way at float32's speed
+    T.double()
     with torch.no_grad():
-        z_star, info = anderson(lambda z: T(z, d.double()), d.double(), 1e-9, 1000)
+        z_star, info = anderson(T, near.double(), 1e-9, 1000, given=d.double())
         if not info.converged.all():
             raise RuntimeError(f"no equilibrium found: {info.complaint()}")
         x_star = T.data_step(z_star, d.double())
@@ -133,6 +135,7 @@ def grown(small: DnCNN, depth: int, width: int) -> DnCNN:
 Run = Callable[[], Tensor]  # solves, and returns the image that a loss would see, tracked
 
 # Each library's solvers to choose from, with their settings.
+MOST = 50  # evaluations of T, where a residual decides
 OURS = {"Anderson": False, "Anderson, bf16": True}  # all of the step, as profile cpu trains
 TORCHDEQ = {"Anderson": ("anderson", {}),
             "Anderson, window 10": ("anderson", {"m": 10, "lam": 1e-8}),
@@ -160,6 +163,11 @@ class Contender:
             detail if self.library == "jfbnb" else f", {self.map}")
 
     @property
+    def by_residual(self) -> bool:
+        """Whether it stops each image at a residual. The peers stop whole batches."""
+        return self.library == "jfbnb" and self.gradient != "unrolled"
+
+    @property
     def solvers(self) -> tuple[str, ...]:
         """Those to choose from; the one that is fastest to a distance is taken."""
         if self.library == "torchdeq":
@@ -185,26 +193,30 @@ def available(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
 
-def make(problem: Problem, contender: Contender, solver: str, iterations: int) -> Run:
-    """The contender, ready to run. An implicit gradient's adjoint gets as many iterations."""
+def make(problem: Problem, contender: Contender, solver: str, effort: float) -> Run:
+    """The contender, ready to run. An implicit gradient's adjoint equation gets the same effort.
+
+    Args:
+        effort: the residual for a contender that goes by it, else the number of iterations.
+    """
     makers = {"jfbnb": _ours, "torchdeq": _torchdeqs, "deepinv": _deepinvs}
-    return makers[contender.library](problem, contender, solver, iterations)
+    return makers[contender.library](problem, contender, solver, effort)
 
 
-def _ours(problem: Problem, contender: Contender, solver: str, iterations: int) -> Run:
+def _ours(problem: Problem, contender: Contender, solver: str, effort: float) -> Run:
     T = MAPS[contender.map](problem.A, problem.S)
     d = problem.d
     gradients = {"jfb": jfb, "neumann-5": lambda F, z: neumann(F, z, 5),
-                 "implicit": lambda F, z: implicit(F, z, 0.0, iterations)}
+                 "implicit": lambda F, z: implicit(F, z, effort, MOST)}
 
     def apply(z: Tensor) -> Tensor:
         return T(z, d)
 
     def run() -> Tensor:
         if contender.gradient == "unrolled":
-            return unrolled(apply, T.start(d), iterations)
+            return unrolled(apply, T.start(d), int(effort))
         with precision(problem.S, OURS[solver]):
-            state, _ = anderson(apply, T.start(d), 0.0, iterations)
+            state, _ = anderson(T, T.start(d), effort, MOST, given=d)
             return gradients[contender.gradient](apply, state)
 
     return run

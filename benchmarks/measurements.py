@@ -6,7 +6,7 @@ Those named `prepare_...` load and warm up, and return what is then measured aga
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from jfbnb.operators import get_protocol, make_blur
 
 Record = dict[str, object]
 
+RESIDUALS = tuple(0.03 * 10 ** (-i / 6) for i in range(16))  # at which our solver may stop
 EVALUATIONS, PATIENCE = 150, 10.0  # evaluations of T and seconds after which a solver is stopped
 BASE = {"K": 10, "batch": 2, "side": 64, "width": 32}  # a step, of which one thing then grows
 
@@ -34,20 +35,51 @@ class Enough(Exception):
 
 
 def calibrate(file: Path, contender: Contender, targets: tuple[float, ...]) -> list[Record]:
-    """For each distance to x* the solver that is there first, and the iterations that it needs.
+    """For each distance to x* the solver that is there first, and how far it must be told to go.
 
     The gradient does not matter here. Where no solver arrives, the one that came nearest.
     """
     problem = load_problem(file)
-    tried = []
-    for solver in contender.solvers:
-        distances, seconds = trace(problem, contender, solver, min(targets))
-        for target in targets:
-            tried.append({"target": target, "solver": solver,
-                          **_settle(problem, contender, solver, target, distances, seconds)})
-    return [min((t for t in tried if t["target"] == target),
-                key=lambda t: (not t["reached"], t["seconds"] if t["reached"] else t["distance"]))
-            for target in targets]
+    tried = [{"solver": solver, **attempt} for solver in contender.solvers
+             for attempt in attempts(problem, contender, solver, targets)]
+    best = []
+    for target in targets:
+        arrived = [t for t in tried if t["distance"] <= target and "effort" in t]
+        best.append({"target": target, "reached": bool(arrived),
+                     **(min(arrived, key=lambda t: t["seconds"]) if arrived
+                        else min(tried, key=lambda t: ("effort" in t, t["distance"])))})
+    return best
+
+
+def attempts(problem: Problem, contender: Contender, solver: str,
+             targets: tuple[float, ...]) -> Iterator[Record]:
+    """Runs of a solver around those that just reach the targets."""
+    if contender.by_residual:
+        for effort in RESIDUALS:
+            yield (attempt := attempted(problem, contender, solver, effort))
+            if attempt["distance"] <= min(targets):
+                return
+        return
+    distances, seconds = trace(problem, contender, solver, min(targets))
+    yield {"distance": min(distances, default=float("inf")), "seconds": seconds,
+           "iterations": len(distances)}
+    for target in targets:
+        first = next((k for k, distance in enumerate(distances, 1) if distance <= target), None)
+        if first is not None:  # solvers count their iterations differently
+            for effort in range(max(1, first - 2), first + 10):
+                yield (attempt := attempted(problem, contender, solver, effort))
+                if attempt["distance"] <= target:
+                    break
+
+
+@torch.no_grad()
+def attempted(problem: Problem, contender: Contender, solver: str, effort: float) -> Record:
+    run = make(problem, contender, solver, effort)
+    clock = time.perf_counter()
+    output = run()
+    seconds = time.perf_counter() - clock
+    return {"effort": effort, "distance": problem.distance(contender.map, output),
+            "seconds": seconds}
 
 
 def trace(problem: Problem, contender: Contender, solver: str,
@@ -73,30 +105,14 @@ def trace(problem: Problem, contender: Contender, solver: str,
     return distances, time.perf_counter() - clock
 
 
-def _settle(problem: Problem, contender: Contender, solver: str, target: float,
-            distances: list[float], seconds: float) -> Record:
-    """The fewest iterations whose outcome is at the target. Solvers count differently, so try."""
-    first = next((k for k, distance in enumerate(distances, 1) if distance <= target), None)
-    if first is not None:
-        for iterations in range(max(1, first - 2), first + 10):
-            clock = time.perf_counter()
-            with torch.no_grad():
-                output = make(problem, contender, solver, iterations)()
-            if (distance := problem.distance(contender.map, output)) <= target:
-                return {"reached": True, "iterations": iterations, "distance": distance,
-                        "seconds": time.perf_counter() - clock}
-    return {"reached": False, "iterations": len(distances),
-            "distance": min(distances, default=float("inf")), "seconds": seconds}
-
-
 # --- one training step, one reconstruction ------------------------------------------------------
 
 
 def prepare_step(file: Path, size: Size, contender: Contender, solver: str,
-                 iterations: int) -> Callable[[], Record]:
+                 effort: float) -> Callable[[], Record]:
     """Solve, gradient, update."""
     problem = load_problem(file, size.depth, size.width)
-    run = make(problem, contender, solver, iterations)
+    run = make(problem, contender, solver, effort)
     optimizer = torch.optim.Adam(problem.S.parameters(), lr=0.0)  # moves nothing, costs the same
 
     def step() -> Tensor:
@@ -110,21 +126,21 @@ def prepare_step(file: Path, size: Size, contender: Contender, solver: str,
 
 
 def prepare_reconstruction(file: Path, size: Size, contender: Contender, solver: str,
-                           iterations: int) -> Callable[[], Record]:
+                           effort: float) -> Callable[[], Record]:
     """The image, without a gradient."""
     problem = load_problem(file, size.depth, size.width)
     return _timed(problem, contender,
-                  torch.no_grad()(make(problem, contender, solver, iterations)))
+                  torch.no_grad()(make(problem, contender, solver, effort)))
 
 
 def _timed(problem: Problem, contender: Contender,
            action: Callable[[], Tensor]) -> Callable[[], Record]:
     """Warm up once, then say each time what one call took, and how near to x* it came."""
-    evaluations = 0
+    evaluations = 0.0  # per image
 
-    def count(*_: object) -> None:
+    def count(network: nn.Module, inputs: tuple, noise: Tensor) -> None:
         nonlocal evaluations
-        evaluations += 1
+        evaluations += len(inputs[0]) / len(problem.x)
 
     handle = problem.S.network.register_forward_hook(count)
     distance = problem.distance(contender.map, action())

@@ -45,11 +45,12 @@ Callback = Callable[[int, Tensor], None]
 
 
 def picard(
-    T: Callable[[Tensor], Tensor],
+    T: Callable[..., Tensor],
     x0: Tensor,
     tolerance: float = 1e-4,
     max_iterations: int = 100,
     callback: Callback | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, SolveInfo]:
     """The iteration x <- T(x) of Eq. 4 (Picard 1890, Banach 1922).
 
@@ -59,18 +60,21 @@ def picard(
         tolerance: an image is done when its relative residual is at most this.
         max_iterations: evaluations of T at most.
         callback: called with (k, x) at each evaluation.
+        given: what T is told of each image, (B, ...). T is then called as T(x, given), and the
+            images that are done are left out.
     """
-    return _iterate(T, x0, lambda f, g: f, tolerance, max_iterations, callback)
+    return _iterate(T, x0, lambda f, g: f, tolerance, max_iterations, callback, given)
 
 
 def anderson(
-    T: Callable[[Tensor], Tensor],
+    T: Callable[..., Tensor],
     x0: Tensor,
     tolerance: float = 1e-4,
     max_iterations: int = 100,
     callback: Callback | None = None,
     window: int = 5,
     ridge: float = 1e-8,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, SolveInfo]:
     """Anderson acceleration (1965) in the form of Walker and Ni (2011), Algorithm AA.
 
@@ -100,11 +104,11 @@ def anderson(
         weights = torch.where(usable[:, None], weights, latest)
         return (weights.to(f.dtype)[:, None] @ F[:, :m]).view_as(f)
 
-    return _iterate(T, x0, step, tolerance, max_iterations, callback)
+    return _iterate(T, x0, step, tolerance, max_iterations, callback, given)
 
 
 @torch.no_grad()
-def _iterate(T, x0, step, tolerance, max_iterations, callback) -> tuple[Tensor, SolveInfo]:
+def _iterate(T, x0, step, tolerance, max_iterations, callback, given) -> tuple[Tensor, SolveInfo]:
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}: at least one evaluation is needed")
     batch = len(x0)
@@ -115,7 +119,13 @@ def _iterate(T, x0, step, tolerance, max_iterations, callback) -> tuple[Tensor, 
     active = torch.ones(batch, dtype=torch.bool, device=x0.device)
     residuals = []
     for k in range(1, max_iterations + 1):
-        f = T(x)
+        if given is None:
+            f = T(x)
+        elif active.all():
+            f = T(x, given)
+        else:
+            f = x.clone()
+            f[active] = T(x[active], given[active])
         g = f - x
         norm = x.flatten(1).norm(dim=1).clamp_min(torch.finfo(x.dtype).tiny)
         new = g.flatten(1).norm(dim=1) / norm

@@ -170,7 +170,7 @@ def make_map(name: str, A: nn.Module, S: Regulariser, settings: Settings) -> Imp
 def solve(T: ImplicitMap, d: Tensor, tolerance: float = 1e-4,
           max_iterations: int = 100) -> tuple[Tensor, SolveInfo]:
     """The implicit network N(d) = x* (Eq. 3), by Anderson acceleration."""
-    state, info = anderson(lambda z: T(z, d), T.start(d), tolerance, max_iterations)
+    state, info = anderson(T, T.start(d), tolerance, max_iterations, given=d)
     return T.image(state), info
 
 

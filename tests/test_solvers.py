@@ -111,6 +111,23 @@ def test_each_image_stops_on_its_own(solver):
     assert info_alone.iterations[0] == info.iterations[0]
 
 
+@pytest.mark.parametrize("solver", [picard, anderson])
+def test_images_that_are_done_leave_the_batch(solver):
+    rate = torch.tensor([[0.5], [0.9], [0.1]], dtype=torch.float64)
+    x0 = torch.rand(3, 4, dtype=torch.float64)
+    seen = []
+
+    def T(x, rate):
+        seen.append(len(x))
+        return rate * x.cos()
+
+    found, info = solver(T, x0, 1e-8, 300, given=rate)
+    expected, same = solver(lambda x: rate * x.cos(), x0, 1e-8, 300)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    assert info.converged.all() and info.iterations.tolist() == same.iterations.tolist()
+    assert sum(seen) == info.iterations.sum() < 3 * len(seen)
+
+
 def test_a_diverging_image_is_reported_and_harms_no_other():
     rate = torch.tensor([[0.5], [1e5]])
     x, info = picard(lambda x: rate * x + 1, torch.ones(2, 3), 1e-6, 100)
