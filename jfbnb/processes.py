@@ -19,7 +19,7 @@ from jfbnb.common import UserError
 
 # Where a machine has gone silent. Longer than rank 0 takes to decode images or to validate.
 TIMEOUT = timedelta(minutes=30)
-GO_ON = "the same command goes on from the last checkpoint"
+AGAIN = "start the same command again; training goes on from its last checkpoint"
 
 
 def rank() -> int:
@@ -59,13 +59,13 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     try:
         yield device
     except RuntimeError as error:  # a lost connection is one, and so is a lack of memory
-        raise UserError(f"process {rank()} stopped: {str(error).splitlines()[0]}; {GO_ON}"
+        raise UserError(f"process {rank()} stopped: {str(error).splitlines()[0]}; {AGAIN}"
                         ) from error
     dist.destroy_process_group()
 
 
 def _told_to_stop(*_: Any) -> None:
-    raise UserError(f"process {rank()} was told to stop, as when another one has died; {GO_ON}")
+    raise UserError(f"process {rank()} was told to stop, as when another one has died; {AGAIN}")
 
 
 # --- training -----------------------------------------------------------------------------------

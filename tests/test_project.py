@@ -99,6 +99,15 @@ def test_notebook_times_are_those_of_the_stored_run(publish):
         assert publish.running_time(provenance, path.stem) in first
 
 
+def test_scaling_page_shows_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    import scaling
+
+    page = committed("docs/scaling.md")
+    for name, text in scaling.blocks(json.loads(committed("docs/scaling.json"))).items():
+        assert scaling.replace_block(page, name, text) == page
+
+
 def tracked() -> list[str]:
     result = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if result.returncode:

@@ -165,14 +165,16 @@ def _measured(stored: dict) -> str:
                      "images per second": f"{run['images'] / run['seconds']:.1f}",
                      "speed-up": f"{gain:.2f}",
                      "efficiency": f"{gain / (run['processes'] * run['threads']):.0%}"})
-    apart = max(abs(a / b - 1) for a, b in zip(two["losses"], one["losses"], strict=True))
+    threads, processes = (max(abs(a / b - 1) for a, b in zip(run["losses"], one["losses"],
+                                                             strict=True)) for run in runs[1:])
     rate = one["images"] * cpu["FLOP per image"] / one["seconds"]
     full = stored["assumed"]["images"]
     hours = full * cpu["epochs"] * two["seconds"] / two["images"] / 3600
     return (f"{_table(rows)}\n\n{stored['machine']}; {one['images']} images an epoch in batches of "
-            f"{one['batch']}, the fastest epoch of {len(one['losses'])}. The losses of two "
-            f"processes are within {apart:.0e} of those of one. One thread does at most "
-            f"{rate / 1e9:.0f} GFLOP/s. Images x epochs x seconds per image: the `cpu` profile's "
+            f"{one['batch']}, the fastest epoch of {len(one['losses'])}. Against one process with "
+            f"one thread the losses of two threads are within {threads:.1%}, those of two "
+            f"processes within {processes:.1%}. One thread does at most {rate / 1e9:.0f} GFLOP/s. "
+            f"Images x epochs x seconds per image: the `cpu` profile's "
             f"{cpu['epochs']} epochs, with {full:,} images, would take two processes here "
             f"{hours:.0f} hours.")
 
