@@ -48,7 +48,6 @@ function mount(el) {
     errorBox.addEventListener("change", () => set({ error: errorBox.checked }));
   }
   const canvas = make("canvas", root, { tabIndex: 0 });
-  canvas.dataset.lmSuppressShortcuts = "true"; // the keys are ours, not Jupyter's, while in focus
   canvas.setAttribute("role", "slider");
   canvas.setAttribute("aria-label", "swipe handle between two images");
   canvas.setAttribute("aria-valuemin", 0);
@@ -196,7 +195,8 @@ function mount(el) {
     event.preventDefault();
     zoomAt(event.deltaY < 0 ? 1.2 : 1 / 1.2, ...at(event));
   }, { passive: false });
-  canvas.addEventListener("keydown", (event) => {
+  const keys = (event) => {
+    if (event.target !== canvas) return;
     const step = event.shiftKey ? 0.1 : 0.02;
     const move = W / state.zoom / 10;
     const actions = event.altKey ? {
@@ -212,8 +212,11 @@ function mount(el) {
     if (!(event.key in actions)) return;
     actions[event.key]();
     event.preventDefault();
-    event.stopPropagation(); // JupyterLab has uses of its own for these keys
-  });
+    event.stopPropagation();
+  };
+  // At the window, before Jupyter: it has uses of its own for the arrow keys.
+  canvas.addEventListener("focus", () => window.addEventListener("keydown", keys, true));
+  canvas.addEventListener("blur", () => window.removeEventListener("keydown", keys, true));
 
   function hover(x, y) {
     const z = state.zoom * scale;
