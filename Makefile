@@ -1,6 +1,8 @@
 # make reproduce   run the five notebooks, regenerate every figure and table
 # make test        lint, unit tests, the notebooks against their stored outputs, and in a browser
 # make book        the executed notebooks as pages that open from disk, in build/book/
+# make fuzz        ten thousand bad inputs of every kind; report in build/fuzz/
+# make faults      runs killed at random moments, full disks, ...; report in build/faults/
 # make lab         open the notebooks in JupyterLab
 # make bench       measure speed and memory, beside deepinv and torchdeq: benchmarks/README.md
 # make lock        renew requirements.lock
@@ -20,7 +22,7 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/.installed
 
-.PHONY: reproduce test book lab bench lock publish
+.PHONY: reproduce test book fuzz faults lab bench lock publish
 
 reproduce: $(INSTALLED)
 	$(BIN)/jfbnb reproduce --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") \
@@ -38,6 +40,12 @@ test: $(INSTALLED)
 
 book: $(INSTALLED)
 	$(BIN)/python tools/book.py
+
+fuzz: $(INSTALLED)
+	$(BIN)/python tools/fuzz.py
+
+faults: $(INSTALLED)
+	$(BIN)/python tools/faults.py
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir notebooks
