@@ -134,7 +134,8 @@ def test_an_image_still_to_be_read_is_not_written(capsys, tmp_path):
     for name in ("a.png", "a-blurred.png"):
         Image.new("RGB", (20, 20)).save(tmp_path / name)
     before = (tmp_path / "a-blurred.png").read_bytes()
-    line = refused(capsys, "blur", tmp_path / "a.png", tmp_path / "a-blurred.png", "--out", tmp_path)
+    line = refused(capsys, "blur", tmp_path / "a.png", tmp_path / "a-blurred.png", "--out",
+                   tmp_path)
     assert "is to be read and would be written" in line
     assert (tmp_path / "a-blurred.png").read_bytes() == before
 

@@ -1,6 +1,8 @@
 """Every method by its name: what it restores, what trains it, how it is tuned."""
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 
 import pytest

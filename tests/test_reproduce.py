@@ -165,8 +165,9 @@ def test_a_profile_that_is_none(suite):
         go()
 
 
-@pytest.mark.parametrize("text", ["[]", "3", '{"inputs": 3}', "[" * 100_000, "\xff", "{}",
-                                  '{"inputs": {}, "outputs": [], "parameters": {}, "seconds": 1.0}'])
+@pytest.mark.parametrize("text", [
+    "[]", "3", '{"inputs": 3}', "[" * 100_000, "\xff", "{}",
+    '{"inputs": {}, "outputs": [], "parameters": {}, "seconds": 1.0}'])
 def test_a_marker_that_is_none(tmp_path, text):
     (tmp_path / "m.json").write_bytes(text.encode("latin1"))
     assert runner.read_marker(tmp_path / "m.json") == {}

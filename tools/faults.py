@@ -517,8 +517,9 @@ def campaign(faults: TrainingFaults | ReproduceFaults, kills: int, number: int,
     for i in range(kills):
         faults.clear()
         yield faults.killed(rng, i)
-    for name in () if only_kills else ("interrupted", "wrong_clock", "damaged", "two_at_once", "no_memory", "full_disk",
-                 "read_only"):
+    others = ("interrupted", "wrong_clock", "damaged", "two_at_once", "no_memory", "full_disk",
+              "read_only")
+    for name in others[:0 if only_kills else None]:
         faults.clear()
         try:
             yield from getattr(faults, name, lambda _: ())(rng)
