@@ -31,7 +31,12 @@ def save_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimi
     text = json.dumps(history)
     written = file.with_suffix(".new")
     with atomic_path(written) as temporary:
-        save_file(tensors, temporary, metadata={"history": text, "sha256": _digest(tensors, text)})
+        try:
+            save_file(tensors, temporary,
+                      metadata={"history": text, "sha256": _digest(tensors, text)})
+        except SafetensorError as error:
+            raise OSError(f"cannot write the checkpoint {file} ({error}): free some space and run "
+                          "again; the one before it is kept") from error
     # A kill between these two leaves the previous one, which `resume` then takes.
     if file.exists():
         file.replace(previous(file))

@@ -4,11 +4,14 @@ import importlib
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import psutil
 import torch
+from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
 from jfbnb.common import ROOT, UserError, describe_device, pick_device
 from jfbnb.datasets import load_images
@@ -16,6 +19,7 @@ from jfbnb.methods import HEADS, LABELS, make_methods
 
 LIBRARIES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "safetensors", "matplotlib",
              "jupyterlab", "ipywidgets", "anywidget", "papermill", "nbval")
+OPTIONAL = {"distributed": "`jfbnb sweep` would not work: pip install 'jfbnb[sweep]'"}
 NEEDED_BYTES = 200_000_000  # of profile quick: executed notebooks, figures, checkpoints
 
 
@@ -23,7 +27,10 @@ def examine(data: Path, weights: Path) -> Iterator[tuple[bool, str]]:
     """One finding after another: whether all is well, and the line that says it."""
     yield True, f"Python {platform.python_version()} on {platform.platform()}"
     yield from _libraries()
-    yield True, f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for PyTorch"
+    yield from _kernel()
+    memory = psutil.virtual_memory()
+    yield True, (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for PyTorch, "
+                 f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free")
     yield True, f"device `auto` is {describe_device(pick_device('auto'))}"
     yield from _folder()
     yield from _data(data)
@@ -41,10 +48,27 @@ def _libraries() -> Iterator[tuple[bool, str]]:
             yield True, f"{name} {found}"
     if missing:
         yield False, f"not installed: {', '.join(missing)}; `make reproduce` installs all"
+    for name, without in OPTIONAL.items():
+        try:
+            yield True, f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield True, f"no {name}: {without}"
     try:
         importlib.import_module("torchvision")
     except (ImportError, RuntimeError) as error:
         yield False, f"torchvision does not fit this torch ({error}): install both from the lock"
+
+
+def _kernel() -> Iterator[tuple[bool, str]]:
+    """The kernel that runs the notebooks: it must be of this very installation."""
+    try:
+        program = Path(KernelSpecManager().get_kernel_spec("python3").argv[0])
+    except NoSuchKernel:
+        yield False, "no Jupyter kernel python3: `make reproduce` installs ipykernel, which has one"
+        return
+    own = not program.is_absolute() or program.parent == Path(sys.executable).parent
+    yield own, "the Jupyter kernel python3 is of " + (
+        "this Python" if own else f"{program}, not of {sys.executable}: notebooks would run there")
 
 
 def _folder() -> Iterator[tuple[bool, str]]:
@@ -65,7 +89,7 @@ def _data(data: Path) -> Iterator[tuple[bool, str]]:
     try:
         images = load_images(data, limit=1)
         yield True, f"images at {data}, the first is {images.names[0]}"
-    except UserError as error:
+    except (UserError, OSError) as error:
         yield False, str(error)
 
 
@@ -74,7 +98,7 @@ def _weights(weights: Path) -> Iterator[tuple[bool, str]]:
     for name in (n for n in LABELS if n not in HEADS):
         try:
             make_methods([name], weights, torch.device("cpu"))
-        except UserError as error:
+        except (UserError, OSError) as error:
             yield False, f"method {name}: {error}"
         else:
             usable.append(name)

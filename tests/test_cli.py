@@ -130,12 +130,55 @@ def test_bad_images(capsys, weights, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_an_image_still_to_be_read_is_not_written(capsys, tmp_path):
+    for name in ("a.png", "a-blurred.png"):
+        Image.new("RGB", (20, 20)).save(tmp_path / name)
+    before = (tmp_path / "a-blurred.png").read_bytes()
+    line = refused(capsys, "blur", tmp_path / "a.png", tmp_path / "a-blurred.png", "--out",
+                   tmp_path)
+    assert "is to be read and would be written" in line
+    assert (tmp_path / "a-blurred.png").read_bytes() == before
+
+
+def test_results_that_cannot_be_written_are_refused_before_measuring(capsys, image_folder, weights,
+                                                                     monkeypatch):
+    monkeypatch.setattr("jfbnb.evaluation.evaluate", lambda *_: pytest.fail("measured"))
+    line = refused(capsys, "evaluate", "--data", image_folder, "--weights", weights, "--json",
+                   image_folder)
+    assert "cannot write" in line and "no file" in line
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't")])
+def test_too_little_memory(capsys, image_folder, tmp_path, monkeypatch, error):
+    def fail(*_args):
+        raise error
+
+    monkeypatch.setattr("jfbnb.operators.measure", fail)
+    line = refused(capsys, "blur", image_folder / "000001.jpg", "--out", tmp_path)
+    assert "memory ran out" in line
+
+
+def test_no_image_that_is_not_finite(capsys, image_folder, weights, tmp_path):
+    # A uniform kernel of 5 pixels has an eigenvalue of 0 at this size.
+    Image.new("RGB", (5, 5), "red").save(tmp_path / "small.png")
+    tuning = weights / "tuning.json"
+    tuning.write_text(tuning.read_text().replace('"step_size": 1.0', '"step_size": 90000.0'))
+    line = refused(capsys, "deblur", tmp_path / "small.png", "--out", tmp_path / "o", "--weights",
+                   weights, "--method", "gradient-descent")
+    assert "makes no finite image" in line and not (tmp_path / "o").exists()
+
+
 def test_two_images_for_one_output(capsys, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         Image.new("RGB", (20, 20)).save(tmp_path / folder / "x.png")
     line = refused(capsys, "blur", tmp_path / "a/x.png", tmp_path / "b/x.png", "--out", tmp_path)
     assert "several images would become" in line
+
+
+def _long_image(folder):
+    Image.new("RGB", (8193, 5)).save(folder / "long.png")
+    return "blur", folder / "long.png", "--out", folder / "o"
 
 
 def test_bad_names_and_numbers(capsys, image_folder, weights, tmp_path):
@@ -147,6 +190,9 @@ def test_bad_names_and_numbers(capsys, image_folder, weights, tmp_path):
     blur = ("blur", image_folder / "000001.jpg", "--out", tmp_path / "o")
     assert "kernel size 4" in refused(capsys, *blur, "--kernel-size", 4)
     assert "kernel std 0" in refused(capsys, *blur, "--kernel-std", 0)
+    assert "8192 pixels on a side" in refused(capsys, *_long_image(tmp_path))
+    assert "seed -1" in refused(capsys, *blur, "--seed", "-1")
+    assert "--noise-std 1e-200" in refused(capsys, "deblur", *blur[1:], "--noise-std", "1e-200")
     assert "--noise-std nan" in refused(capsys, *blur, "--noise-std", "nan")
 
 

@@ -1,3 +1,5 @@
+import io
+import os
 import tarfile
 import zipfile
 
@@ -152,6 +154,77 @@ def test_crops_are_cut_from_the_image_and_mirrored():
         assert abs(steps).tolist() == [1.0] * 7
         rises.add(steps[0])
     assert rises == {1.0, -1.0}
+
+
+def test_a_damaged_member_is_skipped(image_folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for path in sorted(image_folder.iterdir())[:2]:
+            archive.write(path, path.name)
+    content = bytearray((tmp_path / "a.zip").read_bytes())
+    content[500] ^= 255  # in the first picture: its checksum is now wrong
+    (tmp_path / "a.zip").write_bytes(content)
+    warnings = []
+    images = load_images(tmp_path / "a.zip", warn=warnings.append)
+    assert images.names == ["000002.jpg"] and "000001.jpg" in warnings[0]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch, kind):
+    monkeypatch.setattr(datasets, "MAX_BYTES", 1000)
+    zeros = bytes(500_000)
+    path = tmp_path / f"a.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("a.jpg", zeros)
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            member = tarfile.TarInfo("a.jpg")
+            member.size = len(zeros)
+            archive.addfile(member, io.BytesIO(zeros))
+    with pytest.raises(UserError, match="unpacks to over 100 times its size"):
+        load_images(path)
+
+
+def test_names_in_archives_are_never_used_as_paths(image_folder, tmp_path):
+    names = ["../../up.jpg", "/tmp/absolute.jpg", "\x1b[31mred.jpg"]
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        for name in names:
+            archive.add(image_folder / "000001.jpg", name)
+            archive.members[-1].name = name  # add() strips a leading slash
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    before = sorted(tmp_path.rglob("*"))
+    images = load_images(tmp_path / "a.tar")
+    assert len(images) == 3 and "\\x1b[31mred.jpg" in images.names
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_too_many_pixels_other_programs_formats_and_pipes(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "MAX_PIXELS", 99)
+    Image.new("RGB", (10, 10)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="10 x 10 pixels are too many"):
+        decode(tmp_path / "large.png")
+    Image.new("RGB", (5, 5)).save(tmp_path / "a.eps")  # Pillow would run a program for it
+    with pytest.raises(ValueError, match="no readable image"):
+        decode(tmp_path / "a.eps")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="no file"):
+        decode(tmp_path / "pipe.png")
+    with pytest.raises(FileNotFoundError):
+        decode(tmp_path / "none.png")
+
+
+def test_a_damaged_cache_is_made_again_and_none_is_needed(image_folder, monkeypatch, tmp_path):
+    first = load_images(image_folder)
+    (stored,) = datasets.CACHE.iterdir()
+    stored.write_bytes(stored.read_bytes()[:-99])
+    assert torch.equal(load_images(image_folder).images, first.images)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets, "CACHE", tmp_path / "file")
+    warnings = []
+    assert len(load_images(image_folder, warn=warnings.append)) == 6
+    assert "are not kept for the next time" in warnings[0]
 
 
 def test_failed_download_prints_the_manual_steps(monkeypatch, tmp_path):

@@ -39,6 +39,17 @@ def test_trouble_is_named_and_the_status_is_not_zero(capsys, tmp_path, make, mes
     assert "trouble" in err
 
 
+def test_a_kernel_of_another_python_is_trouble(monkeypatch):
+    assert [well for well, _ in doctor._kernel()] == [True]
+    monkeypatch.setattr(doctor.sys, "executable", "/elsewhere/bin/python")
+    ((well, line),) = doctor._kernel()
+    assert "python3 is of" in line
+    monkeypatch.setattr(doctor.KernelSpecManager, "get_kernel_spec", lambda *_: type(
+        "Spec", (), {"argv": ["/another/bin/python"]}))
+    ((well, line),) = doctor._kernel()
+    assert not well and "/another/bin/python, not of /elsewhere" in line
+
+
 def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "no-such-library"))
     found = list(doctor._libraries())

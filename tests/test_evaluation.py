@@ -197,6 +197,41 @@ def test_weights_of_another_architecture(weights):
         load_regulariser(path)
 
 
+@pytest.mark.parametrize("change", [{"depth": 2.0}, {"channels": 1}, {"head": 0}, {"width": True},
+                                    {"extra": 1}])
+def test_an_architecture_of_other_types(weights, change):
+    from safetensors.torch import save_file
+
+    own = {"depth": 2, "width": 4, "channels": 3, "head": False} | change
+    save_file({"w": torch.zeros(3)}, weights / "x.safetensors",
+              metadata={"architecture": json.dumps(own)})
+    with pytest.raises(UserError, match="of another architecture"):
+        load_regulariser(weights / "x.safetensors")
+
+
+def test_a_small_file_that_claims_a_large_network(weights):
+    from safetensors.torch import save_file
+
+    own = {"depth": 64, "width": 1024, "channels": 3, "head": True}
+    save_file({"w": torch.zeros(3)}, weights / "x.safetensors",
+              metadata={"architecture": json.dumps(own)})
+    with pytest.raises(UserError, match="too few for their own architecture"):
+        load_regulariser(weights / "x.safetensors")
+
+
+@pytest.mark.parametrize("name", ["log_tau", "network.layers.0.bias"])
+def test_weights_that_are_not_finite(weights, name):
+    from safetensors.torch import load_file, save_file
+
+    path = weights / "unrolled.safetensors"
+    tensors = load_file(path)
+    tensors[name].fill_(300.0 if name == "log_tau" else float("nan"))  # exp(300) overflows
+    own = {"depth": 2, "width": 4, "channels": 3, "head": False}
+    save_file(tensors, path, metadata={"architecture": json.dumps(own)})
+    with pytest.raises(UserError, match="not all finite"):
+        load_regulariser(path)
+
+
 def test_network_starts_as_the_identity():
     x = torch.rand(1, 3, 16, 16)
     assert torch.equal(Regulariser(DnCNN(3, 8), 1.0, 0.0).denoise(x), x)

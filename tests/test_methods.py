@@ -1,6 +1,8 @@
 """Every method by its name: what it restores, what trains it, how it is tuned."""
 
 import copy
+import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -211,3 +213,27 @@ def test_methods_leave_the_weights_alone(weights, problem):
     before = copy.deepcopy(method(A, d.float(), 0.01)[0])
     method(A, d.float(), 0.1)
     assert torch.equal(method(A, d.float(), 0.01)[0], before)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), 1e300, "1", None, True, [1]])
+def test_settings_that_are_no_positive_numbers(weights, value):
+    file = weights / "tuning.json"
+    tuning = json.loads(file.read_text())
+    tuning["chosen"]["jfb"]["tau"] = value
+    file.write_text(json.dumps(tuning))
+    with pytest.raises(UserError, match="is no number between 0 and 1e5"):
+        Tuning.load(file)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "[" * 100_000, '{"chosen": 3}',
+                                  '{"noise_std": 1, "images": 1, "chosen": [], "searches": {}}'])
+def test_a_tuning_that_is_none(tmp_path, text):
+    (tmp_path / "tuning.json").write_text(text)
+    with pytest.raises(UserError, match="holds no tuned parameters"):
+        Tuning.load(tmp_path / "tuning.json")
+
+
+def test_a_head_that_the_weights_do_not_have(weights):
+    shutil.copy(weights / "unrolled.safetensors", weights / "jfb.safetensors")
+    with pytest.raises(UserError, match="have no head: jfb-head needs one"):
+        make_methods(["jfb-head"], weights, torch.device("cpu"))

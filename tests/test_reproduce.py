@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from jfbnb import reproduce as runner
 from jfbnb.cli import main
-from jfbnb.common import ROOT, UserError
+from jfbnb.common import ROOT, UNFINISHED, UserError
 
 NOTEBOOK = """
 from pathlib import Path
@@ -117,6 +117,9 @@ def test_only_and_force(suite):
     ({"size": 1.5}, "takes a value like 1"),
     ({"size": True}, "takes a value like 1"),
     ({"data": "nowhere"}, "no data at"),
+    ({"data": "a\0b"}, "parameter data takes a value like"),
+    ({"rate": float("nan")}, "parameter rate takes a value like 0.5, not nan"),
+    ({"profile": "../elsewhere"}, "use --folder"),
 ])
 def test_bad_parameters_are_refused_before_anything_runs(suite, overrides, message):
     with pytest.raises(UserError, match=message):
@@ -139,9 +142,48 @@ def test_cuda_without_one(capsys):
     assert "PyTorch sees no CUDA device" in capsys.readouterr().err
 
 
-def test_malformed_parameter(suite, capsys):
-    assert main(["reproduce", "-p", "size"]) == 2
-    assert "write it as NAME=VALUE" in capsys.readouterr().err
+@pytest.mark.parametrize(("text", "message"), [
+    ("size", "write it as NAME=VALUE"), ("size=[1", "-p size: its value is no YAML"),
+    ("size=2024-13-99", "is no YAML"), ("size=&a [*a]", "is no YAML: an alias"),
+    ("size=0x" + "f" * 5000, "is no YAML: an integer is too large")])
+def test_malformed_parameter(suite, capsys, text, message):
+    assert main(["reproduce", "-p", text]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("folder", ["..", "../x", "/tmp/x", "a/../../b", ".", "a\nb"])
+def test_a_folder_elsewhere(suite, folder):
+    with pytest.raises(UserError, match="give the name of a folder inside runs/"):
+        go(folder=folder)
+    assert not (suite / "runs").exists()
+
+
+def test_a_profile_that_is_none(suite):
+    (suite / "notebooks/profiles/quick.yaml").write_text("- size")
+    with pytest.raises(UserError, match=r"quick\.yaml is no profile"):
+        go()
+
+
+@pytest.mark.parametrize("text", [
+    "[]", "3", '{"inputs": 3}', "[" * 100_000, "\xff", "{}",
+    '{"inputs": {}, "outputs": [], "parameters": {}, "seconds": 1.0}'])
+def test_a_marker_that_is_none(tmp_path, text):
+    (tmp_path / "m.json").write_bytes(text.encode("latin1"))
+    assert runner.read_marker(tmp_path / "m.json") == {}
+    assert runner._durations(tmp_path / "m.json") == {}
+
+
+def test_a_marker_must_name_every_output(tmp_path):
+    assert not runner.is_done({"inputs": {}, "outputs": {}}, {}, [Path("a")], tmp_path)
+
+
+def test_what_a_killed_run_left_unfinished_is_removed(suite):
+    left = suite / "runs" / "quick" / "checkpoints" / f"{UNFINISHED}abc.new"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    go()
+    assert not left.exists()
 
 
 def test_a_failing_notebook_is_named_and_earlier_outputs_stay(suite):

@@ -10,7 +10,7 @@ import pytest
 
 from jfbnb import sweep as module
 from jfbnb.cli import main
-from jfbnb.common import UserError
+from jfbnb.common import UserError, parse_yaml
 
 distributed = pytest.importorskip("distributed", reason="pip install 'jfbnb[sweep]'")
 
@@ -27,7 +27,11 @@ def file(tmp_path):
     ("profile: quick\nparameters: {seed: 3}", "list of values"),
     ("profile: quick\nparameters: {sede: [3]}", "unknown parameter 'sede'"),
     ("profile: quick\nparameters: {seed: [x]}", "seed takes a value like 0"),
-    ("profile: slow\nparameters: {seed: [3]}", "unknown profile 'slow'")])
+    ("profile: slow\nparameters: {seed: [3]}", "unknown profile 'slow'"),
+    ("profile: quick\nparameters: {profile: [a]}", "a folder of its own"),
+    ("profile: quick\nparameters: {seed: &a [1], depth: *a}", "no YAML: an alias"),
+    ("profile: quick\nparameters: {" + ", ".join(f"{k}: [{', '.join(['3'] * 30)}]" for k in (
+        "seed", "depth", "width")) + "}", "27000 combinations")])
 def test_bad_sweeps_are_refused_in_one_line(tmp_path, capsys, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
@@ -88,6 +92,22 @@ def test_a_point_is_one_reproduce_with_its_values(monkeypatch):
     module.run_point("quick", "sweep-x/seed=1", {"seed": 1, "protocol": "code"}, None)
     assert commands == [[sys.executable, "-m", "jfbnb.cli", "reproduce", "--profile", "quick",
                          "--folder", "sweep-x/seed=1", "-p", "seed=1", "-p", "protocol=code"]]
+
+
+@pytest.mark.parametrize("value", [0, 1e-5, "code", "a: b", "x" * 200 + " y" * 50, True, "no", "",
+                                   {"jfb": 1.0, "deq": 0.5}, ["jfb", "deq"], "two\nlines"])
+def test_a_points_values_arrive_as_they_are(monkeypatch, value):
+    commands = []
+    monkeypatch.setattr(module.subprocess, "run", lambda command, **_: commands.append(command)
+                        or type("Done", (), {"returncode": 0})())
+    module.run_point("quick", "f", {"p": value}, None)
+    name, _, text = commands[0][-1].partition("=")
+    assert name == "p" and parse_yaml(text, "it") == value
+
+
+def test_a_scheduler_that_is_none(file):
+    with pytest.raises(UserError, match="cannot reach the scheduler nonsense://x"):
+        module.sweep(file, "nonsense://x", None)
 
 
 def test_the_command_runs_as_a_module():

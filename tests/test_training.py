@@ -3,6 +3,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from jfbnb import checkpoints
 from jfbnb.checkpoints import load_checkpoint, previous, resume
@@ -228,6 +229,38 @@ def test_two_damaged_checkpoints_are_an_error_and_none_is_a_start(images, tmp_pa
     S, loss = make("denoiser")
     with pytest.raises(UserError, match="no other one"):
         train(S, loss, images, CONFIG, CPU, tmp_path, log=lambda _: None)
+
+
+@pytest.mark.parametrize(("name", "shape"), [
+    ("module.log_tau", (2,)), ("adam.0.exp_avg", (10**6,)), ("adam.99.step", ()), ("other", (1,))])
+def test_a_checkpoint_of_other_shapes_is_refused(tmp_path, name, shape):
+    """Though its hash is right: whoever forged the tensors can forge that too."""
+    S, _ = make("denoiser")
+    optimizer = torch.optim.Adam(S.parameters())
+    sum(p.square().sum() for p in S.parameters()).backward()
+    optimizer.step()
+    file = tmp_path / "k.safetensors"
+    checkpoints.save_checkpoint(file, S, optimizer, [{"epoch": 1}])
+    tensors = load_file(file) | {name: torch.zeros(shape)}
+    save_file(tensors, file, metadata={"history": "[]",
+                                       "sha256": checkpoints._digest(tensors, "[]")})
+    with pytest.raises(UserError, match="not those of this training"):
+        load_checkpoint(file, S, optimizer)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(images, tmp_path, monkeypatch):
+    S, loss = make("denoiser")
+    train(S, loss, images, CONFIG, CPU, tmp_path)
+    before = sorted(tmp_path.iterdir())
+
+    def refuse(*_args):
+        raise PermissionError("no")
+
+    monkeypatch.setattr(checkpoints, "safe_open", refuse)
+    S, loss = make("denoiser")
+    with pytest.raises(OSError, match=r"cannot read the checkpoint .*safetensors \(no\)"):
+        train(S, loss, images, CONFIG, CPU, tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):

@@ -80,6 +80,27 @@ def test_a_missing_file_and_a_missing_run(finished, capsys):
     assert "no finished run" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "text", "message"), [
+    ("provenance.json", "[]", "no finished run"), ("provenance.json", '{"steps": {}}', "damaged"),
+    ("provenance.json", '{"steps": {"05": {"outputs": {}}}}', "damaged"),
+    ("provenance.json", '{"steps": {"05": {"outputs": {}, "parameters": {"seed": 0}}}}',
+     "does not say the"),
+    ("metrics.csv", "method,psnr\njfb,30\n", "metrics.csv is missing or damaged"),
+    ("metrics.csv", "", "metrics.csv is missing or damaged"),
+    ("table2_comparison.csv", "Method\nJFB\n", "table2_comparison.csv is missing or damaged")])
+def test_a_damaged_record_is_one_line(finished, capsys, name, text, message):
+    (finished / "figures" / "quick" / name).write_text(text)
+    assert main(["verify", "quick", "--limit", "1"]) == 2
+    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_a_method_missing_in_one_table_is_found(finished):
+    file = finished / "figures" / "quick" / "table2_comparison.csv"
+    table = pd.read_csv(file)
+    table[table.Method != "JFB"].to_csv(file, index=False)
+    assert "table 2, JFB: not in both it and metrics.csv" in findings()
+
+
 def test_frozen_needs_a_finished_run(capsys, tmp_path):
     assert main(["reproduce", "--frozen", "--weights", str(tmp_path)]) == 2
     assert "leave --weights out" in capsys.readouterr().err

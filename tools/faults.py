@@ -511,13 +511,15 @@ def copy_project(target: Path) -> None:
 # --- the campaign ---------------------------------------------------------------------------------
 
 
-def campaign(faults: TrainingFaults | ReproduceFaults, kills: int, number: int) -> Iterator[Result]:
+def campaign(faults: TrainingFaults | ReproduceFaults, kills: int, number: int,
+             only_kills: bool) -> Iterator[Result]:
     rng = random.Random(number)
     for i in range(kills):
         faults.clear()
         yield faults.killed(rng, i)
-    for name in ("interrupted", "wrong_clock", "damaged", "two_at_once", "no_memory", "full_disk",
-                 "read_only"):
+    others = ("interrupted", "wrong_clock", "damaged", "two_at_once", "no_memory", "full_disk",
+              "read_only")
+    for name in others[:0 if only_kills else None]:
         faults.clear()
         try:
             yield from getattr(faults, name, lambda _: ())(rng)
@@ -529,6 +531,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--kills", type=int, default=50, help="of the training")
     parser.add_argument("--reproduce-kills", type=int, default=30, help="0 leaves reproduce out")
+    parser.add_argument("--only-kills", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, help="stop beginning new cases after that long")
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "faults")
@@ -540,7 +543,8 @@ def main() -> int:
         for kind, kills in ((TrainingFaults, args.kills), (ReproduceFaults, args.reproduce_kills)):
             if not kills:
                 continue
-            for result in campaign(kind(Path(text)), kills, args.seed):
+            for result in campaign(kind(Path(text)), kills, args.seed,
+                                   args.only_kills):
                 results.append(result)
                 print(f"{'LOST' if result.wrong else 'ok  '} {result.part}, {result.fault}: "
                       f"{result.moment} {result.wrong}", flush=True)

@@ -217,7 +217,7 @@ def pictures() -> dict[str, bytes]:
         "deep.tif": (deep, {}), "float.tif": (grey.convert("F"), {}), "a.ppm": (photo, {}),
         "lab.tif": (Image.new("LAB", (9, 9)), {}), "a.jp2": (photo, {}), "a.eps": (photo, {}),
         "anim.gif": (photo.quantize(8), {"save_all": True, "append_images": [photo.quantize(4)]}),
-        "wide.gif": (Image.new("P", (9000, 9000)), {}), "anim.png": (photo, {
+        "wide.gif": (Image.new("P", (8200, 8200)), {}), "anim.png": (photo, {
             "save_all": True, "append_images": [photo.rotate(9)]}),
         "bomb.png": (Image.new("1", (20_000, 20_000)), {}),
     }
