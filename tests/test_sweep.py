@@ -23,7 +23,7 @@ def file(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("[1, 2]", "is no sweep"), ("profile: quick", "is no sweep"), (": :", "cannot read"),
+    ("[1, 2]", "is no sweep"), ("profile: quick", "is no sweep"), (": :", "is no YAML"),
     ("profile: quick\nparameters: {seed: 3}", "list of values"),
     ("profile: quick\nparameters: {sede: [3]}", "unknown parameter 'sede'"),
     ("profile: quick\nparameters: {seed: [x]}", "seed takes a value like 0"),

@@ -91,7 +91,8 @@ def with_mathml(source: str) -> str:
 
 
 def links_to_pages(source: str) -> str:
-    """Links to notebooks and documents become links to their pages."""
+    """Links to notebooks and documents become links to their pages, those to code its name."""
+    source = re.sub(r"\[([^]\n]+)\]\((?!\w+:)[^)]+?\.py\)", r"`\1`", source)
     return re.sub(r"\]\((?!\w+:)([^)]+?)\.(ipynb|md)\)", r"](\1.html)", source)
 
 
