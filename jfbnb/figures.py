@@ -263,8 +263,9 @@ def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
                        label="as in training")
         if named:
             ax.set(xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5),
-                   xticklabels=[name.replace(", ", "\n") for name in conditions])
-            ax.tick_params(axis="x", rotation=30 if len(conditions) > 4 else 0)
+                   xticklabels=[name.replace(", ", "\n").replace("_", " ") for name in conditions])
+            if len(conditions) > 4:
+                ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35, ha="right")
         elif max(conditions) > 10 * min(conditions):
             ax.set(xscale="log", xticks=conditions, xticklabels=conditions)
             ax.minorticks_off()
