@@ -562,8 +562,8 @@ def write_report(out: Path, number: int, results: list[Result], seconds: float) 
     rows = table.groupby(["part", "fault"], sort=False).survived.agg(["size", "sum"]).reset_index()
     rows.columns = ["of", "fault", "tried", "survived"]
     lost = [f"- {r.part}, {r.fault}, {r.moment}: {r.wrong}" for r in results if r.wrong]
-    text = "\n".join((f"Seed {number}, {seconds:.0f} s.", "", rows.to_markdown(index=False), "",
-                      *lost))
+    text = "\n".join(("# Fault campaign", "", f"Seed {number}, {seconds:.0f} s.", "",
+                      rows.to_markdown(index=False), "", *lost))
     (out / "report.md").write_text(text + "\n")
 
 

@@ -669,7 +669,7 @@ def write_report(out: Path, number: int, counts: dict[str, collections.Counter],
     out.mkdir(parents=True, exist_ok=True)
     record = {"seed": number, "cases": total, "seconds": round(seconds, 1), "ways in": counts}
     (out / "report.json").write_text(json.dumps(record, indent=1) + "\n")
-    text = "\n".join((f"{total} cases, seed {number}, {seconds:.0f} s.", "",
+    text = "\n".join(("# Fuzzing", "", f"{total} cases, seed {number}, {seconds:.0f} s.", "",
                       "| way in | cases | taken | refused in one line | surprises |",
                       "| --- | ---: | ---: | ---: | ---: |", *rows, "", *surprises))
     (out / "report.md").write_text(text + "\n")
