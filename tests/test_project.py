@@ -92,6 +92,31 @@ def test_what_readme_says_of_the_table_is_so():
     assert measured["JFB + head"] < measured["JFB"]
 
 
+def test_what_readme_says_of_the_released_networks_is_so():
+    words = " ".join(committed("README.md").split())
+    table = pd.read_csv(io.StringIO(committed("figures/cpu/table2_comparison.csv")))
+    table = table.set_index("Method")
+    measured, seconds = table["PSNR (dB)"].dropna(), table["Seconds per image"]
+    two = ["JFB + head", "Deep equilibrium + head", "Tikhonov + 2 DnCNN"]
+    assert "Of the methods with one network the equilibrium of JFB is ahead of all, and of those " \
+        "with two JFB with its head" in words
+    assert measured.drop(two).idxmax() == "JFB" and measured.idxmax() == "JFB + head"
+    assert "two plain networks after Tikhonov come within 0.2 dB, in a fraction of the" in words
+    assert measured["JFB + head"] - measured["Tikhonov + 2 DnCNN"] < 0.2
+    assert seconds["Tikhonov + 2 DnCNN"] < 0.25 * seconds["JFB + head"]
+    assert "JFB trained longest" in words and "when unrolling ended it was ahead of what JFB had " \
+        "reached by then" in words
+    history = pd.read_csv(io.StringIO(committed("figures/cpu/rivals_history.csv")))
+    own = dict(list(history.groupby("method")))
+    total = {name: part.seconds.max() for name, part in own.items()}
+    assert max(total, key=total.get) == "jfb"
+    jfb = own["jfb"].validation_psnr[own["jfb"].seconds <= total["unrolled"]]
+    assert own["unrolled"].validation_psnr.iloc[-1] > jfb.max()
+    assert "The network after Tikhonov had stopped improving" in words
+    last = own["feedforward-tikhonov"].validation_psnr.iloc[-3:]
+    assert last.max() - last.min() < 0.02
+
+
 def test_notebook_times_are_those_of_the_stored_run(publish):
     provenance = json.loads(committed("figures/quick/provenance.json"))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):

@@ -356,6 +356,8 @@ class ReproduceFaults:
             cli.ROOT = reproduce.ROOT = self.project
             reproduce.NOTEBOOKS = self.project / "notebooks"
             reproduce.PROFILES = reproduce.NOTEBOOKS / "profiles"
+            known = reproduce.known_parameters()  # the profile has those of all steps
+            reproduce.known_parameters = lambda: known
             reproduce.STEPS = tuple(s for s in reproduce.STEPS if s.name[:2] in ("01", "03"))
             small = [word for text in SMALL for word in ("-p", text)]
             return cli.main(["reproduce", *small, *options])
