@@ -100,6 +100,15 @@ def wait(pid: int, seconds: float = LIMIT) -> int | None:
     return None
 
 
+def ended(pid: int) -> int | None:
+    """The exit status; None for a run that hangs, which is killed."""
+    status = wait(pid)
+    if status is None:
+        kill(pid)
+        os.waitpid(pid, 0)
+    return status
+
+
 def kernels(pid: int) -> list[psutil.Process]:
     with contextlib.suppress(psutil.NoSuchProcess):
         return psutil.Process(pid).children(recursive=True)
@@ -199,8 +208,8 @@ class TrainingFaults:
         self.log = base / "training.log"
         self.images = datasets.bundled_photos("test", 24).images[:400:40].clone()
         clock = time.monotonic()
-        status = wait(fork(lambda: training(base / "reference", self.images), self.log))
-        if status:
+        status = ended(fork(lambda: training(base / "reference", self.images), self.log))
+        if status != 0:
             raise SystemExit(f"the training fails by itself: {self.log.read_text()}")
         self.seconds = time.monotonic() - clock
         self.wanted = contents(base / "reference")
@@ -231,9 +240,9 @@ class TrainingFaults:
         reached = len(re.findall(r"^epoch ", self.log.read_text(), re.M))
         before = re.search(r"^resumed after epoch (\d+)", self.log.read_text(), re.M)
         reached += int(before[1]) if before else 0
-        status = wait(self.start())
+        status = ended(self.start())
         text = self.log.read_text()
-        if status:
+        if status != 0:
             return f"the next run ends with {status}: {text[-300:]}"
         resumed = re.search(r"^resumed after epoch (\d+)", text, re.M)
         resumed = int(resumed[1]) if resumed else 0
@@ -258,7 +267,7 @@ class TrainingFaults:
             fault = self.fault("tempfile.mkstemp", rng.randint(1, EPOCHS))
         if kind == "torn":
             fault |= {"how": "torn", "bytes": rng.randrange(1, self.bytes)}
-        status = wait(self.start(fault))
+        status = ended(self.start(fault))
         hit = self.base / "hit"
         if not hit.exists() or status not in (-signal.SIGKILL, -signal.SIGXFSZ):
             return Result(self.part, "SIGKILL", kind, f"missed its moment, status {status}")
@@ -275,7 +284,7 @@ class TrainingFaults:
         with small_disk(self.fresh, "10m") as remount:
             (self.fresh / "checkpoints").mkdir()
             remount(bad)
-            status = wait(self.start())
+            status = ended(self.start())
             said = self.log.read_text().strip().splitlines()[-1:]
             remount(good)
             wrong = "" if status and says in str(said) else f"status {status}, said {said}"
@@ -296,7 +305,7 @@ class TrainingFaults:
     def wrong_clock(self, rng: random.Random) -> Iterator[Result]:
         for year, then in ((1970, 1.0), (2100, 4.1e9)):
             self.clear()
-            wait(self.start(self.fault("os.rename", rng.randint(9, 3 * EPOCHS - 2))))
+            ended(self.start(self.fault("os.rename", rng.randint(9, 3 * EPOCHS - 2))))
             for i, path in enumerate(sorted((self.fresh / "checkpoints").iterdir())):
                 os.utime(path, (then - i, then - i))
             yield Result(self.part, "wrong clock", f"its files are of {year}", self.goes_on())
@@ -304,7 +313,7 @@ class TrainingFaults:
     def damaged(self, rng: random.Random) -> Iterator[Result]:
         for kind in ("a bit flipped", "cut short", "emptied"):
             self.clear()
-            wait(self.start())
+            ended(self.start())
             file = next(p for p in (self.fresh / "checkpoints").iterdir()
                         if "previous" not in p.name)
             content = bytearray(file.read_bytes())
@@ -343,8 +352,8 @@ class ReproduceFaults:
         self.wanted = contents(self.runs, self.figures)
 
     def _finish(self, *options: str) -> None:
-        status = wait(self.start(options=options))
-        if status:
+        status = ended(self.start(options=options))
+        if status != 0:
             raise SystemExit(f"reproduce fails by itself: {self.log.read_text()}")
 
     def start(self, fault: dict | None = None, options: tuple[str, ...] = (),
@@ -379,8 +388,8 @@ class ReproduceFaults:
         wrong = half_files(self.figures) + half_files(self.runs)
         if wrong:
             return f"half files: {', '.join(wrong)}"
-        status = wait(self.start())
-        if status:
+        status = ended(self.start())
+        if status != 0:
             return f"the next run ends with {status}: {self.log.read_text()[-300:]}"
         return difference(contents(self.runs, self.figures), self.wanted) \
             or left_over(self.runs, self.figures)
@@ -437,7 +446,7 @@ class ReproduceFaults:
         fault = {"event": "tempfile.mkstemp", "part": "checkpoints", "count": 1, "how": "memory",
                  "process": "kernel", "parent": False, "hit": str(self.base / "hit"),
                  "bytes": 1 << 20}
-        status = wait(self.start(fault))
+        status = ended(self.start(fault))
         said = self.log.read_text()
         wrong = "" if status == 2 and "03_dncnn" in said and "Traceback" not in said else \
             f"status {status}: {said[-300:]}"
@@ -455,7 +464,7 @@ class ReproduceFaults:
         self.clear(keep_first=False)
         with small_disk(self.runs, "100m") as remount:
             remount(bad)
-            status = wait(self.start())
+            status = ended(self.start())
             said = self.log.read_text()
             remount(good)
             wrong = "" if status == 2 and says in said and "Traceback" not in said else \
@@ -483,10 +492,10 @@ class ReproduceFaults:
         while "expected" not in self.log.read_text() and time.monotonic() < end:
             time.sleep(0.05)
         other = self.base / "second.log"
-        status, said = wait(self.start(log=other)), other.read_text()
+        status, said = ended(self.start(log=other)), other.read_text()
         wrong = "" if status == 2 and "another run is writing" in said else f"{status}: {said}"
-        status = wait(first)
-        wrong = wrong or (f"the first ends with {status}" if status else "")
+        status = ended(first)
+        wrong = wrong or (f"the first ends with {status}" if status != 0 else "")
         yield Result(self.part, "two at once", "in one folder", wrong or self.goes_on())
 
     def wrong_clock(self, rng: random.Random) -> Iterator[Result]:
