@@ -27,7 +27,7 @@ from jfbnb.networks import (
     save_regulariser,
 )
 from jfbnb.operators import Protocol, get_protocol, make_blur, measure
-from jfbnb.reproduce import NOTEBOOKS, STEPS, _alone, load_profile, step_parameters
+from jfbnb.reproduce import NOTEBOOKS, STEPS, alone, load_profile, step_parameters
 from jfbnb.training import BatchLoss, DenoiserLoss, EquilibriumLoss, TrainingConfig, train
 
 Parameters = dict[str, Any]  # those of notebooks 3 and 4, by name
@@ -72,7 +72,7 @@ def train_network(name: str, parameters: Parameters, start: Path, out: Path, com
         if processes.rank() > 0:
             _train(name, parameters, start, out, command, device, lambda line: None)
             return
-        with _alone(out):
+        with alone(out):
             _train(name, parameters, start, out, command, device, log)
 
 

@@ -287,7 +287,7 @@ def reproduce(
     for step in steps:
         weights_taken(step, parameters[step.name])  # so does this
     runs, figures = ROOT / "runs" / folder, ROOT / "figures" / folder
-    with _alone(runs):
+    with alone(runs):
         for place in (runs, figures):
             remove_unfinished(place)
         if force:
@@ -306,7 +306,7 @@ def _is_inside(folder: str) -> bool:
 
 
 @contextlib.contextmanager
-def _alone(runs: Path) -> Iterator[None]:
+def alone(runs: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system takes back from a process that dies."""
     runs.mkdir(parents=True, exist_ok=True)
     try:
