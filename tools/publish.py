@@ -73,7 +73,9 @@ def replace_block(text: str, name: str, new: str, inline: bool = False) -> str:
 
 def readme_blocks(read: Read) -> dict[str, str]:
     """README.md's generated blocks, from the files that runs wrote."""
-    blocks = {"times": times_table(read), "bench": benchmark(read)}
+    blocks = {"times": times_table(read)}
+    if (ROOT / "benchmarks" / "results" / "targets.md").exists():
+        blocks["bench"] = benchmark(read)
     for profile in profiles():
         markdown = read(f"figures/{profile}/table2_comparison.md")
         blocks[f"table2 {profile}"] = markdown.strip()
