@@ -45,7 +45,7 @@ MAP_COLOURS = {"Eq. 4": COLOURS["de-grad"], "preconditioned": "#661100",
 GRADIENT_COLOURS = {"exact": COLOURS["deq"], "Neumann": "#117733", "unrolled": COLOURS["unrolled"],
                     "JFB": COLOURS["jfb"]}
 # How a table's numbers are written, by a word in the name of their column.
-FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "mse": ".2e", "converged": ".0%",
+FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "mse": ".2e", "converged": ".2%",
            "residual": ".1e", "radius": ".3f", "norm": ".3f", "drift": ".4f"}
 STYLE = {
     "font.size": 11,

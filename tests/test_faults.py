@@ -1,4 +1,4 @@
-"""A few of the kills of `make faults`, and that it would notice what a kill had broken."""
+"""Some of the kills of `make faults`, and that it would notice what a kill had broken."""
 
 import json
 import subprocess
@@ -24,6 +24,16 @@ def test_a_training_survives_being_killed(tmp_path):
     assert len(results) == 5 and not any(result["wrong"] for result in results)
     assert sum("os.rename" in r["moment"] or "mkstemp" in r["moment"] for r in results) == 3
     assert "| training | SIGKILL |" in (tmp_path / "report.md").read_text()
+
+
+def test_a_reproduce_run_survives_being_killed(tmp_path):
+    """The first of its kills: in the middle of writing a checkpoint."""
+    done = subprocess.run([sys.executable, ROOT / "tools" / "faults.py", "--kills", "0",
+                           "--reproduce-kills", "1", "--only-kills", "--out", tmp_path],
+                          capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (result,) = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert "checkpoint torn" in result["moment"] and not result["wrong"]
 
 
 def test_it_notices_what_is_broken(tmp_path, monkeypatch):

@@ -234,8 +234,8 @@ class TrainingFaults:
 
         Of files that we have damaged ourselves nothing is asked but that they do no harm.
         """
-        wrong = half_files(self.fresh)
-        if wrong and not damaged:
+        wrong = [] if damaged else half_files(self.fresh)
+        if wrong:
             return f"half files: {', '.join(wrong)}"
         reached = len(re.findall(r"^epoch ", self.log.read_text(), re.M))
         before = re.search(r"^resumed after epoch (\d+)", self.log.read_text(), re.M)

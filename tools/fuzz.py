@@ -322,7 +322,7 @@ def try_folder(case: Any, folder: Path) -> None:
         path = data / name
         if os.path.lexists(path) or path.parent.is_symlink():
             continue  # to write into a pipe would wait for ever
-        with contextlib.suppress(FileExistsError, NotADirectoryError, IsADirectoryError):
+        with contextlib.suppress(FileExistsError, NotADirectoryError):
             path.parent.mkdir(exist_ok=True)
             if kind == "file":
                 path.write_bytes(content(drawn))

@@ -74,8 +74,6 @@ def replace_block(text: str, name: str, new: str, inline: bool = False) -> str:
 def readme_blocks(read: Read) -> dict[str, str]:
     """README.md's generated blocks, from the files that runs wrote."""
     blocks = {"times": times_table(read)}
-    if (ROOT / "benchmarks" / "results" / "targets.md").exists():
-        blocks["bench"] = benchmark(read)
     for profile in profiles():
         markdown = read(f"figures/{profile}/table2_comparison.md")
         blocks[f"table2 {profile}"] = markdown.strip()
@@ -107,14 +105,6 @@ def equilibrium(read: Read, profile: str) -> str:
         f"Told the kernel and the noise of the authors' code instead, the same weights reach "
         f"{psnr['this run, protocol code']:.2f} dB. The paper's {scales.iloc[0, 0]:.2f} dB, which "
         f"its code measured on that protocol, is {psnr['published']:.2f} dB on the usual scale.")
-
-
-def benchmark(read: Read) -> str:
-    """What was promised beside what `make bench` measured, and on what machine."""
-    machine = json.loads(read("benchmarks/results/machine.json"))
-    return (f"{read('benchmarks/results/targets.md').strip()}\n\n{machine['cpu']}, "
-            f"{machine['threads']} threads, torch {machine['torch']}, deepinv "
-            f"{machine['deepinv']}, torchdeq {machine['torchdeq']}.")
 
 
 def times_table(read: Read) -> str:
