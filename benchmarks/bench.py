@@ -21,6 +21,7 @@ from contenders import (
     CONTENDERS,
     GRADIENTS,
     MOST,
+    PARTS,
     Contender,
     Size,
     available,
@@ -84,7 +85,8 @@ class Bench:
 
     def settings(self, size: Size, contender: Contender) -> list[dict]:
         """`calibrate`, once for all contenders that solve alike, with the small network."""
-        key = (size.batch, size.side, contender.library, contender.map, contender.solvers)
+        key = (size.batch, size.side, contender.library, contender.map, contender.solvers,
+               contender.change)
         if key not in self.calibrated:
             print(f"  how far must {contender.name} iterate?", flush=True)
             self.calibrated[key] = alone(calibrate, self.solved(size), contender, self.targets)
@@ -103,6 +105,15 @@ def step(bench: Bench) -> None:
             table = with_ratio(pd.DataFrame(rows))
             save_table(table, bench.out / "step", f"One training step; {bench.rounds} runs each.")
             save_figure(bars(table, "seconds per training step"), bench.out / "step")
+
+
+def parts(bench: Bench) -> None:
+    """One training step of ours with one thing changed."""
+    rows = compare(bench, bench.problems[0], PARTS, min(bench.targets), prepare_step)
+    table = with_ratio(pd.DataFrame(rows))
+    save_table(table, bench.out / "parts", "One training step of ours, and with one thing "
+               f"changed; {bench.rounds} runs each.")
+    save_figure(bars(table, "seconds per training step"), bench.out / "parts")
 
 
 def reconstruction(bench: Bench) -> None:
@@ -229,7 +240,7 @@ def published_deq() -> float:
 
 
 SECTIONS = {section.__name__: section for section in
-            (step, reconstruction, limit, growth, quality)}
+            (step, parts, reconstruction, limit, growth, quality)}
 
 
 # --- the command --------------------------------------------------------------------------------

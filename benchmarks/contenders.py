@@ -9,6 +9,7 @@ import importlib.util
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jfbnb.datasets import bundled_photos
-from jfbnb.fixed_point import anderson
+from jfbnb.fixed_point import anderson, picard
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
 from jfbnb.maps import GradientMap, SplittingMap
 from jfbnb.methods import RELEASED
 from jfbnb.networks import DnCNN, Regulariser, load_regulariser, precision
-from jfbnb.operators import Blur, get_protocol, make_blur, measure
+from jfbnb.operators import Blur, conjugate_gradients, get_protocol, make_blur, measure
 
 MAPS = {"Eq. 4": GradientMap, "our map": SplittingMap}
 
@@ -142,25 +143,29 @@ TORCHDEQ = {"Anderson": ("anderson", {}),
             "Broyden": ("broyden", {}), "Picard": ("fixed_point_iter", {})}
 DEEPINV = {"Anderson": 5, "Anderson, window 10": 10, "Picard": None}
 
+# What can be changed in our step, to see what it is worth.
+CHANGES = ("float32", "Picard", "window 10", "whole batches", "channels first",
+           "conjugate gradients", "start at D(Tikhonov)")
+
 
 @dataclass(frozen=True)
 class Contender:
     """A library, one of its gradients, and the map that it is given.
 
     Args:
-        float32: keep to it, as the peers do.
+        change: one of CHANGES, in our step; "" for none.
     """
 
     library: str
     gradient: str
     map: str = "our map"
-    float32: bool = False
+    change: str = ""
 
     @property
     def name(self) -> str:
-        detail = ", float32" if self.float32 else ""
-        return f"{self.library} {self.gradient}" + (
-            detail if self.library == "jfbnb" else f", {self.map}")
+        ours = self.library == "jfbnb" and self.map == "our map"
+        details = (self.library + " " + self.gradient, "" if ours else self.map, self.change)
+        return ", ".join(detail for detail in details if detail)
 
     @property
     def by_residual(self) -> bool:
@@ -176,15 +181,17 @@ class Contender:
             return tuple(DEEPINV)
         if self.gradient == "unrolled":
             return ("Picard",)
-        return ("Anderson",) if self.float32 else tuple(OURS)
+        return ("Anderson",) if self.change == "float32" else tuple(OURS)
 
 
 CONTENDERS = [
     *(Contender("jfbnb", g) for g in ("jfb", "neumann-5", "implicit", "unrolled")),
-    Contender("jfbnb", "jfb", float32=True),
+    Contender("jfbnb", "jfb", change="float32"),
     *(Contender("torchdeq", g, m) for m in MAPS for g in ("jfb", "phantom-5", "implicit")),
     *(Contender("deepinv", g, m) for m in MAPS for g in ("jfb", "implicit")),
 ]
+PARTS = [Contender("jfbnb", "jfb"), *(Contender("jfbnb", "jfb", change=c) for c in CHANGES),
+         Contender("jfbnb", "jfb", "Eq. 4")]
 GRADIENTS = tuple(dict.fromkeys(contender.gradient for contender in CONTENDERS))
 
 
@@ -204,8 +211,12 @@ def make(problem: Problem, contender: Contender, solver: str, effort: float) -> 
 
 
 def _ours(problem: Problem, contender: Contender, solver: str, effort: float) -> Run:
-    T = MAPS[contender.map](problem.A, problem.S)
-    d = problem.d
+    change, d = contender.change, problem.d
+    A = ByConjugateGradients(problem.A) if change == "conjugate gradients" else problem.A
+    T = MAPS[contender.map](A, problem.S)
+    if change == "channels first":
+        channels_first(problem.S.network)
+    solve = {"Picard": picard, "window 10": partial(anderson, window=10)}.get(change, anderson)
     gradients = {"jfb": jfb, "neumann-5": lambda F, z: neumann(F, z, 5),
                  "implicit": lambda F, z: implicit(F, z, effort, MOST)}
 
@@ -216,10 +227,33 @@ def _ours(problem: Problem, contender: Contender, solver: str, effort: float) ->
         if contender.gradient == "unrolled":
             return unrolled(apply, T.start(d), int(effort))
         with precision(problem.S, OURS[solver]):
-            state, _ = anderson(T, T.start(d), effort, MOST, given=d)
+            with torch.no_grad():  # from z = 0 the data step alone is Tikhonov's solution
+                start = T(0 * d, d) if change == "start at D(Tikhonov)" else T.start(d)
+            state, _ = (solve(apply, start, effort, MOST) if change == "whole batches"
+                        else solve(T, start, effort, MOST, given=d))
             return gradients[contender.gradient](apply, state)
 
     return run
+
+
+class ByConjugateGradients(torch.nn.Module):
+    """A blur whose data step is solved by iteration, as where no closed form is known."""
+
+    def __init__(self, A: Blur):
+        super().__init__()
+        self.A, self.adjoint = A, A.adjoint
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.A(x)
+
+    def solve_normal(self, r: Tensor, tau: Tensor) -> Tensor:
+        return conjugate_gradients(lambda x: self.adjoint(self(x)) + tau * x, r, tolerance=1e-5)
+
+
+def channels_first(network: DnCNN) -> None:
+    """PyTorch's own layout in memory, in the place of channels_last."""
+    network.to(memory_format=torch.contiguous_format)
+    network.layers.register_forward_pre_hook(lambda layers, inputs: inputs[0].contiguous())
 
 
 def _torchdeqs(problem: Problem, contender: Contender, solver: str, iterations: int) -> Run:

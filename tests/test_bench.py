@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench
 import measurements
 import quality
-from contenders import Contender, Size, grown, load_problem, make, solve_problem
+from contenders import PARTS, Contender, Size, grown, load_problem, make, solve_problem
 from processes import Worker, alone, in_turns
 from report import exponent, verdicts
 
@@ -51,8 +51,10 @@ def test_quick_run_compares_and_writes(tmp_path, monkeypatch, inline, capsys):
     monkeypatch.setattr(bench, "CONTENDERS", [
         Contender("jfbnb", "jfb"), Contender("torchdeq", "jfb"),
         Contender("torchdeq", "jfb", "Eq. 4")])
+    monkeypatch.setattr(bench, "PARTS", [PARTS[0], Contender("jfbnb", "jfb", change="Picard")])
     monkeypatch.setattr(measurements, "EVALUATIONS", 20)  # too few for Eq. 4
-    bench.main(["--quick", "--out", str(tmp_path), "--sections", "step", "reconstruction"])
+    bench.main(["--quick", "--out", str(tmp_path), "--sections", "step", "parts",
+                "reconstruction"])
     for name in ("step", "reconstruction"):
         assert (tmp_path / f"{name}.md").exists() and (tmp_path / f"{name}.png").exists()
         table = pd.read_csv(tmp_path / f"{name}.csv").set_index("contender")
@@ -61,6 +63,9 @@ def test_quick_run_compares_and_writes(tmp_path, monkeypatch, inline, capsys):
         assert (table["came to"][table.reached == "yes"] <= 1e-2).all()
         assert table["came to"]["torchdeq jfb, Eq. 4"] > 1e-2
         assert (table.seconds > 0).all() and table["times ours"]["jfbnb jfb"] == 1
+    changed = pd.read_csv(tmp_path / "parts.csv").set_index("contender")
+    assert changed.evaluations["jfbnb jfb, Picard"] > changed.evaluations["jfbnb jfb"]
+    assert (tmp_path / "parts.png").exists()
     assert "a peer's JFB step with Eq. 4" in (tmp_path / "targets.md").read_text()
     assert "torchdeq" in (tmp_path / "machine.json").read_text()
 
@@ -105,12 +110,12 @@ def test_a_malformed_problem_is_refused(name, capsys):
 def test_contenders_meet_at_the_equilibrium(problem_file):
     pytest.importorskip("torchdeq")
     pytest.importorskip("deepinv")
-    problem = load_problem(problem_file, 9, 40)
     for contender, solver, effort in (
-            (Contender("jfbnb", "jfb"), "Anderson", 1e-5),
+            *((part, "Anderson", 1e-5) for part in PARTS if part.map == "our map"),
             (Contender("jfbnb", "unrolled"), "Picard", 60),
             (Contender("torchdeq", "jfb"), "Anderson", 25),
             (Contender("deepinv", "jfb"), "Anderson", 25)):
+        problem = load_problem(problem_file, 9, 40)  # anew, as a change may stay
         output = make(problem, contender, solver, effort)()
         assert problem.distance("our map", output.detach()) < 1e-3, contender.name
         assert output.requires_grad
