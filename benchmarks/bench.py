@@ -20,7 +20,6 @@ import torch
 from contenders import (
     CONTENDERS,
     GRADIENTS,
-    MOST,
     PARTS,
     Contender,
     Size,
@@ -153,18 +152,17 @@ def compare(bench: Bench, size: Size, contenders: list[Contender], target: float
 
 def _row(size: Size, contender: Contender, setting: dict, runs: list[dict]) -> dict:
     """The median and the spread of a contender's runs, or how far it came."""
+    stop = (f"residual {setting['effort']:.1e}" if contender.by_residual
+            else f"{setting.get('effort', setting.get('iterations'))} iterations")
     row = {"problem": str(size), "to distance": f"{setting['target']:.0e}",
            "contender": contender.name, "solver": setting["solver"]}
     if not runs:  # what it spent without arriving is the least that it would have taken
         known = (size.depth, size.width) == RELEASED_SIZE
-        return {**row, "stops at": f"given up at {setting.get('iterations', MOST)} iterations",
-                "reached": "no", "came to": f"{setting['distance']:.1e}",
+        return {**row, "stops at": f"given up at {stop}", "reached": "no",
+                "came to": f"{setting['distance']:.1e}",
                 "seconds": setting["seconds"] if known else np.nan}
-    effort = setting["effort"]
     seconds = [run["seconds"] for run in runs]
-    return {**row, "stops at": f"residual {effort:.1e}" if contender.by_residual
-            else f"{effort} iterations", "reached": "yes",
-            "came to": f"{runs[0]['distance']:.1e}",
+    return {**row, "stops at": stop, "reached": "yes", "came to": f"{runs[0]['distance']:.1e}",
             "seconds": np.median(seconds), "least seconds": min(seconds),
             "most seconds": max(seconds), "evaluations": runs[0]["evaluations"],
             "process MB": max(run["process MB"] for run in runs)}
