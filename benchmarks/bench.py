@@ -10,7 +10,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from contenders import (
     CONTENDERS,
     GRADIENTS,
     PARTS,
+    SAME_ITERATES,
     Contender,
     Size,
     available,
@@ -84,6 +85,8 @@ class Bench:
 
     def settings(self, size: Size, contender: Contender) -> list[dict]:
         """`calibrate`, once for all contenders that solve alike, with the small network."""
+        if contender.change in SAME_ITERATES:
+            contender = replace(contender, change="")
         key = (size.batch, size.side, contender.library, contender.map, contender.solvers,
                contender.change)
         if key not in self.calibrated:

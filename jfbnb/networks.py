@@ -33,7 +33,7 @@ class DnCNN(nn.Module):
         sizes = [channels + 1] + [width] * (depth - 1) + [channels]
         layers = []
         for c_in, c_out in pairwise(sizes):
-            layers += [nn.Conv2d(c_in, c_out, kernel_size=3, padding=1), nn.ReLU()]
+            layers += [nn.Conv2d(c_in, c_out, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers[:-1])  # no ReLU at the end: noise has both signs
         for layer in self.layers[:-1]:
             if isinstance(layer, nn.Conv2d):

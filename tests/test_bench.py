@@ -112,6 +112,7 @@ def test_contenders_meet_at_the_equilibrium(problem_file):
     pytest.importorskip("deepinv")
     for contender, solver, effort in (
             *((part, "Anderson", 1e-5) for part in PARTS if part.map == "our map"),
+            (PARTS[0], "Anderson, bf16 first", 1e-5),
             (Contender("jfbnb", "unrolled"), "Picard", 60),
             (Contender("torchdeq", "jfb"), "Anderson", 25),
             (Contender("deepinv", "jfb"), "Anderson", 25)):
@@ -120,6 +121,19 @@ def test_contenders_meet_at_the_equilibrium(problem_file):
         assert problem.distance("our map", output.detach()) < 1e-3, contender.name
         assert output.requires_grad
     assert problem.distance("our map", problem.d) > 0.1
+
+
+def test_a_gradient_in_bfloat16_is_near_that_in_float32(problem_file):
+    gradients = []
+    for solver in ("Anderson", "Anderson, bf16 first"):
+        problem = load_problem(problem_file)
+        output = make(problem, PARTS[0], solver, 1e-5)()
+        (output - problem.x).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in problem.S.parameters()]))
+    exact, rounded = gradients
+    assert not torch.equal(exact, rounded)
+    assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
+    assert rounded.norm() / exact.norm() == pytest.approx(1, abs=0.05)
 
 
 def test_a_grown_network_computes_the_same():
