@@ -66,7 +66,7 @@ class Bench:
     seconds: float
     out: Path
     scratch: Path
-    reconstructions: tuple[Size, ...] = (Size(1, 128, 8, 32), Size(16, 128, 8, 32))
+    reconstructions: tuple[Size, ...] = (Size(1, 128, 8, 32), Size(16, 64, 8, 32))
     limits: tuple[Size, ...] = (Size(1, 128, 8, 32), Size(4, 128, 17, 64))
     targets: tuple[float, ...] = (1e-2, 1e-3)
     growth: dict[str, tuple[int, ...]] = field(default_factory=lambda: {

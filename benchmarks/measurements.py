@@ -56,11 +56,12 @@ def attempts(problem: Problem, contender: Contender, solver: str,
              targets: tuple[float, ...]) -> Iterator[Record]:
     """Runs of a solver around those that just reach the targets."""
     if contender.by_residual:
-        found: list[float] = []
+        found, left = [], sorted(targets)
         for effort in RESIDUALS:
-            yield (attempt := attempted(problem, contender, solver, effort, max(targets)))
+            yield (attempt := attempted(problem, contender, solver, effort, left[-1]))
             found.append(attempt["distance"])
-            if found[-1] <= min(targets) or min(found[-STALLED:]) > min(found):
+            left = [target for target in left if target < found[-1]]
+            if not left or min(found[-STALLED:]) > min(found):
                 return
         return
     distances, seconds = trace(problem, contender, solver, min(targets))
