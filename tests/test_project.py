@@ -117,6 +117,22 @@ def test_what_readme_says_of_the_released_networks_is_so():
     assert last.max() - last.min() < 0.02
 
 
+def test_what_readme_says_of_speed_is_so():
+    words = " ".join(committed("README.md").split())
+    step = pd.read_csv(io.StringIO(committed("benchmarks/results/step.csv")))
+    peers = step[step.contender.str.match("(torchdeq|deepinv) jfb,")]
+    ratio = {name: peers["times ours"][peers.contender.str.endswith(name)]
+             for name in ("Eq. 4", "our map")}
+    assert "On Eq. 4's the peers take several times as long, where they arrive at all" in words
+    assert ratio["Eq. 4"].min() > 4
+    assert set(peers.reached[peers.contender.str.endswith("Eq. 4")]) == {"yes", "no"}
+    assert "Given our map they need little more than we do" in words
+    assert ratio["our map"].min() > 1 and ratio["our map"].max() < 2
+    limit = pd.read_csv(io.StringIO(committed("benchmarks/results/limit.csv")))
+    assert "as most of the time is the network's convolutions" in words
+    assert (limit["ms network"] > 0.7 * limit["ms per evaluation"]).all()
+
+
 def test_notebook_times_are_those_of_the_stored_run(publish):
     provenance = json.loads(committed("figures/quick/provenance.json"))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):

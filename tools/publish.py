@@ -80,6 +80,8 @@ def readme_blocks(read: Read) -> dict[str, str]:
         if profile != RUN:
             blocks[f"equilibrium {profile}"] = equilibrium(read, profile)
             blocks[f"training {profile}"] = read(f"figures/{profile}/rivals.md").strip()
+    blocks["seeds"] = read("figures/sweep-seeds/summary.md").strip()
+    blocks["bench"] = bench(read)
     return blocks
 
 
@@ -105,6 +107,14 @@ def equilibrium(read: Read, profile: str) -> str:
         f"Told the kernel and the noise of the authors' code instead, the same weights reach "
         f"{psnr['this run, protocol code']:.2f} dB. The paper's {scales.iloc[0, 0]:.2f} dB, which "
         f"its code measured on that protocol, is {psnr['published']:.2f} dB on the usual scale.")
+
+
+def bench(read: Read) -> str:
+    """What the benchmark promised and found, and on which machine."""
+    found = json.loads(read("benchmarks/results/machine.json"))
+    libraries = ", ".join(f"{name} {found[name]}" for name in ("torch", "deepinv", "torchdeq"))
+    return (f"{found['cpu']}, {found['threads']} threads, {found['vector instructions']}; "
+            f"{libraries}.\n\n{read('benchmarks/results/targets.md').strip()}")
 
 
 def times_table(read: Read) -> str:
