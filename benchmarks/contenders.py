@@ -244,6 +244,8 @@ def _ours(problem: Problem, contender: Contender, solver: str, effort: float) ->
             start = T(0 * d, d) if change == "start at D(Tikhonov)" else T.start(d)
             state, _ = (solve(apply, start, callback=refine) if change == "whole batches"
                         else solve(T, start, callback=refine, given=d))
+        if coarse and not torch.is_grad_enabled():
+            return state
         with precision(problem.S, coarse > 0):
             output = gradient[contender.gradient](apply, state)
         # The image is as exact as the solve, whatever the gradient.
