@@ -260,6 +260,7 @@ def main(arguments: list[str] | None = None) -> int:
             except UserError as error:
                 print(f"{name} is left out: {error}")
             table = verdicts(args.out)
+            table.measured = table.measured.map("{:.3g}".format)
             save_table(table, args.out / "targets", "What was promised, and what was measured.")
     print(table.to_string(index=False))
     return 0
