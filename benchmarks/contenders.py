@@ -187,7 +187,8 @@ class Contender:
             return ("Picard",)
         if self.change == "float32":
             return ("float32",)
-        return tuple(OURS)[:2] if self.change else tuple(OURS)
+        # A changed step goes to the nearest target, where bfloat16 alone does not come.
+        return ("float32", "bf16 first") if self.change else tuple(OURS)
 
 
 CONTENDERS = [
