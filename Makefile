@@ -1,8 +1,8 @@
 # make reproduce   run the five notebooks, regenerate every figure and table
 # make test        lint, unit tests, the notebooks against their stored outputs, and in a browser
 # make book        the executed notebooks as pages that open from disk, in build/book/
-# make fuzz        ten thousand bad inputs of every kind; report in build/fuzz/
-# make faults      runs killed at random moments, full disks, ...; report in build/faults/
+# make fuzz        thousands of bad inputs of every kind: docs/robustness.md
+# make faults      runs killed at random moments, full disks, ...: the same
 # make lab         open the notebooks in JupyterLab
 # make bench       measure speed and memory, beside deepinv and torchdeq: benchmarks/README.md
 # make lock        renew requirements.lock
@@ -31,21 +31,24 @@ reproduce: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
-# On a copy: a notebook writes its runs/ and figures/ beside its own folder.
+# On a copy, with runs/ and figures/ of its own.
 	rm -rf build/nbval
 	mkdir -p build/nbval
 	cp -r notebooks build/nbval/
-	$(BIN)/python -m pytest --nbval-lax --nbval-current-env --nbval-cell-timeout 900 build/nbval
-	$(BIN)/python -m pytest tests/browser
+	JFBNB_WORK=build/nbval $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+	  --nbval-cell-timeout 900 build/nbval
+	JFBNB_WORK=build/nbval $(BIN)/python -m pytest tests/browser
 
 book: $(INSTALLED)
 	$(BIN)/python tools/book.py
 
 fuzz: $(INSTALLED)
-	$(BIN)/python tools/fuzz.py
+	JFBNB_FUZZ=$${JFBNB_FUZZ:-1000} $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics \
+	  --junitxml build/fuzz.xml $(ARGS)
 
 faults: $(INSTALLED)
-	$(BIN)/python tools/faults.py
+	JFBNB_KILLS=$${JFBNB_KILLS:-75} $(BIN)/python -m pytest tests/test_faults.py \
+	  --junitxml build/faults.xml $(ARGS)
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab --notebook-dir notebooks

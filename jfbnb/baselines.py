@@ -6,29 +6,29 @@ import torch
 from torch import Tensor
 
 from jfbnb.fixed_point import SolveInfo
-from jfbnb.operators import Blur
+from jfbnb.operators import Blur, LinearOperator
 
 
-def direct_inverse(A: Blur, d: Tensor) -> Tensor:
+def direct_inverse(A: LinearOperator, d: Tensor) -> Tensor:
     """Section 2.2: x = A^-1 d = x_true + A^-1 noise. Unbounded; shapes (B, C, H, W)."""
     return A.inverse(d)
 
 
-def tikhonov(A: Blur, d: Tensor, lam: float) -> Tensor:
+def tikhonov(A: LinearOperator, d: Tensor, lam: float) -> Tensor:
     """Eq. 2 with R = |x|^2 / 2, in closed form: (A'A + lam I)^-1 A'd, lam > 0."""
     return A.solve_normal(A.adjoint(d), lam)
 
 
 @torch.no_grad()
 def tikhonov_gradient_descent(
-    A: Blur,
+    A: LinearOperator,
     d: Tensor,
     lam: float,
     step: float,
     iterations: int,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
-    """Gradient descent on Eq. 2 with R = |x|^2 / 2, from x = d.
+    """Gradient descent on Eq. 2 with R = |x|^2 / 2, from A's first guess, for a blur x = d.
 
     x <- x - step (A'(A x - d) + lam x). It converges to `tikhonov` for 0 < step < 2 / (1 + lam),
     as |A| <= 1. Stopped early it regularises by itself, also with lam = 0: the directions that A
@@ -38,7 +38,7 @@ def tikhonov_gradient_descent(
         iterations: number of steps.
         callback: called with (k, x) for k = 0 .. iterations.
     """
-    x = d.clone()
+    x = A.guess(d).clone()
     for k in range(iterations + 1):
         if callback is not None:
             callback(k, x)
@@ -58,7 +58,7 @@ def gradient_descent_iterate(A: Blur, d: Tensor, lam: float, step: float, k: int
     return A.filter(d, limit + (1 - step * (s**2 + lam)) ** k * (1 - limit))
 
 
-def discrepancy_lambda(A: Blur, d: Tensor, noise_std: float, lams: Tensor) -> float:
+def discrepancy_lambda(A: LinearOperator, d: Tensor, noise_std: float, lams: Tensor) -> float:
     """Morozov's discrepancy principle: the largest lam whose misfit is that of the noise.
 
     That is, with |A x_lam - d|^2 at most noise_std^2 times the number of values in d. It needs
@@ -96,7 +96,7 @@ def _magnitude(p: Tensor) -> Tensor:
     return p.square().sum(dim=(0, 2)).sqrt()[:, None]
 
 
-def total_variation_objective(A: Blur, x: Tensor, d: Tensor, weight: float) -> Tensor:
+def total_variation_objective(A: LinearOperator, x: Tensor, d: Tensor, weight: float) -> Tensor:
     """|A x - d|^2 / 2 + weight TV(x), per image (B,); TV is isotropic and couples the channels."""
     misfit = 0.5 * (A(x) - d).square().flatten(1).sum(dim=1)
     return misfit + weight * _magnitude(image_gradient(x)).flatten(1).sum(dim=1)
@@ -104,7 +104,7 @@ def total_variation_objective(A: Blur, x: Tensor, d: Tensor, weight: float) -> T
 
 @torch.no_grad()
 def total_variation(
-    A: Blur,
+    A: LinearOperator,
     d: Tensor,
     weight: float,
     tolerance: float = 1e-4,
@@ -127,9 +127,10 @@ def total_variation(
     """
     tau, sigma = step, 1 / (8 * step)
     b = A.adjoint(d)
-    x, p = d.clone(), torch.zeros(2, *d.shape, dtype=d.dtype, device=d.device)
+    x, p = A.guess(d).clone(), torch.zeros(2, *b.shape, dtype=b.dtype, device=b.device)
     x_bar = x
     iterations = torch.zeros(len(d), dtype=torch.long, device=d.device)
+    residual = b.new_full((len(d),), float("inf"))
     residuals = []
     for _ in range(max_iterations):
         p_new = p + sigma * image_gradient(x_bar)
@@ -138,12 +139,14 @@ def total_variation(
         dx, dp = x - x_new, p - p_new
         primal = (dx / tau - image_gradient_adjoint(dp)).flatten(1).norm(dim=1)
         dual = (dp / sigma - image_gradient(dx)).transpose(0, 1).flatten(1).norm(dim=1)
-        residual = torch.maximum(primal / b.flatten(1).norm(dim=1),
-                                 dual / x_new.flatten(1).norm(dim=1))
-        iterations += 1 if not residuals else (residuals[-1] > tolerance).long()
+        active = residual > tolerance  # an image that is done stays as it is, whoever is with it
+        iterations += active
+        residual = torch.where(active, torch.maximum(
+            primal / b.flatten(1).norm(dim=1), dual / x_new.flatten(1).norm(dim=1)), residual)
         residuals.append(residual)
-        x_bar = 2 * x_new - x
-        x, p = x_new, p_new
+        moves = active[:, None, None, None]
+        x_bar = torch.where(moves, 2 * x_new - x, x_bar)
+        x, p = torch.where(moves, x_new, x), torch.where(moves, p_new, p)
         if (residual <= tolerance).all():
             break
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))

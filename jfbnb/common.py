@@ -2,17 +2,15 @@
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import yaml
-
-ROOT = Path(__file__).resolve().parents[1]
-
 
 CHECK_FAILED = "NOT MET:"
 UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being written
@@ -80,31 +78,28 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases, by which a short text can stand for one that no memory holds, and
-    without integers that Python would not print.
+class _Loader(yaml.SafeLoader):
+    """YAML by the rules of its version 1.2: 5e-4 is a number, 010 is ten, `no` and 12:30 are text.
+
+    PyYAML's own are those of 1.1. Nothing is text too, where 1.2 says null, which is no value here.
     """
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias (*) is not allowed here")
-        return super().compose_node(parent, index)
-
-    def construct_yaml_int(self, node: yaml.Node) -> int:
-        value = super().construct_yaml_int(node)
-        if abs(value) >= 2**63:
-            raise yaml.YAMLError("an integer is too large")
-        return value
+    yaml_implicit_resolvers: ClassVar = {None: [
+        (f"tag:yaml.org,2002:{tag}", re.compile(f"({pattern})\\Z")) for tag, pattern in (
+            ("null", "null|Null|NULL|~"),
+            ("bool", "true|True|TRUE|false|False|FALSE"),
+            ("int", "[-+]?[0-9]+"),
+            ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"))]}
 
 
-_PlainLoader.add_constructor("tag:yaml.org,2002:int", _PlainLoader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
     """The value of a YAML text. Raises UserError, which names the source, where it is none."""
     try:
-        return yaml.load(text, Loader=_PlainLoader)
-    except Exception as error:  # PyYAML raises all sorts for values such as 2024-13-99
+        return yaml.load(text, Loader=_Loader)
+    except Exception as error:  # PyYAML raises all sorts for values such as !!timestamp x
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{source} is no YAML: {reason}") from error
 

@@ -17,11 +17,12 @@ import numpy as np
 import skimage.data
 import torch
 from PIL import Image, ImageOps
+from platformdirs import user_cache_path
 from torch import Tensor
 
-from jfbnb.common import ROOT, UserError, atomic_path, printable, seeded_generator
+from jfbnb.common import UserError, atomic_path, printable, seeded_generator
 
-CACHE = ROOT / "data" / "cache"
+CACHE = user_cache_path("jfbnb")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 # What Pillow may try. Its others include PostScript, which it has another program run.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")

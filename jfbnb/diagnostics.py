@@ -2,34 +2,32 @@
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from jfbnb.fixed_point import SolveInfo, anderson, picard
+from jfbnb.fixed_point import SolveInfo, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
 from jfbnb.maps import GradientMap, ImplicitMap, PreconditionedMap, SplittingMap
-from jfbnb.networks import Regulariser
 
 Gradient = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 def parameter_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
-                       method: Gradient) -> Tensor:
-    """The gradient of the mean squared error in all of Theta, as one vector, by `method`.
+                       gradient: Gradient) -> Tensor:
+    """The gradient of the mean squared error in all of Theta, as one vector.
 
     Args:
         state: the solved fixed point; d, truth: measurement and original (B, C, H, W).
-        method: (T, x*) -> tracked output, as in `jfbnb.gradients`.
+        gradient: (T, x*) -> tracked output, as in `jfbnb.gradients`.
 
     Leaves the parameters' own `.grad` alone.
     """
-    output = T.image(method(lambda z: T(z, d), state))
-    # DE-PROX does without tau, whose gradient is then 0.
-    gradients = torch.autograd.grad((output - truth).square().mean(), list(T.S.parameters()),
-                                    materialize_grads=True)
-    return torch.cat([g.flatten() for g in gradients])
+    output = T.image(gradient(lambda z: T(z, d), state))
+    parts = torch.autograd.grad((output - truth).square().mean(), list(T.parameters()))
+    return torch.cat([part.flatten() for part in parts])
 
 
 def neumann_cosines(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor, terms: list[int],
@@ -39,7 +37,7 @@ def neumann_cosines(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor, ter
     k = 1 is JFB. A positive cosine is a direction of descent.
     """
     return [torch.cosine_similarity(
-        parameter_gradient(T, state, d, truth, lambda F, x, k=k: neumann(F, x, k)), exact, dim=0
+        parameter_gradient(T, state, d, truth, partial(neumann, terms=k)), exact, dim=0
     ).item() for k in terms]
 
 
@@ -47,37 +45,34 @@ def exact_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
                    tolerance: float = 1e-6, max_iterations: int = 200) -> tuple[Tensor, SolveInfo]:
     """The implicit gradient (Eq. 5), and what the solver of the adjoint equation reports."""
     reports: list[SolveInfo] = []
-    gradient = parameter_gradient(
-        T, state, d, truth,
-        lambda F, x: implicit(F, x, tolerance, max_iterations, reports.append))
+    gradient = parameter_gradient(T, state, d, truth, partial(
+        implicit, tolerance=tolerance, max_iterations=max_iterations, report=reports.append))
     return gradient, reports[0]
 
 
-def direction(A: nn.Module, S: Regulariser, d: Tensor, truth: Tensor,
-              seed: int = 0) -> dict[str, float]:
+def direction(T: SplittingMap, d: Tensor, truth: Tensor, seed: int = 0) -> dict[str, float]:
     """JFB's direction through three maps at one equilibrium: x* of Eq. 4, and z* = D(x*).
 
+    Args:
+        T: one of the maps; the others are made of the same operator, denoiser and tau.
+
     Returns:
-        For * = gradient, preconditioned and splitting: cosine_* to the exact gradient of that
-        map's loss, on x* for the first two and on z* for the third, and radius_*, the median
-        spectral radius of J over the images.
+        For each map's name: cosine_NAME to the exact gradient of that map's loss, on x* for the
+        first two and on z* for the splitting, and radius_NAME, the median spectral radius of J
+        over the images.
     """
-    maps = {"gradient": GradientMap(A, S), "preconditioned": PreconditionedMap(A, S),
-            "splitting": (splitting := SplittingMap(A, S))}
-    z_star, _ = anderson(lambda z: splitting(z, d), d, 1e-5, 200)
-    x_star = splitting.data_step(z_star, d).detach()
+    z_star, _ = solve(T, d, 1e-5, 200)
+    x_star = T.data_step(z_star, d).detach()
     found = {}
-    # Gradient and preconditioned map share x* and so the exact gradient, which the second gives
-    # in far fewer steps.
-    exact, _ = exact_gradient(maps["preconditioned"], x_star, d, truth, 1e-4, 200)
-    for name, T in maps.items():
-        state = x_star
-        if name == "splitting":
-            state = z_star
-            exact, _ = exact_gradient(T, z_star, d, truth, 1e-4, 200)
-        found[f"cosine_{name}"] = neumann_cosines(T, state, d, truth, [1], exact)[0]
-        found[f"radius_{name}"] = spectral_radius(
-            lambda z, T=T: T(z, d), state, generator=torch.manual_seed(seed)).median().item()
+    # The gradient map shares x* and so the exact gradient with the preconditioned one, which gives
+    # it in far fewer steps.
+    for kind, state in ((PreconditionedMap, x_star), (GradientMap, x_star), (SplittingMap, z_star)):
+        other = kind(T.A, T.D, T.tau.item()).to(d.device)
+        if kind is not GradientMap:
+            exact, _ = exact_gradient(other, state, d, truth, 1e-4, 200)
+        found[f"cosine_{kind.name}"] = neumann_cosines(other, state, d, truth, [1], exact)[0]
+        found[f"radius_{kind.name}"] = spectral_radius(
+            lambda z, T=other: T(z, d), state, generator=torch.manual_seed(seed)).median().item()
     return found
 
 
@@ -144,39 +139,48 @@ def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
     For networks small enough. The paper's section 4 asks that M has full column rank and that
     cond(M'M) is at most 1 / gamma, gamma being the contraction factor, for JFB to descend.
     """
-    parameters = dict(T.S.named_parameters())
+    parameters = dict(T.named_parameters())
 
     def apply(theta: dict[str, Tensor]) -> Tensor:
-        named = {f"S.{name}": value for name, value in theta.items()}
-        return torch.func.functional_call(T, named, (state, d)).flatten()
+        return torch.func.functional_call(T, theta, (state, d)).flatten()
 
     columns = torch.func.jacrev(apply)(parameters)
     return torch.cat([columns[name].reshape(state.numel(), -1) for name in parameters], dim=1)
 
 
-def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor, iterations: list[int],
-                   gradients: Sequence[str] = ("jfb", "implicit", "unrolled")) -> list[dict]:
-    """Time and memory of one training step by each of the gradients.
+Step = Callable[[ImplicitMap, Tensor, Tensor, int], Tensor]
 
-    Args:
-        iterations: values of K, the number of plain iterations that find x*, of adjoint
-            iterations (implicit), or of tracked applications of T (unrolled).
+
+def jfb_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
+    """The gradient of JFB after K plain iterations."""
+    state, _ = solve(T, d, 0.0, K, picard)
+    return parameter_gradient(T, state, d, truth, jfb)
+
+
+def implicit_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
+    """The exact gradient after K plain iterations, and K of the adjoint equation."""
+    state, _ = solve(T, d, 0.0, K, picard)
+    return parameter_gradient(T, state, d, truth,
+                              partial(implicit, tolerance=0.0, max_iterations=K))
+
+
+def unrolled_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
+    """The gradient of K tracked applications of T."""
+    return parameter_gradient(T, T.start(d), d, truth, partial(unrolled, iterations=K))
+
+
+def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor, iterations: list[int],
+                   steps: Mapping[str, Step]) -> list[dict]:
+    """Time and memory of one training step by each of some gradients, by their names.
 
     Returns:
         A record for each gradient and K: gradient, K, seconds, bytes.
     """
-    def step(gradient: str, K: int) -> Tensor:
-        if gradient == "unrolled":
-            return parameter_gradient(T, T.start(d), d, truth, lambda F, z: unrolled(F, z, K))
-        state, _ = picard(lambda z: T(z, d), T.start(d), 0.0, K)
-        method = jfb if gradient == "jfb" else lambda F, z: implicit(F, z, 0.0, K)
-        return parameter_gradient(T, state, d, truth, method)
-
     records = []
-    for gradient in gradients:
+    for name, step in steps.items():
         for K in iterations:
-            seconds, peak = step_cost(lambda g=gradient, K=K: step(g, K))
-            records.append({"gradient": gradient, "K": K, "seconds": seconds, "bytes": peak})
+            seconds, peak = step_cost(partial(step, T, d, truth, K))
+            records.append({"gradient": name, "K": K, "seconds": seconds, "bytes": peak})
     return records
 
 

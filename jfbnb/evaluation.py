@@ -1,50 +1,32 @@
 """Methods x images -> one long table of metrics; its summary; the paper's Table 2."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from jfbnb.common import ROOT
 from jfbnb.datasets import ImageSet
 from jfbnb.diagnostics import jacobian_norm, spectral_radius
-from jfbnb.fixed_point import SolveInfo, anderson, picard
+from jfbnb.fixed_point import SolveInfo, picard, solve
 from jfbnb.maps import ImplicitMap
-from jfbnb.methods import LABELS, Method
-from jfbnb.operators import Blur, measure
+from jfbnb.methods import METHODS, Restorer
+from jfbnb.metrics import psnr, ssim
+from jfbnb.operators import LinearOperator, measure
+
+PUBLISHED = Path(__file__).parent / "published_table2.csv"
 
 ROUNDING = 5e-7  # a relative change that float32 cannot tell from none
-
-# --- metrics ------------------------------------------------------------------------------------
-
-
-def psnr(x: Tensor, truth: Tensor, data_range: float = 1.0) -> Tensor:
-    """Peak signal-to-noise ratio in dB, one per image: 10 log10(range^2 / MSE). Not clipped.
-
-    Shapes: (B, C, H, W) twice -> (B,).
-    """
-    mse = (x - truth).square().flatten(1).mean(dim=1)
-    return 10 * torch.log10(data_range**2 / mse)
-
-
-def ssim(x: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), scikit-image's with Gaussian weights, (B,)."""
-    values = [structural_similarity(a, b, channel_axis=0, data_range=1.0, gaussian_weights=True,
-                                    sigma=1.5, use_sample_covariance=False)
-              for a, b in zip(x.cpu().numpy(), truth.cpu().numpy(), strict=True)]
-    return torch.tensor(values, dtype=torch.float64)
-
 
 # --- tables -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(
-    methods: dict[str, Method],
-    A: Blur,
+    methods: dict[str, Restorer],
+    A: LinearOperator,
     x: Tensor,
     d: Tensor,
     noise_std: float,
@@ -89,7 +71,7 @@ def join(tables: list[pd.DataFrame]) -> pd.DataFrame:
                              ignore_index=True)
 
 
-def _restore_all(methods: dict[str, Method], A: Blur, d: Tensor,
+def _restore_all(methods: dict[str, Restorer], A: LinearOperator, d: Tensor,
                  noise_std: float) -> dict[str, tuple[Tensor, SolveInfo | None, float]]:
     """Each method's images, what its solver said, and its seconds.
 
@@ -110,8 +92,8 @@ def _restore_all(methods: dict[str, Method], A: Blur, d: Tensor,
 
 
 def evaluate_conditions(
-    methods: dict[str, Method],
-    conditions: dict[object, tuple[Blur, Blur, float]],
+    methods: dict[str, Restorer],
+    conditions: dict[object, tuple[LinearOperator, LinearOperator, float]],
     images: ImageSet,
     seed: int,
     device: torch.device,
@@ -157,10 +139,10 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
         def apply(z: Tensor, part: slice = part) -> Tensor:
             return T(z, d[part])
 
-        state, info = anderson(apply, T.start(d[part]), tolerance=1e-5, max_iterations=200)
+        state, info = solve(T, d[part], 1e-5, 200)
         reached = info.residuals <= 1e-4
         evaluations = torch.where(reached.any(0), reached.int().argmax(0) + 1.0, float("inf"))
-        later, rest = picard(apply, state, ROUNDING, further)
+        later, rest = solve(T, d[part], ROUNDING, further, picard, state)
         radius, norm = (measured(apply, later, 30, torch.Generator().manual_seed(seed)).cpu()
                         for measured in (spectral_radius, jacobian_norm))
         parts.append(pd.DataFrame({
@@ -210,7 +192,7 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 def reference_table2() -> pd.DataFrame:
     """The paper's Table 2, as data with its source: method, psnr, ssim."""
-    return pd.read_csv(ROOT / "data" / "published_table2.csv", comment="#")
+    return pd.read_csv(PUBLISHED, comment="#")
 
 
 def table2(summary: pd.DataFrame) -> pd.DataFrame:
@@ -223,7 +205,7 @@ def table2(summary: pd.DataFrame) -> pd.DataFrame:
     ours = summary.set_index("method")
     order = list(ours.index) + [m for m in published.index if m not in ours.index]
     rows = pd.DataFrame(index=order)
-    rows["Method"] = [LABELS.get(m, published.label.get(m, m)) for m in order]
+    rows["Method"] = [METHODS[m].label if m in METHODS else published.label[m] for m in order]
     rows["PSNR (dB)"] = ours.psnr.reindex(order)
     rows["± PSNR"] = ours.psnr_se.reindex(order)
     rows["SSIM"] = ours.ssim.reindex(order)

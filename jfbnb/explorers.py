@@ -21,21 +21,18 @@ from torch import Tensor, nn
 from jfbnb.baselines import direct_inverse, gradient_descent_iterate
 from jfbnb.common import UserError
 from jfbnb.datasets import as_float, bundled_photos, decode
-from jfbnb.evaluation import psnr
-from jfbnb.figures import COLOURS, GRADIENT_COLOURS, MAP_COLOURS, new_figure, show
-from jfbnb.fixed_point import anderson, picard
+from jfbnb.figures import GRADIENT_COLOURS, MAPS, new_figure, show
+from jfbnb.fixed_point import anderson, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann
-from jfbnb.maps import GradientMap, PreconditionedMap, SplittingMap
-from jfbnb.methods import LABELS, RELEASED, Method, make_methods
-from jfbnb.networks import Regulariser
-from jfbnb.operators import Blur, get_protocol, make_blur, measure
+from jfbnb.maps import SplittingMap
+from jfbnb.methods import METHODS, RELEASED, Restorer, make_methods
+from jfbnb.metrics import psnr
+from jfbnb.operators import Blur, LinearOperator, get_protocol, measure
 from jfbnb.widgets import Comparison
 
 MOST_PIXELS = 40_000_000  # of an upload
 WITHOUT_KERNEL = "An explorer: run the notebook to use it."
-MAPS = {"Eq. 4": GradientMap, "preconditioned": PreconditionedMap, "splitting": SplittingMap}
 SOLVERS = {"Picard": picard, "Anderson": anderson}
-GRADIENTS = ("exact", "Neumann", "JFB")
 BAD, HOPELESS = 1e6, 1e12  # condition numbers: from the second on float64 knows no inverse
 
 
@@ -153,8 +150,8 @@ class BlurExplorer(Explorer):
         if BAD < A.cond < HOPELESS:
             numbers += ("; <b>an eigenvalue of A is next to zero</b>: the inverse multiplies the "
                         f"noise in its pattern by {1 / singular_values[-1].item():.0e}")
-        axes[2].semilogy(singular_values, color=COLOURS["measurement"])
-        axes[2].axhline(noise, color=COLOURS["direct-inverse"], linestyle="--")
+        axes[2].semilogy(singular_values, color=METHODS["measurement"].colour)
+        axes[2].axhline(noise, color=METHODS["direct-inverse"].colour, linestyle="--")
         axes[2].set(title="singular values of A; dashed: noise", xlabel="index, largest first")
         return figure, numbers
 
@@ -186,8 +183,8 @@ class TikhonovExplorer(Explorer):
         figure, axes = _three_panels()
         show(axes[0], self.d[0], "measurement d")
         show(axes[1], iterate[0], f"iterate {k}")
-        axes[2].semilogx(self.COUNTS, curve, color=COLOURS["gradient-descent"])
-        axes[2].plot([max(k, 1)], [now], "o", color=COLOURS["jfb"])
+        axes[2].semilogx(self.COUNTS, curve, color=METHODS["gradient-descent"].colour)
+        axes[2].plot([max(k, 1)], [now], "o", color=METHODS["jfb"].colour)
         axes[2].set(xlabel="iteration k", ylabel="PSNR (dB)", ylim=(max(0, min(curve)) - 1, None))
         best = max(range(len(curve)), key=curve.__getitem__)
         numbers = (f"iterate {k}: {now:.2f} dB; best on this curve {curve[best]:.2f} dB at "
@@ -225,28 +222,28 @@ class SolverExplorer(Explorer):
     """Notebook 4: iterate k of the solve, by Picard or Anderson, on one of three maps.
 
     Args:
-        A, S: of the maps; x: one image (1, 3, H, W) that fits A, small enough that all its
-            iterates come at once; noise_std: of its measurement.
+        T: a map, whose operator, denoiser and tau the others have too; x: one image (1, 3, H, W)
+            that fits it, small enough that all its iterates come at once; noise_std: of its
+            measurement.
     """
 
     MOST = 30  # evaluations of T
 
-    def __init__(self, A: Blur, S: Regulariser, x: Tensor, noise_std: float):
-        self.A, self.S, self.x = A, S, x
-        self.d = measure(A, x, noise_std, 0, [0])
+    def __init__(self, T: SplittingMap, x: Tensor, noise_std: float):
+        self.x, self.d = x, measure(T.A, x, noise_std, 0, [0])
+        self.maps = {kind.name: kind(T.A, T.D, T.tau.item()).to(x.device) for kind in MAPS}
         self.solved: dict[tuple[str, str], tuple[list[Tensor], list[float]]] = {}
         super().__init__(
-            map_name=w.ToggleButtons(options=list(MAPS), value="splitting"),
+            map_name=w.ToggleButtons(options=list(self.maps), value=SplittingMap.name),
             solver=w.ToggleButtons(options=list(SOLVERS), value="Anderson"),
             k=_int_slider("iterate k", 5, 0, self.MOST - 1))
 
     def iterates(self, map_name: str, solver: str) -> tuple[list[Tensor], list[float]]:
         """All iterates and their residuals, computed once."""
         if (map_name, solver) not in self.solved:
-            T = MAPS[map_name](self.A, self.S)
             states: list[Tensor] = []
-            _, info = SOLVERS[solver](lambda z: T(z, self.d), self.d, 0.0, self.MOST,
-                                      lambda _, z: states.append(z))
+            _, info = solve(self.maps[map_name], self.d, 0.0, self.MOST, SOLVERS[solver],
+                            callback=lambda _, z: states.append(z))
             self.solved[map_name, solver] = states, info.residuals[:, 0].tolist()
         return self.solved[map_name, solver]
 
@@ -256,7 +253,7 @@ class SolverExplorer(Explorer):
         figure, axes = _three_panels()
         show(axes[0], self.d[0], "measurement d")
         show(axes[1], states[k][0], f"iterate {k}")
-        colour = MAP_COLOURS[map_name]
+        colour = self.maps[map_name].colour
         axes[2].semilogy(residuals, color=colour)
         axes[2].plot([k], [residuals[k]], "o", color=colour)
         axes[2].set(xlabel="evaluations of T", title="residual |T(x) - x| / |x|")
@@ -302,37 +299,41 @@ class GradientExplorer(Explorer):
                          steps=_int_slider("steps", 0, 0, 40),
                          rate=_slider("learning rate", 0.2, 0.05, 1.0, 0.05))
 
-    def gradient(self, kind: str, gamma: float, degrees: int, terms: int,
-                 theta: Tensor) -> Tensor:
-        """One method's gradient of the loss in theta (2,)."""
-        T = ToyMap(gamma, torch.pi * degrees / 180, theta.clone())
-        goal = T.solution(torch.tensor(self.GOAL, dtype=torch.float64))
-        x_star = T.solution(theta)[None]
-        method: Callable = {"exact": functools.partial(implicit, tolerance=1e-12),
-                            "Neumann": functools.partial(neumann, terms=terms), "JFB": jfb}[kind]
-        with torch.enable_grad():
-            loss = 0.5 * (method(T, x_star) - goal).square().sum()
-            return torch.autograd.grad(loss, T.theta)[0]
+    def gradients(self, gamma: float, degrees: int, terms: int) -> dict[str, Callable]:
+        """theta (2,) -> the loss's gradient there, by each of three methods."""
+        goal = ToyMap(gamma, torch.pi * degrees / 180, torch.zeros(2)).solution(
+            torch.tensor(self.GOAL, dtype=torch.float64))
+
+        def by(method: Callable, theta: Tensor) -> Tensor:
+            T = ToyMap(gamma, torch.pi * degrees / 180, theta.clone())
+            with torch.enable_grad():
+                loss = 0.5 * (method(T, T.solution(theta)[None]) - goal).square().sum()
+                return torch.autograd.grad(loss, T.theta)[0]
+
+        return {"exact": functools.partial(by, functools.partial(implicit, tolerance=1e-12)),
+                "Neumann": functools.partial(by, functools.partial(neumann, terms=terms)),
+                "JFB": functools.partial(by, jfb)}
 
     def draw(self, gamma: float, degrees: int, terms: int, steps: int,
              rate: float) -> tuple[Figure, str]:
         figure, (ax,) = new_figure(width=6, height=4.6)
         self._contours(ax, ToyMap(gamma, torch.pi * degrees / 180, torch.zeros(2)))
         start = torch.tensor(self.START, dtype=torch.float64)
-        exact = self.gradient("exact", gamma, degrees, terms, start)
+        gradients = self.gradients(gamma, degrees, terms)
+        exact = gradients["exact"](start)
         cosines = []
-        for kind in GRADIENTS:
+        for kind, gradient in gradients.items():
             colour = GRADIENT_COLOURS[kind]
-            at_start = self.gradient(kind, gamma, degrees, terms, start)
+            at_start = gradient(start)
             cosines.append(f"{kind} {torch.cosine_similarity(at_start, exact, dim=0).item():.2f}")
             arrow = -0.6 * at_start / at_start.norm().clamp_min(1e-12)
             ax.annotate("", start + arrow, start,
                         arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 2})
             path = [start]
             for _ in range(steps):
-                path.append(path[-1] - rate * self.gradient(kind, gamma, degrees, terms, path[-1]))
+                path.append(path[-1] - rate * gradient(path[-1]))
             ax.plot(*torch.stack(path).T, "o-", color=colour, markersize=3, label=kind)
-        ax.plot(*self.GOAL, "*", color=COLOURS["tikhonov"], markersize=14)
+        ax.plot(*self.GOAL, "*", color=METHODS["tikhonov"].colour, markersize=14)
         ax.legend(loc="upper right")
         return figure, "cosine to the exact gradient at the start: " + ", ".join(cosines)
 
@@ -361,12 +362,12 @@ class MethodsExplorer(w.VBox):
         photos = bundled_photos("test", self.setup.image_size)
         self.images = {name: photos[i:i + 1].as_float() for i, name in enumerate(photos.names)}
         self.weights = weights
-        self.loaded: dict[str, Method] = {}
+        self.loaded: dict[str, Restorer] = {}
         self.restored: dict[tuple, Tensor] = {}
         self.status = w.HTML()
         self.image = w.Dropdown(options=list(self.images), description="image")
         self.upload = w.FileUpload(accept="image/*", multiple=False, description="your own")
-        self.methods = w.SelectMultiple(options=[(LABELS[name], name) for name in LABELS],
+        self.methods = w.SelectMultiple(options=[(m.label, m.name) for m in METHODS.values()],
                                         value=self.START, rows=6, description="methods")
         self.noise = _log_slider("noise std", self.setup.noise_std, -3, -1)
         self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})
@@ -405,18 +406,18 @@ class MethodsExplorer(w.VBox):
     def refresh(self) -> None:
         """Restore what is not restored yet, and show it."""
         x = self.images[self.image.value]
-        A = make_blur(self.setup, tuple(x.shape[2:]))
+        A = self.setup.operator(tuple(x.shape[2:]))
         d = measure(A, x, self.noise.value, 0, [0])
-        shown, problem = {"Original": x[0], LABELS["measurement"]: d[0]}, ""
+        shown, problem = {"Original": x[0], METHODS["measurement"].label: d[0]}, ""
         for name in self.methods.value:
             try:
-                shown[LABELS[name]] = self._restore(name, A, d)[0]
+                shown[METHODS[name].label] = self._restore(name, A, d)[0]
             except UserError as error:  # the other methods are shown all the same
                 problem = str(error)
         self.comparison.show(shown, truth="Original")
         self.status.value = _escaped(problem)
 
-    def _restore(self, name: str, A: Blur, d: Tensor) -> Tensor:
+    def _restore(self, name: str, A: LinearOperator, d: Tensor) -> Tensor:
         key = (self.image.value, self.noise.value, name)
         if key not in self.restored:
             if name not in self.loaded:

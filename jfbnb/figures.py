@@ -15,35 +15,13 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from jfbnb.common import atomic_path, atomic_write
-from jfbnb.methods import LABELS
+from jfbnb.maps import GradientMap, ImplicitMap, PreconditionedMap, SplittingMap
+from jfbnb.methods import METHODS
 
-# One colour per method, the same everywhere. The classical ones, plug-and-play and JFB have Okabe
-# and Ito's, safe for colour-blind eyes.
-COLOURS = {
-    "measurement": "#999999",
-    "direct-inverse": "#CC79A7",
-    "gradient-descent": "#E69F00",
-    "tikhonov": "#D55E00",
-    "total-variation": "#009E73",
-    "plug-and-play": "#56B4E9",
-    "feedforward": "#B8A000",
-    "feedforward-tikhonov": "#8C510A",
-    "feedforward-tikhonov-head": "#DFC27D",
-    "unrolled": "#762A83",
-    "de-grad": "#C51B7D",
-    "de-prox": "#4D9221",
-    "de-admm": "#35978F",
-    "deq": "#000000",
-    "deq-head": "#777777",
-    "jfb": "#0072B2",
-    "jfb-head": "#7FB8DE",
-}
-# The maps of notebook 4. Two have the colours of the methods that iterate them.
-MAP_COLOURS = {"Eq. 4": COLOURS["de-grad"], "preconditioned": "#661100",
-               "splitting": COLOURS["jfb"]}
+MAPS = (GradientMap, PreconditionedMap, SplittingMap)  # those of notebook 4
 # The gradients through a fixed point: the colours of the methods that they train.
-GRADIENT_COLOURS = {"exact": COLOURS["deq"], "Neumann": "#117733", "unrolled": COLOURS["unrolled"],
-                    "JFB": COLOURS["jfb"]}
+GRADIENT_COLOURS = {"exact": METHODS["deq"].colour, "Neumann": "#117733",
+                    "unrolled": METHODS["unrolled"].colour, "JFB": METHODS["jfb"].colour}
 # How a table's numbers are written, by a word in the name of their column.
 FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "mse": ".2e", "converged": ".2%",
            "residual": ".1e", "radius": ".3f", "norm": ".3f", "drift": ".4f"}
@@ -148,7 +126,7 @@ def image_table(rows: dict[str, Tensor]) -> Figure:
 def training_loss(history: pd.DataFrame, title: str, method: str) -> Figure:
     """Fig. 1: average training loss per image against the epoch, in the method's colour."""
     figure, (ax,) = new_figure()
-    ax.plot(history.epoch, history.loss, "o-", color=COLOURS[method], markersize=4)
+    ax.plot(history.epoch, history.loss, "o-", color=METHODS[method].colour, markersize=4)
     ax.set(xlabel="epoch", ylabel="average training loss per image\n(mean squared error)",
            title=title, yscale="log")
     ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
@@ -159,12 +137,12 @@ def training_loss(history: pd.DataFrame, title: str, method: str) -> Figure:
 def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-",
                   label: str = "") -> None:
     """A curve in its method's colour, under its method's label unless another is given."""
-    ax.plot(x, y, color=COLOURS[method], label=label or LABELS[method], marker=marker, markersize=4,
-            linestyle=linestyle)
+    ax.plot(x, y, color=METHODS[method].colour, label=label or METHODS[method].label, marker=marker,
+            markersize=4, linestyle=linestyle)
 
 
-def ways_to_equilibrium(distances: dict[tuple[str, str], list[float]], residuals: Tensor,
-                        tolerance: float) -> Figure:
+def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[float]],
+                        residuals: Tensor, tolerance: float) -> Figure:
     """Notebook 4: how near each map and solver is to its fixed point, and when a solver stops.
 
     Args:
@@ -172,13 +150,13 @@ def ways_to_equilibrium(distances: dict[tuple[str, str], list[float]], residuals
         residuals: of one solve, (evaluations, images), which ends at `tolerance`.
     """
     figure, (left, right) = new_figure(columns=2, width=9.5)
-    for (name, solver), values in distances.items():
-        left.semilogy(values, "-" if solver == "Anderson" else "--", color=MAP_COLOURS[name],
-                      label=f"{name}, {solver}")
+    for (kind, solver), values in distances.items():
+        left.semilogy(values, "-" if solver == "Anderson" else "--", color=kind.colour,
+                      label=f"{kind.name}, {solver}")
     left.set(xlabel="evaluations of $T$", ylabel="relative distance to the fixed point",
              title="One equilibrium, four ways to it")
     left.legend()
-    right.semilogy(range(1, len(residuals) + 1), residuals.cpu(), color=MAP_COLOURS["splitting"],
+    right.semilogy(range(1, len(residuals) + 1), residuals.cpu(), color=SplittingMap.colour,
                    alpha=0.5)
     right.axhline(tolerance, color="black", linestyle=":", label="the solver stops here")
     right.set(xlabel="evaluations of $T$", ylabel=r"residual $\|T(x) - x\| / \|x\|$",
@@ -196,12 +174,12 @@ def gradient_angles(terms: list[int], cosines: dict[str, list[float]],
         watched: epoch, cosine_* and radius_* of `diagnostics.direction`, a row per epoch.
     """
     figure, axes = new_figure(columns=3, width=10.5, height=3.8)
-    for name, colour in MAP_COLOURS.items():
-        column = "gradient" if name == "Eq. 4" else name
-        cosine = watched[f"cosine_{column}"]
+    for kind in MAPS:
+        name, colour = kind.name, kind.colour
+        cosine = watched[f"cosine_{name}"]
         axes[0].plot(terms, cosines[name], "o-", color=colour, label=name)
         axes[1].plot(watched.epoch, cosine, "o-", color=colour)
-        axes[2].plot(watched[f"radius_{column}"], cosine, "o", color=colour)
+        axes[2].plot(watched[f"radius_{name}"], cosine, "o", color=colour)
     axes[0].set(xscale="log", xticks=terms, xticklabels=terms, xlabel="terms $k$ (JFB has one)",
                 ylabel="cosine to the exact gradient", title="Neumann-k after training")
     axes[0].minorticks_off()
@@ -218,15 +196,12 @@ def gradient_cost(cost: pd.DataFrame) -> Figure:
     """Notebook 4: seconds and memory of one training step against K, by gradient.
 
     Args:
-        cost: columns gradient (jfb, implicit, unrolled), K, seconds, MB.
+        cost: columns gradient (a key of GRADIENT_COLOURS), K, seconds, MB.
     """
     figure, axes = new_figure(columns=2, width=9, height=3.6)
-    for gradient, label, colour in (("unrolled", "unrolled", "unrolled"),
-                                    ("implicit", "implicit (exact)", "exact"),
-                                    ("jfb", "JFB", "JFB")):
-        part = cost[cost.gradient == gradient]
+    for gradient, part in cost.groupby("gradient", sort=False):
         for ax, column in zip(axes, ("seconds", "MB"), strict=True):
-            ax.plot(part.K, part[column], "o-", color=GRADIENT_COLOURS[colour], label=label)
+            ax.plot(part.K, part[column], "o-", color=GRADIENT_COLOURS[gradient], label=gradient)
     axes[0].set(xlabel="iterations $K$ of the solve", ylabel="seconds", title="Time of one step")
     axes[1].set(xlabel="iterations $K$ of the solve", ylabel="peak memory (MB)", yscale="log",
                 title="Memory of one step")
@@ -259,7 +234,7 @@ def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
                 labelled_line(ax, conditions, values, method, "o")
         if study in trained:
             at = conditions.index(trained[study]) if named else trained[study]
-            ax.axvline(at, color=COLOURS["measurement"], linestyle="--", zorder=0,
+            ax.axvline(at, color=METHODS["measurement"].colour, linestyle="--", zorder=0,
                        label="as in training")
         if named:
             ax.set(xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5),

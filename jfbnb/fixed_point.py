@@ -1,6 +1,6 @@
 """Solve x = T(x), image by image: Picard and Anderson. They know nothing of images.
 
-Both return `(x, info)`; x is the last iterate whose residual was measured, so that what `info`
+All return `(x, info)`; x is the last iterate whose residual was measured, so that what `info`
 says is true of x itself. The residual is `|T(x) - x| / |x|`, one number per image.
 """
 
@@ -42,6 +42,7 @@ class SolveInfo:
 
 
 Callback = Callable[[int, Tensor], None]
+Solver = Callable[..., tuple[Tensor, SolveInfo]]
 
 
 def picard(
@@ -105,6 +106,26 @@ def anderson(
         return (weights.to(f.dtype)[:, None] @ F[:, :m]).view_as(f)
 
     return _iterate(T, x0, step, tolerance, max_iterations, callback, given)
+
+
+def solve(
+    T: Callable[..., Tensor],
+    d: Tensor,
+    tolerance: float = 1e-4,
+    max_iterations: int = 100,
+    solver: Solver = anderson,
+    start: Tensor | None = None,
+    callback: Callback | None = None,
+) -> tuple[Tensor, SolveInfo]:
+    """x* = T(x*; d), Eq. 3. Nothing is tracked, and images that are done leave the batch.
+
+    Args:
+        T: the map, called as T(x, d); its `start(d)` is where to start, unless `start` is given.
+        d: the measurements, (B, ...).
+        solver: `anderson` or `picard`; other arguments as there.
+    """
+    x0 = T.start(d) if start is None else start
+    return solver(T, x0, tolerance, max_iterations, callback, given=d)
 
 
 @torch.no_grad()

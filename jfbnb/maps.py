@@ -1,74 +1,117 @@
-"""The maps T_Theta(x; d) whose fixed point is the reconstruction (Eq. 3). They join A and S.
+"""The maps T_Theta(x; d) whose fixed point is the reconstruction (Eq. 3). They join A and D.
 
-`GradientMap` and `PreconditionedMap` have the same fixed points x*, where A'(A x - d) + S(x) = 0.
-`SplittingMap` is the latter read elsewhere: its fixed point is z* = D(x*).
-`ProximalMap` and `ADMMMap` share theirs, where x = D(x - eta A'(A x - d)): the same condition if
-D were the proximal map of a regulariser, a different one for a denoiser in general.
+`GradientMap` and `PreconditionedMap` have the same fixed points x*, where
+A'(A x - d) + tau (x - D(x)) = 0. `SplittingMap` is the latter read elsewhere: its fixed point is
+z* = D(x*). `ProximalMap` and `ADMMMap` share theirs, where x = D(x - eta A'(A x - d)): the same
+condition if D were the proximal map of a regulariser, a different one for a denoiser in general.
 """
+
+import copy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from jfbnb.networks import Regulariser
+from jfbnb.networks import Denoiser
+from jfbnb.operators import LinearOperator
 
 
 class ImplicitMap(nn.Module):
-    """What the maps share. A map acts on a state, which is the image for all but ADMM."""
+    """What the maps share. A map acts on a state, which is the image for all but ADMM.
 
-    def __init__(self, A: nn.Module, S: Regulariser):
+    A subclass has a `name` and a `colour`, the same in every figure, and `forward(state, d)`.
+    """
+
+    name: str
+    colour: str
+
+    def __init__(self, A: LinearOperator | None, D: Denoiser):
         super().__init__()
-        self.A, self.S = A, S
+        self.register_module("A", A)  # None where the operator is told later, by `on`
+        self.D = D
+        self.ratio = 1.0
+
+    def on(self, A: LinearOperator, ratio: float = 1.0) -> Self:
+        """The same map, with the same weights, for another operator.
+
+        Args:
+            ratio: how many times as much the prior weighs; where the map has a tau, it is
+                multiplied by this.
+        """
+        other = copy.copy(self)
+        other._modules = {**self._modules, "A": A}
+        other.ratio = ratio
+        return other
 
     def start(self, d: Tensor) -> Tensor:
         """The state to start the iteration from."""
-        return d
+        return self.A.guess(d)
 
     def image(self, state: Tensor) -> Tensor:
         """The image in a state."""
         return state
 
+    def before_denoising(self, image: Tensor, d: Tensor) -> Tensor:
+        """What a head behind the map is given: an image that D has not had the last word on."""
+        return image
 
-class SteppedMap(ImplicitMap):
-    """A map with a gradient step of size eta on the data term; eta < 2, as |A'A| is almost 1."""
 
-    def __init__(self, A: nn.Module, S: Regulariser, eta: float = 1.0):
-        super().__init__(A, S)
+class WeightedMap(ImplicitMap):
+    """A map whose denoiser weighs tau > 0 against the data; tau is learned, as its logarithm."""
+
+    def __init__(self, A: LinearOperator, D: Denoiser, tau: float):
+        super().__init__(A, D)
+        self.log_tau = nn.Parameter(torch.tensor(float(tau)).log())
+
+    @property
+    def tau(self) -> Tensor:
+        return self.ratio * self.log_tau.exp()
+
+    def data_step(self, z: Tensor, d: Tensor) -> Tensor:
+        """(A'A + tau I)^-1 (A'd + tau z): the minimiser of |A x - d|^2 + tau |x - z|^2."""
+        return self.A.solve_normal(self.A.adjoint(d) + self.tau * z, self.tau)
+
+
+class GradientMap(WeightedMap):
+    """Eq. 4 (DE-GRAD): T(x; d) = x - eta (A'(A x - d) + S(x)), with S(x) = tau (x - D(x)).
+
+    The paper writes the gradient of |A x - d|^2, whose factor 2 is taken up by eta and S here.
+    With D of Lipschitz constant L < 1 it contracts for eta < 2 / (|A'A| + tau (1 + L)), but on the
+    directions that A hardly sees only at the rate 1 - eta tau (1 - L), which is next to 1.
+
+    Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
+    """
+
+    name, colour = "Eq. 4", "#C51B7D"
+
+    def __init__(self, A: LinearOperator, D: Denoiser, tau: float, eta: float = 1.0):
+        super().__init__(A, D, tau)
         self.eta = eta
 
     def extra_repr(self) -> str:
         return f"eta={self.eta}"
 
-
-class GradientMap(SteppedMap):
-    """Eq. 4 (DE-GRAD): T(x; d) = x - eta (A'(A x - d) + S(x)).
-
-    The paper writes the gradient of |A x - d|^2, whose factor 2 is taken up by eta and S here.
-    With D of Lipschitz constant L < 1 it contracts, but on the directions that A hardly sees
-    only at the rate 1 - eta tau (1 - L), which is next to 1.
-
-    Shapes: x and d (B, C, H, W) -> (B, C, H, W).
-    """
-
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
-        A, S = self.A, self.S
-        return x - self.eta * (A.adjoint(A(x) - d) + S(x))
+        A, S = self.A, self.tau * self.D.residual(x)
+        return x - self.eta * (A.adjoint(A(x) - d) + S)
 
 
-class PreconditionedMap(ImplicitMap):
+class PreconditionedMap(WeightedMap):
     """T(x; d) = (A'A + tau I)^-1 (A'd + tau D(x)): one Newton step on the data, D elsewhere.
 
     It has the fixed points of Eq. 4 and contracts at the rate Lip(D) at most, however badly A is
     conditioned: the preconditioner's norm times tau is at most 1.
 
-    Shapes: x and d (B, C, H, W) -> (B, C, H, W).
+    Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
     """
 
+    name, colour = "preconditioned", "#661100"
+
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
-        A, S = self.A, self.S
-        return A.solve_normal(A.adjoint(d) + S.tau * S.denoise(x), S.tau)
+        return self.data_step(self.D(x), d)
 
 
-class SplittingMap(ImplicitMap):
+class SplittingMap(WeightedMap):
     """T(z; d) = D(x), x = (A'A + tau I)^-1 (A'd + tau z): half-quadratic splitting.
 
     Geman and Yang (1995), with a network for the denoising half as in Zhang et al. (2017). The two
@@ -76,34 +119,40 @@ class SplittingMap(ImplicitMap):
     Eq. 4 and z* = D(x*), and so is the contraction; but the image comes out of the denoiser, and
     nothing stands between D and the loss when it is differentiated.
 
-    Shapes: z and d (B, C, H, W) -> (B, C, H, W).
+    Shapes: z (B, C, H, W), d (B, *range) -> (B, C, H, W).
     """
 
-    def data_step(self, z: Tensor, d: Tensor) -> Tensor:
-        """x, the minimiser of |A x - d|^2 + tau |x - z|^2."""
-        return self.A.solve_normal(self.A.adjoint(d) + self.S.tau * z, self.S.tau)
+    name, colour = "splitting", "#0072B2"
 
     def forward(self, z: Tensor, d: Tensor) -> Tensor:
-        return self.S.denoise(self.data_step(z, d))
+        return self.D(self.data_step(z, d))
 
-    def predict(self, z_star: Tensor, d: Tensor) -> Tensor:
-        """H(x*): the head where the map has D, free to do what would not contract."""
-        return self.S.predict(self.data_step(z_star, d), self.S.sigma)
+    def before_denoising(self, image: Tensor, d: Tensor) -> Tensor:
+        """x*, so that a head stands where the map has D, free to do what would not contract."""
+        return self.data_step(image, d)
 
 
-class ProximalMap(SteppedMap):
-    """Section 3.3 ii (DE-PROX): T(x; d) = D(x - eta A'(A x - d)).
+class ProximalMap(ImplicitMap):
+    """Section 3.3 ii (DE-PROX): T(x; d) = D(x - eta A'(A x - d)), for eta < 2 / |A'A|.
 
     The paper writes S_Theta for the network that stands in for the proximal map; here that is D.
-    Shapes: x and d (B, C, H, W) -> (B, C, H, W).
+    Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
     """
 
+    name, colour = "proximal", "#4D9221"
+
+    def __init__(self, A: LinearOperator, D: Denoiser, eta: float = 1.0):
+        super().__init__(A, D)
+        self.eta = eta
+
+    def extra_repr(self) -> str:
+        return f"eta={self.eta}"
+
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
-        A, S = self.A, self.S
-        return S.denoise(x - self.eta * A.adjoint(A(x) - d))
+        return self.D(x - self.eta * self.A.adjoint(self.A(x) - d))
 
 
-class ADMMMap(ImplicitMap):
+class ADMMMap(WeightedMap):
     """Section 3.3 iii (DE-ADMM), on the stacked pair of the image z and the scaled dual u.
 
         x = (A'A + tau I)^-1 (A'd + tau (z - u))
@@ -111,22 +160,20 @@ class ADMMMap(ImplicitMap):
         u <- u + x - z
 
     At a fixed point x = z and tau u = A'(d - A z), so z is a fixed point of `ProximalMap` with
-    eta = 1 / tau. Shapes: state (B, 2 C, H, W) and d (B, C, H, W) -> (B, 2 C, H, W).
+    eta = 1 / tau. Shapes: state (B, 2 C, H, W), d (B, *range) -> (B, 2 C, H, W).
     """
 
+    name, colour = "ADMM", "#35978F"
+
     def start(self, d: Tensor) -> Tensor:
-        return torch.cat([d, torch.zeros_like(d)], dim=1)
+        z = self.A.guess(d)
+        return torch.cat([z, torch.zeros_like(z)], dim=1)
 
     def image(self, state: Tensor) -> Tensor:
         return state.chunk(2, dim=1)[0]
 
     def forward(self, state: Tensor, d: Tensor) -> Tensor:
-        A, S = self.A, self.S
         z, u = state.chunk(2, dim=1)
-        x = A.solve_normal(A.adjoint(d) + S.tau * (z - u), S.tau)
-        z = S.denoise(x + u)
+        x = self.data_step(z - u, d)
+        z = self.D(x + u)
         return torch.cat([z, u + x - z], dim=1)
-
-
-MAPS = {"gradient": GradientMap, "proximal": ProximalMap, "admm": ADMMMap,
-        "preconditioned": PreconditionedMap, "splitting": SplittingMap}

@@ -1,10 +1,23 @@
-"""Every method by its name: how it restores an image, and the loss that trains it."""
+"""Every method, one entry each: what it is called, what is tuned, how it restores, what trains it.
 
-import copy
+All that lists, tunes, trains, evaluates or draws methods goes through `METHODS`. To add one, add an
+entry: here, or by `register` in a package of your own. A package that declares the entry point
+
+    [project.entry-points."jfbnb.methods"]
+    mine = "my_package:METHOD"
+
+is found wherever it is installed, by the command and in notebooks that papermill runs.
+"""
+
+import inspect
+import itertools
 import json
+import math
 import reprlib
+import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import torch
@@ -16,91 +29,199 @@ from jfbnb.baselines import (
     tikhonov_gradient_descent,
     total_variation,
 )
-from jfbnb.common import ROOT, UserError, atomic_write
-from jfbnb.explicit import deep_unrolling, feedforward, feedforward_head
-from jfbnb.fixed_point import SolveInfo, anderson
-from jfbnb.maps import MAPS, ImplicitMap
-from jfbnb.networks import Regulariser, load_regulariser
-from jfbnb.operators import Blur
-from jfbnb.training import EquilibriumLoss, FeedforwardLoss, UnrolledLoss
+from jfbnb.common import UserError, atomic_write
+from jfbnb.maps import ADMMMap, GradientMap, ProximalMap, SplittingMap
+from jfbnb.metrics import psnr
+from jfbnb.models import Equilibrium, Feedforward, Model, Result, Unrolled
+from jfbnb.networks import Denoiser, load_denoiser, load_weights, matched_sigma
+from jfbnb.operators import LinearOperator
+from jfbnb.training import (
+    EquilibriumLoss,
+    ExplicitLoss,
+    ImplicitLoss,
+    LossSettings,
+)
 
-# The power of the noise level that the weight of the prior goes with. 2 is theory (see
-# `matched_sigma`) and best for the equilibria; these two do better with less, which was found on
-# validation images at 0.002 to 0.05.
-NOISE_POWER = {"feedforward-tikhonov": 1.5, "unrolled": 1.0}
-RELEASED = ROOT / "data" / "weights"
+RELEASED = Path(__file__).parent / "weights"  # the networks that come with the package
 
 Settings = dict[str, float]
 
-LABELS = {
-    "measurement": "Noisy blurred",
-    "direct-inverse": "Direct inverse",
-    "gradient-descent": "Gradient descent",
-    "tikhonov": "Tikhonov",
-    "total-variation": "Total variation",
-    "plug-and-play": "Plug-and-play",
-    "feedforward": "DnCNN",
-    "feedforward-tikhonov": "Tikhonov + DnCNN",
-    "feedforward-tikhonov-head": "Tikhonov + 2 DnCNN",
-    "unrolled": "Deep unrolling",
-    "de-grad": "DE-GRAD",
-    "de-prox": "DE-PROX",
-    "de-admm": "DE-ADMM",
-    "deq": "Deep equilibrium",
-    "deq-head": "Deep equilibrium + head",
-    "jfb": "JFB",
-    "jfb-head": "JFB + head",
-}
-# Those that end in a second network, H, and the method whose output it acts on. Both halves are
-# trained together and share a file.
-HEADS = {"feedforward-tikhonov-head": "feedforward-tikhonov", "deq-head": "deq", "jfb-head": "jfb"}
-# The maps and the gradients behind those that are solved for a fixed point. `jfb` and `deq` are
-# the same network, trained by JFB and by the exact gradient; de-* are section 3.3's, by JFB.
-EQUILIBRIA = {
-    "plug-and-play": ("splitting", ""),
-    "de-grad": ("gradient", "jfb"),
-    "de-prox": ("proximal", "jfb"),
-    "de-admm": ("admm", "jfb"),
-    "deq": ("splitting", "implicit"),
-    "jfb": ("splitting", "jfb"),
-}
-TRAINED = ("feedforward", "feedforward-tikhonov", "unrolled", "de-grad", "de-prox", "de-admm",
-           "deq", "jfb")
-# What each method must be told, as chosen on validation images. tau and sigma are a
-# regulariser's; trained weights bring their own.
-SETTINGS: dict[str, tuple[str, ...]] = {
-    "measurement": (),
-    "direct-inverse": (),
-    "gradient-descent": ("steps", "step_size"),
-    "tikhonov": ("lam",),
-    "total-variation": ("weight",),
-    "plug-and-play": ("tau", "sigma"),
-    "feedforward": ("sigma",),
-    "feedforward-tikhonov": ("lam", "sigma"),
-    "unrolled": ("tau", "sigma", "iterations"),
-    "de-grad": ("tau", "sigma", "eta"),
-    "de-prox": ("sigma", "eta"),
-    "de-admm": ("tau", "sigma"),
-    "deq": ("tau", "sigma"),
-    "jfb": ("tau", "sigma"),
-}
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
-    """A method, ready to use: (A, d, noise_std) -> (image, what its solver says or None).
+    """One way to restore an image. It has `restore`, or a `model` of a network, or is `behind` one.
 
-    One with a head is a method `base` and what the head makes of its image, (A, y, d, noise_std)
-    -> image. Whoever has the first's image already need not solve for it again.
+    Args:
+        name: on the command line and in files; label and colour: in tables and figures.
+        restore: (A, d, settings, ratio) -> (image, what its solver says or None). `ratio` is how
+            many times as much the prior weighs as at the noise level of the tuning.
+        model: (A, D, settings) -> `Model`, for those that have a network.
+        loss: (model, settings) -> the loss that trains the model, as in `jfbnb.training`. Without
+            one the method uses the pretrained denoiser as it is.
+        head: whether a second network is trained along.
+        behind: the method whose second network this one is.
+        candidates: (noise level, about how many) -> settings to choose from on validation images.
+        tuned_as: another method with the same candidates and, untrained, the same images.
+        noise_power: the weight of the prior goes with this power of the noise level. 2 is theory
+            (see `matched_sigma`) and best for the equilibria.
+        effort: of its training in notebook 5, as a share of JFB's.
+        compared: whether it is in the figures that set methods side by side, image by image and
+            under other conditions.
     """
 
-    restore: Callable[[Blur, Tensor, float], tuple[Tensor, SolveInfo | None]]
-    base: str | None = None
-    head: Callable[[Blur, Tensor, Tensor, float], Tensor] | None = None
+    name: str
+    label: str
+    colour: str
+    restore: Callable[[LinearOperator, Tensor, Settings, float], Result] | None = None
+    model: Callable[[LinearOperator, Denoiser, Settings], Model] | None = None
+    loss: Callable[[Model, LossSettings], Callable] | None = None
+    head: bool = False
+    behind: "Method | None" = None
+    candidates: Callable[[float, int], list[Settings]] = field(default=lambda noise_std, n: [{}])
+    tuned_as: "Method | None" = None
+    noise_power: float = 2.0
+    effort: float = 1.0
+    compared: bool = True
 
-    def __call__(self, A: Blur, d: Tensor, noise_std: float) -> tuple[Tensor, SolveInfo | None]:
-        y, info = self.restore(A, d, noise_std)
-        return (y if self.head is None else self.head(A, y, d, noise_std)), info
+    def __post_init__(self) -> None:
+        if sum(way is not None for way in (self.restore, self.model, self.behind)) != 1:
+            raise UserError(f"method {self.name!r}: give one of restore, model and behind")
+        if self.loss and not self.model:
+            raise UserError(f"method {self.name!r} has a loss, but no model to train")
+        if self.behind and not self.behind.head:
+            raise UserError(f"method {self.name!r} is behind {self.behind.name!r}, which has no "
+                            "head")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.loss is not None
+
+    def build(self, A: LinearOperator | None, network: nn.Module, settings: Settings,
+              head: nn.Module | None = None) -> Model:
+        """Its model, of a network and settings, on the network's device; with a head if given."""
+        like = next(network.parameters(), torch.empty(()))
+        model = self.model(A, Denoiser(network, settings.get("sigma", 0.0)), settings).to(like)
+        return model if head is None else model.add_head(head)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Make a method known. Raises UserError where another one has its name or its colour."""
+    for other in METHODS.values():
+        if method.name == other.name or method.colour.lower() == other.colour.lower():
+            raise UserError(f"method {method.name!r}: {other.name!r} has the same name or colour")
+    METHODS[method.name] = method
+    return method
+
+
+def get_method(name: str) -> Method:
+    """Look up a method. Raises UserError for an unknown name."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def plugin_files() -> list[Path]:
+    """The files outside the package that registered methods come from."""
+    parts = (part for m in METHODS.values() for part in (m.restore, m.model, m.loss) if part)
+    files = {Path(inspect.getfile(inspect.unwrap(part))) for part in parts
+             if hasattr(part, "__code__") or inspect.isclass(part)}
+    return sorted(file for file in files if not file.is_relative_to(Path(__file__).parent))
+
+
+# --- the methods --------------------------------------------------------------------------------
+# Classical ones, plug-and-play and JFB have Okabe and Ito's colours, safe for colour-blind eyes. An
+# equilibrium has its map's colour. jfb and deq are one map, trained by two gradients.
+
+
+def grid(n: int, **ranges: tuple[float, float]) -> list[Settings]:
+    """About n settings, evenly spaced on logarithmic axes from the low to the high end of each."""
+    each = max(1, math.floor(n ** (1 / len(ranges)) + 1e-9))
+    axes = [torch.logspace(math.log10(low), math.log10(high), each, dtype=torch.float64).tolist()
+            for low, high in ranges.values()]
+    return [dict(zip(ranges, values, strict=True)) for values in itertools.product(*axes)]
+
+
+def prior(noise_std: float, n: int, **more: float) -> list[Settings]:
+    """Weights tau, each with the noise level of the denoiser that goes with it."""
+    return [{**s, "sigma": matched_sigma(noise_std, s["tau"]), **more}
+            for s in grid(n, tau=(1e-2, 10**-0.5))]
+
+
+def _stopped_descent(A: LinearOperator, d: Tensor, settings: Settings, ratio: float) -> Result:
+    # The direction with squared singular value s^2 is recovered after about 1 / s^2 steps, and lam
+    # plays the part of the smallest s^2 that is: the steps go with the inverse of the ratio.
+    steps = min(round(settings["steps"] / ratio), 100_000)
+    return tikhonov_gradient_descent(A, d, 0.0, settings["step_size"], steps), None
+
+
+register(Method(
+    name="measurement", compared=False, label="Noisy blurred", colour="#999999",
+    restore=lambda A, d, s, ratio: (A.guess(d), None)))
+register(Method(
+    name="direct-inverse", compared=False, label="Direct inverse", colour="#CC79A7",
+    restore=lambda A, d, s, ratio: (direct_inverse(A, d), None)))
+register(Method(
+    name="gradient-descent", compared=False, label="Gradient descent", colour="#E69F00",
+    restore=_stopped_descent,
+    candidates=lambda noise_std, n: [{"steps": steps, "step_size": 1.0} for steps in sorted(
+        {round(s["steps"]) for s in grid(n, steps=(1, 300))})]))
+register(Method(
+    name="tikhonov", label="Tikhonov", colour="#D55E00",
+    restore=lambda A, d, s, ratio: (tikhonov(A, d, s["lam"] * ratio), None),
+    candidates=lambda noise_std, n: grid(n, lam=(1e-3, 1e-1))))
+register(Method(
+    name="total-variation", label="Total variation", colour="#009E73",
+    restore=lambda A, d, s, ratio: total_variation(A, d, s["weight"] * ratio),
+    candidates=lambda noise_std, n: grid(n, weight=(10**-3.5, 1e-2))))
+PLUG_AND_PLAY = register(Method(
+    name="plug-and-play", label="Plug-and-play", colour="#56B4E9", candidates=prior,
+    model=lambda A, D, s: Equilibrium(SplittingMap(A, D, s["tau"]))))
+register(Method(
+    name="feedforward", compared=False, label="DnCNN", colour="#B8A000", effort=0.25,
+    candidates=lambda noise_std, n: grid(n, sigma=(1e-3, 1e-1)),
+    model=lambda A, D, s: Feedforward(A, D), loss=ExplicitLoss))
+TIKHONOV_NETWORK = register(Method(
+    name="feedforward-tikhonov", label="Tikhonov + DnCNN", colour="#8C510A", head=True,
+    candidates=lambda noise_std, n: grid(n, lam=(1.5e-3, 6e-3), sigma=(0.03, 0.1)),
+    # Power found on validation images at noise levels of 0.002 to 0.05; so is unrolling's.
+    noise_power=1.5,
+    model=lambda A, D, s: Feedforward(A, D, s["lam"]), loss=ExplicitLoss))
+register(Method(
+    name="feedforward-tikhonov-head", label="Tikhonov + 2 DnCNN", colour="#DFC27D",
+    behind=TIKHONOV_NETWORK))
+register(Method(
+    name="unrolled", label="Deep unrolling", colour="#762A83", noise_power=1.0,
+    candidates=lambda noise_std, n: prior(noise_std, n, iterations=5),
+    model=lambda A, D, s: Unrolled(SplittingMap(A, D, s["tau"]), int(s["iterations"])),
+    loss=ExplicitLoss))
+register(Method(
+    name="de-grad", compared=False, label="DE-GRAD", colour=GradientMap.colour, effort=0.25,
+    candidates=lambda noise_std, n: prior(noise_std, n, eta=1.0),
+    model=lambda A, D, s: Equilibrium(GradientMap(A, D, s["tau"], s["eta"])),
+    loss=EquilibriumLoss))
+register(Method(
+    name="de-prox", compared=False, label="DE-PROX", colour=ProximalMap.colour, effort=0.25,
+    candidates=lambda noise_std, n: grid(n, eta=(1.0, 1.9), sigma=(0.02, 0.08)),
+    model=lambda A, D, s: Equilibrium(ProximalMap(A, D, s["eta"])), loss=EquilibriumLoss))
+register(Method(
+    name="de-admm", compared=False, label="DE-ADMM", colour=ADMMMap.colour, effort=0.25,
+    candidates=prior, model=lambda A, D, s: Equilibrium(ADMMMap(A, D, s["tau"])),
+    loss=EquilibriumLoss))
+DEQ = register(Method(
+    name="deq", label="Deep equilibrium", colour="#000000", head=True, candidates=prior,
+    tuned_as=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=ImplicitLoss))
+register(Method(name="deq-head", label="Deep equilibrium + head", colour="#777777", behind=DEQ))
+JFB = register(Method(
+    name="jfb", label="JFB", colour=SplittingMap.colour, head=True, candidates=prior,
+    tuned_as=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=EquilibriumLoss))
+register(Method(name="jfb-head", label="JFB + head", colour="#7FB8DE", behind=JFB))
+
+
+# --- tuning -------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -111,30 +232,30 @@ class Tuning:
         noise_std: of the measurements, on images in [0, 1].
         images: how many validation images the searches scored.
         chosen: for each method the settings with the highest mean PSNR.
-        searches: for each method what was tried: its settings and their "psnr" in dB.
+        searches: for each method what was tried: its settings, and figures with their "psnr" in dB.
     """
 
     noise_std: float
     images: int
-    chosen: dict[str, Settings]
-    searches: dict[str, list[Settings]]
+    chosen: dict[str, Settings] = field(default_factory=dict)
+    searches: dict[str, list[Settings]] = field(default_factory=dict)
 
     def search(self, method: str, candidates: list[Settings],
-               score: Callable[[Settings], float]) -> Settings:
-        """Score every candidate, keep them all, choose the best."""
-        tried = [{**candidate, "psnr": score(candidate)} for candidate in candidates]
+               score: Callable[[Settings], dict[str, float]]) -> Settings:
+        """Score every candidate, keep them all, choose the one with the highest "psnr"."""
+        tried = [{**candidate, **score(candidate)} for candidate in candidates]
         self.searches[method] = tried
         best = max(range(len(tried)), key=lambda i: tried[i]["psnr"])
         self.chosen[method] = candidates[best]
         return candidates[best]
 
-    def settings(self, method: str) -> Settings:
+    def settings(self, method: Method) -> Settings:
         """Raises UserError where a setting that the method needs is missing."""
-        chosen = self.chosen.get(method, {})
-        missing = [name for name in SETTINGS[method] if name not in chosen]
+        chosen = self.chosen.get((method.tuned_as or method).name, {})
+        missing = [k for k in method.candidates(self.noise_std, 1)[0] if k not in chosen]
         if missing:
-            raise UserError(f"the tuning has no {' and no '.join(missing)} for {method}: run the "
-                            "earlier notebooks, in order, or `jfbnb reproduce`")
+            raise UserError(f"the tuning has no {' and no '.join(missing)} for {method.name}: run "
+                            "the earlier notebooks, in order, or `jfbnb reproduce`")
         return chosen
 
     def save(self, path: Path) -> None:
@@ -147,7 +268,7 @@ class Tuning:
             raise UserError(f"no tuned parameters at {path}: run the earlier notebooks, in order, "
                             "or `jfbnb reproduce`")
         try:
-            tuning = Tuning(**json.loads(path.read_text()))
+            tuning = Tuning(**json.loads(path.read_text(encoding="utf-8")))
             values = [v for settings in tuning.chosen.values() for v in settings.values()]
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise UserError(f"{path} holds no tuned parameters ({error})") from error
@@ -158,137 +279,105 @@ class Tuning:
         return tuning
 
 
+@torch.no_grad()
+def tune(method: Method, tuning: Tuning, A: LinearOperator, d: Tensor, x: Tensor, n: int,
+         network: nn.Module | None = None, max_iterations: int = 15) -> Settings:
+    """Search about n settings of a method, before any training, on images x measured as d.
+
+    Args:
+        network: the pretrained denoiser's, for those that have one.
+        max_iterations: of a method's fixed-point solver.
+    """
+    def score(settings: Settings) -> dict[str, float]:
+        if method.restore:
+            y, info = method.restore(A, d, settings, 1.0)
+        else:
+            model = method.build(A, network, settings)
+            model.max_iterations = max_iterations
+            y, info = model(d)
+        figures = {"psnr": psnr(y, x).mean().item()}
+        if info is not None:
+            figures["converged"] = info.converged.float().mean().item()
+        return figures
+
+    return tuning.search(method.name, method.candidates(tuning.noise_std, n), score)
+
+
 # --- restoring ----------------------------------------------------------------------------------
 
 
-def make_map(name: str, A: nn.Module, S: Regulariser, settings: Settings) -> ImplicitMap:
-    """The map T_Theta(.; d) that the method iterates."""
-    kind = MAPS[EQUILIBRIA[name][0] if name in EQUILIBRIA else "splitting"]
-    return kind(A, S, settings["eta"]) if "eta" in SETTINGS[name] else kind(A, S)
+@dataclass(frozen=True)
+class Restorer:
+    """A method, ready to use: (A, d, noise_std) -> (image, what its solver says or None).
 
-
-def solve(T: ImplicitMap, d: Tensor, tolerance: float = 1e-4,
-          max_iterations: int = 100) -> tuple[Tensor, SolveInfo]:
-    """The implicit network N(d) = x* (Eq. 3), by Anderson acceleration."""
-    state, info = anderson(T, T.start(d), tolerance, max_iterations, given=d)
-    return T.image(state), info
-
-
-def make_regulariser(network: nn.Module, settings: Settings, head: bool = False) -> Regulariser:
-    """S from a network and a method's settings; what a method does not use is 1.
-
-    Args:
-        head: add one, which starts as a copy of the network.
+    One with a head is the method `base` and what the head makes of its image, (A, y, d, noise_std)
+    -> image. Whoever has the first's image already need not solve for it again.
     """
-    S = Regulariser(network, settings.get("tau", 1.0), settings["sigma"],
-                    copy.deepcopy(network) if head else None)
-    return S.to(next(network.parameters()).device)
+
+    restore: Callable[[LinearOperator, Tensor, float], Result]
+    base: str = ""
+    head: Callable[[LinearOperator, Tensor, Tensor, float], Tensor] | None = None
+
+    @torch.no_grad()
+    def __call__(self, A: LinearOperator, d: Tensor, noise_std: float) -> Result:
+        y, info = self.restore(A, d, noise_std)
+        return (y if self.head is None else self.head(A, y, d, noise_std)), info
 
 
-@torch.no_grad()
-def restore(name: str, A: Blur, S: Regulariser, d: Tensor, settings: Settings,
-            max_iterations: int = 100) -> tuple[Tensor, SolveInfo | None]:
-    """Apply a method that has a network and no head, with the weights and the tau of S."""
-    if name.startswith("feedforward"):
-        return feedforward(A, S, d, settings.get("lam")), None
-    T = make_map(name, A, S, settings)
-    if name == "unrolled":
-        return deep_unrolling(T, d, int(settings["iterations"])), None
-    return solve(T, d, max_iterations=max_iterations)
-
-
-@torch.no_grad()
-def apply_head(name: str, A: Blur, S: Regulariser, y: Tensor, d: Tensor) -> Tensor:
-    """What the head of S makes of y, the image that the method before it restored from d."""
-    if name.startswith("feedforward"):
-        return feedforward_head(S, y)
-    return make_map(HEADS[name], A, S, {}).predict(y, d)
-
-
-def make_methods(names: list[str], weights: Path, device: torch.device) -> dict[str, Method]:
+def make_methods(names: list[str], weights: Path, device: torch.device) -> dict[str, Restorer]:
     """The named methods, with what a run stored in the folder `weights`.
 
-    That folder holds tuning.json, denoiser.safetensors (plug-and-play), and NAME.safetensors of
-    each trained method. At another noise level than the tuned one the weight of the prior goes
-    with the noise's variance (but see `NOISE_POWER`), and early stopping with its inverse: the
-    direction with squared singular value s^2 is recovered after about 1 / s^2 steps, and lam plays
-    the part of the smallest s^2 that is. What has no such weight, DE-PROX and DnCNN alone, stays
-    as trained.
+    That folder holds tuning.json, denoiser.safetensors (for those that are not trained), and
+    NAME.safetensors of each trained method. At another noise level than the tuned one the weight of
+    the prior follows the noise, as `Method.noise_power` says. What has no such weight, DE-PROX and
+    DnCNN alone, stays as trained.
 
     Raises:
         UserError: for an unknown name, or where a file that a method needs is missing.
     """
-    for name in names:
-        if name not in LABELS:
-            raise UserError(f"unknown method {name!r}: choose from {', '.join(LABELS)}")
+    methods = [get_method(name) for name in names]
     tuning = Tuning.load(weights / "tuning.json")
-    return {name: _make_method(name, tuning, weights, device) for name in names}
+    return {method.name: _make_method(method, tuning, weights, device) for method in methods}
 
 
-def _make_method(name: str, tuning: Tuning, weights: Path, device: torch.device) -> Method:
-    trained = HEADS.get(name, name)
-    settings = tuning.settings(trained)
-    if name == "plug-and-play":
-        S = make_regulariser(load_regulariser(weights / "denoiser.safetensors").network, settings)
-    elif trained in TRAINED:
-        S = load_regulariser(weights / f"{trained}.safetensors")
-    else:
-        S = None
-    if name in HEADS and S.head is None:
-        raise UserError(f"the weights {weights / trained}.safetensors have no head: {name} needs "
-                        "one")
+def _make_method(method: Method, tuning: Tuning, weights: Path, device: torch.device) -> Restorer:
+    own = method.behind or method
+    settings = tuning.settings(own)
 
-    def scale(noise_std: float) -> float:
-        return (noise_std / tuning.noise_std) ** NOISE_POWER.get(trained, 2.0)
+    def ratio(noise_std: float) -> float:
+        return (noise_std / tuning.noise_std) ** own.noise_power
 
-    def scaled(noise_std: float) -> Regulariser:
-        tau = S.tau.item() * scale(noise_std)
-        return Regulariser(S.network, tau, S.sigma.item(), S.head).to(device)
-
-    def method(A: Blur, d: Tensor, noise_std: float) -> tuple[Tensor, SolveInfo | None]:
-        if S is None:
-            return _classical(name, A, d, settings, scale(noise_std))
-        own = dict(settings)
-        if "lam" in own:
-            own["lam"] *= scale(noise_std)
-        return restore(trained, A, scaled(noise_std), d, own)
-
-    if name not in HEADS:
-        return Method(method)
-    return Method(method, trained, lambda A, y, d, noise_std: apply_head(
-        name, A, scaled(noise_std), y, d))
+    if own.restore:
+        return Restorer(lambda A, d, noise_std: own.restore(A, d, settings, ratio(noise_std)))
+    model = load_model(own, settings, weights).to(device)
+    if method.behind is None:
+        return Restorer(lambda A, d, noise_std: model.on(A, ratio(noise_std))(d))
+    if model.H is None:
+        raise UserError(f"the weights {weights / own.name}.safetensors have no head: "
+                        f"{method.name} needs one")
+    return Restorer(lambda A, d, noise_std: model.on(A, ratio(noise_std))(d), own.name,
+                    lambda A, y, d, noise_std: model.on(A, ratio(noise_std)).predict(y, d))
 
 
-@torch.no_grad()
-def _classical(name: str, A: Blur, d: Tensor, settings: Settings,
-               ratio: float) -> tuple[Tensor, SolveInfo | None]:
-    if name == "measurement":
-        return d, None
-    if name == "direct-inverse":
-        return direct_inverse(A, d), None
-    if name == "tikhonov":
-        return tikhonov(A, d, settings["lam"] * ratio), None
-    if name == "total-variation":
-        return total_variation(A, d, settings["weight"] * ratio)
-    steps = min(round(settings["steps"] / ratio), 100_000)
-    return tikhonov_gradient_descent(A, d, 0.0, settings["step_size"], steps), None
+def load_model(method: Method, settings: Settings, weights: Path) -> Model:
+    """A method's model with its weights in a folder; it is `on` no operator yet.
 
-
-# --- training -----------------------------------------------------------------------------------
-
-
-def make_loss(name: str, A: nn.Module, S: Regulariser, settings: Settings,
-              jfb: EquilibriumLoss) -> EquilibriumLoss | FeedforwardLoss | UnrolledLoss:
-    """The loss that trains the named method.
-
-    Args:
-        A: the blur of the training crops.
-        jfb: JFB's own loss, for what all methods have in common: the noise, the precision, the
-            solver's and the penalty's settings.
+    Raises:
+        UserError: if the folder has no such weights, or damaged ones.
     """
-    if name.startswith("feedforward"):
-        return FeedforwardLoss(A, S, jfb.noise_std, settings.get("lam"), jfb.bf16)
-    T = make_map(name, A, S, settings)
-    if name == "unrolled":
-        return UnrolledLoss(T, jfb.noise_std, int(settings["iterations"]), jfb.bf16)
-    return replace(jfb, T=T, gradient=EQUILIBRIA[name][1])
+    if not method.trainable:
+        D = load_denoiser(weights / "denoiser.safetensors")
+        return method.build(None, D.network, settings)
+    file = weights / f"{method.name}.safetensors"
+    model = load_weights(file, lambda network, head=None: method.build(None, network, settings,
+                                                                       head))
+    if not torch.as_tensor(getattr(model.T, "tau", 1.0)).isfinite():  # its logarithm may be
+        raise UserError(f"the weights {file} have a tau that is not finite: fetch them again")
+    return model
+
+
+for _found in entry_points(group="jfbnb.methods"):
+    try:
+        register(_found.load())
+    except Exception as _error:  # of somebody else's: the methods here work without it
+        warnings.warn(f"the method {_found.value} cannot be used: {_error}", stacklevel=1)

@@ -1,10 +1,17 @@
-"""The networks: DnCNN, and the learned regulariser S built from it. They know no operator."""
+"""The networks: DnCNN, and the denoiser D made of one. They know no operator.
 
+Any module called as `network(x, sigma)` will do in the place of DnCNN: it predicts the noise in x,
+given the noise level sigma. To be saved it keeps each argument of its constructor under the same
+name; to be loaded its class must be among `NETWORKS`, or be given.
+"""
+
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -12,6 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jfbnb.common import UserError, atomic_path, atomic_write
+
+Built = TypeVar("Built", bound=nn.Module)
 
 
 class DnCNN(nn.Module):
@@ -23,13 +32,13 @@ class DnCNN(nn.Module):
     every application of T, and a map that changes has no fixed point.
 
     Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W).
-    `bf16` runs the convolutions in bfloat16: faster where the hardware has it, but its rounding
-    limits how well a fixed point is known.
+    The attribute `bf16` runs the convolutions in bfloat16; see `precision`.
     """
 
-    def __init__(self, depth: int, width: int, channels: int = 3, bf16: bool = False):
+    def __init__(self, depth: int, width: int, channels: int = 3):
         super().__init__()
-        self.depth, self.width, self.channels, self.bf16 = depth, width, channels, bf16
+        self.depth, self.width, self.channels = depth, width, channels
+        self.bf16 = False
         sizes = [channels + 1] + [width] * (depth - 1) + [channels]
         layers = []
         for c_in, c_out in pairwise(sizes):
@@ -42,6 +51,9 @@ class DnCNN(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
         self.to(memory_format=torch.channels_last)  # the faster layout, on CPUs and GPUs
 
+    def extra_repr(self) -> str:
+        return f"{self.depth} x {self.width}"
+
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
         told = torch.cat([x, level.expand(len(x), 1, *x.shape[2:])], dim=1)
@@ -50,53 +62,34 @@ class DnCNN(nn.Module):
         return noise.to(x.dtype).contiguous()
 
 
-class Regulariser(nn.Module):
-    """S_Theta of Eq. 4, the network in the place of lambda grad R; it holds all of Theta.
+NETWORKS: list[type[nn.Module]] = [DnCNN]  # the classes that a weights file may name
 
-    `S(x) = tau (x - D(x)) = tau R(x; sigma)` with R a residual network and D(x) = x - R(x; sigma)
-    its denoiser. tau > 0 weighs the denoiser against the data; it is learned, as its logarithm.
-    sigma, the noise level that the denoiser is told, is fixed.
 
-    `head`, another residual network, makes the paper's prediction equation a network too. It acts
-    on the solution alone, so the iteration and its contraction know nothing of it.
+class Denoiser(nn.Module):
+    """D(x) = x - R(x; sigma), with R a residual network that is told the noise level sigma.
+
+    Shapes: (B, C, H, W) -> (B, C, H, W). sigma is fixed, on images in [0, 1].
+
+    Raises:
+        UserError: where the network's output has another shape than its input.
     """
 
-    def __init__(self, network: nn.Module, tau: float, sigma: float,
-                 head: nn.Module | None = None):
+    def __init__(self, network: nn.Module, sigma: float | Tensor):
         super().__init__()
         self.network = network
-        self.head = head
-        self.log_tau = nn.Parameter(torch.tensor(float(tau)).log())
-        self.register_buffer("sigma", torch.tensor(float(sigma)))
+        level = torch.as_tensor(sigma, dtype=torch.get_default_dtype())
+        self.register_buffer("sigma", level.clone())
 
-    @property
-    def tau(self) -> Tensor:
-        return self.log_tau.exp()
-
-    def denoise(self, x: Tensor) -> Tensor:
-        """D(x) = x - R(x; sigma)."""
-        return x - self.network(x, self.sigma)
-
-    def predict(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        """H(x) = x - head(x; sigma), with sigma the noise level that it is told."""
-        return x - self.head(x, sigma)
+    def residual(self, x: Tensor) -> Tensor:
+        """R(x; sigma), the noise in x."""
+        noise = self.network(x, self.sigma)
+        if noise.shape != x.shape:
+            raise UserError(f"{type(self.network).__name__} makes {tuple(noise.shape)} of images "
+                            f"{tuple(x.shape)}: a denoiser keeps the shape")
+        return noise
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.tau * self.network(x, self.sigma)
-
-
-@contextmanager
-def precision(S: Regulariser, bf16: bool) -> Iterator[None]:
-    """Within it the DnCNNs of S run their convolutions in bfloat16, or do not."""
-    networks = [network for network in S.modules() if isinstance(network, DnCNN)]
-    before = [network.bf16 for network in networks]
-    for network in networks:
-        network.bf16 = bf16
-    try:
-        yield
-    finally:
-        for network, was in zip(networks, before, strict=True):
-            network.bf16 = was
+        return x - self.residual(x)
 
 
 def matched_sigma(noise_std: float, tau: float) -> float:
@@ -108,61 +101,154 @@ def matched_sigma(noise_std: float, tau: float) -> float:
     return noise_std / tau**0.5
 
 
+# --- bfloat16 -----------------------------------------------------------------------------------
+
+
+@contextmanager
+def precision(module: nn.Module, bf16: bool) -> Iterator[Callable[[bool], None]]:
+    """Within it the networks in a module that have an attribute `bf16` have that value of it.
+
+    Yields what sets another value, until the block ends.
+    """
+    networks = [network for network in module.modules() if hasattr(network, "bf16")]
+    before = [network.bf16 for network in networks]
+
+    def put(value: bool) -> None:
+        for network in networks:
+            network.bf16 = value
+
+    put(bf16)
+    try:
+        yield put
+    finally:
+        for network, was in zip(networks, before, strict=True):
+            network.bf16 = was
+
+
+def pick_bf16(choice: str, device: torch.device) -> bool:
+    """Whether to train in bfloat16. "auto" says yes where the processor computes in it.
+
+    Elsewhere it is emulated, and 10 to 20 times slower than float32.
+
+    Raises:
+        UserError: for another word than auto, always or never.
+    """
+    if choice not in ("auto", "always", "never"):
+        raise UserError(f"bf16={choice!r}: choose auto, always or never")
+    if choice != "auto":
+        return choice == "always"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
 # --- weights: safetensors beside a JSON model card ----------------------------------------------
 
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
+LARGEST = 4096  # of the numbers that a weights file gives a constructor
 
-def save_regulariser(path: str | Path, S: Regulariser, card: dict) -> None:
-    """Write S to `path` (.safetensors) and its model card beside it (.json).
+
+def save_weights(path: str | Path, module: nn.Module, card: dict) -> None:
+    """Write a module's weights to `path` (.safetensors) and its model card beside it (.json).
+
+    The networks of the denoisers in it are described by their class and constructor arguments.
 
     Args:
         card: what the reader should know: protocol, training data, metrics, command, versions.
+
+    Raises:
+        UserError: where a network does not keep its constructor's arguments.
     """
     path = Path(path)
-    architecture = {"depth": S.network.depth, "width": S.network.width,
-                    "channels": S.network.channels, "head": S.head is not None}
-    tensors = {name: value.detach().cpu().contiguous() for name, value in S.state_dict().items()}
+    networks = [describe(D.network) for D in module.modules() if isinstance(D, Denoiser)]
+    tensors = {name: value.detach().cpu().contiguous()
+               for name, value in module.state_dict().items()}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"architecture": json.dumps(architecture)})
-    n_weights = sum(value.numel() for value in tensors.values())
-    card = {"architecture": architecture, "weights": n_weights, "tau": S.tau.item(),
-            "sigma": S.sigma.item(), **card}
+        save_file(tensors, temporary, metadata={"networks": json.dumps(networks)})
+    card = {"networks": networks, "weights": sum(v.numel() for v in tensors.values()),
+            "numbers": {name: v.item() for name, v in tensors.items() if v.dim() == 0}, **card}
     atomic_write(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
 
 
-def load_regulariser(path: str | Path) -> Regulariser:
-    """Read what `save_regulariser` wrote. Loading runs no code of the file's.
+def describe(network: nn.Module) -> dict:
+    """A network's class and constructor arguments, as they are stored. See `save_weights`."""
+    kind = type(network)
+    names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    missing = [name for name in names if not hasattr(network, name)]
+    if missing:
+        raise UserError(f"{kind.__name__} does not keep {', '.join(missing)} of its constructor: "
+                        "set self.NAME = NAME for each, so that it can be saved and built again")
+    return {"class": _full_name(kind), "arguments": {name: getattr(network, name)
+                                                     for name in names}}
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def load_weights(path: str | Path, build: Callable[..., Built],
+                 networks: Sequence[type[nn.Module]] = ()) -> Built:
+    """The module that `save_weights` stored. Nothing that the file names is imported.
 
     Its own list of its tensors is looked at before any of them is read.
 
+    Args:
+        build: called with the file's networks, untrained, in order; returns the module.
+        networks: classes that the file may name, besides `NETWORKS`.
+
     Raises:
-        UserError: if there is no such file, or it is truncated, or it holds something else.
+        UserError: if there is no such file, if it is damaged or holds something else, or for a
+            network of another class.
     """
     path = Path(path)
+
+    def whole(descriptions: list[dict]) -> Built:
+        try:
+            return build(*(_untrained(d, [*networks, *NETWORKS]) for d in descriptions))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise UserError(f"the weights {path} are of something else ({error})") from error
+
+    with _opened(path) as stored:
+        descriptions = json.loads((stored.metadata() or {}).get("networks", "null"))
+        if not (isinstance(descriptions, list) and all(map(_is_description, descriptions))):
+            raise UserError(f"the weights {path} do not say of which networks they are: those of "
+                            "an earlier release must be fetched again")
+        with torch.device("meta"):  # hardly any memory, whatever size is claimed
+            wanted = shapes(whole(descriptions))
+        if tensor_list(stored) != wanted:
+            raise UserError(f"the weights {path} do not fit the networks that they name: "
+                            f"{descriptions}")
+    module = whole(descriptions)
+    fill(path, module)
+    return module
+
+
+def fill(path: Path, module: nn.Module) -> None:
+    """Load a file's tensors into a module, in place.
+
+    Raises:
+        UserError: if they are not the module's own, or not all finite.
+    """
+    with _opened(path) as stored:
+        if tensor_list(stored) != shapes(module):
+            raise UserError(f"the weights {path} are not those of {type(module).__name__}")
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
+    module.load_state_dict(tensors, strict=False)  # an operator in it has buffers, but no weights
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
     if not path.is_file():
         raise UserError(f"no weights at {path}: train them first (notebooks 03 and 04, or "
                         "`jfbnb reproduce`), or give the folder that has them")
     try:
         with safe_open(path, "pt") as stored:
-            architecture = json.loads((stored.metadata() or {}).get("architecture", "null"))
-            if not _is_architecture(architecture):
-                raise UserError(f"the weights {path} are of another architecture than a DnCNN "
-                                "regulariser")
-            # Hardly more memory than the file is long, whatever depth and width it claims.
-            if 36 * architecture["width"]**2 * (architecture["depth"] - 2) > path.stat().st_size:
-                raise UserError(f"the weights {path} are too few for their own architecture "
-                                f"{architecture}")
-            S = _untrained(**architecture)
-            wanted = {k: ("F32", list(v.shape)) for k, v in S.state_dict().items()}
-            if tensor_list(stored) != wanted:
-                raise UserError(f"the weights {path} do not fit their own architecture "
-                                f"{architecture}")
-            tensors = {name: stored.get_tensor(name) for name in wanted}
+            yield stored
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
-    S.load_state_dict(tensors)
-    if not all(value.isfinite().all() for value in (*tensors.values(), S.tau)):
-        raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
-    return S
 
 
 def tensor_list(stored: safe_open) -> dict[str, tuple[str, list[int]]]:
@@ -171,14 +257,30 @@ def tensor_list(stored: safe_open) -> dict[str, tuple[str, list[int]]]:
     return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
 
 
-def _is_architecture(found: object) -> bool:
-    """True for what `save_regulariser` may have stored; images have three channels."""
-    return (isinstance(found, dict) and set(found) == {"depth", "width", "channels", "head"}
-            and all(type(found[name]) is int for name in ("depth", "width", "channels"))
-            and 2 <= found["depth"] <= 64 and 1 <= found["width"] <= 1024
-            and found["channels"] == 3 and type(found["head"]) is bool)
+def shapes(module: nn.Module) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor of a module, as `tensor_list` has them."""
+    return {name: (DTYPES.get(v.dtype, str(v.dtype)), list(v.shape))
+            for name, v in module.state_dict().items()}
 
 
-def _untrained(depth: int, width: int, channels: int, head: bool) -> Regulariser:
-    return Regulariser(DnCNN(depth, width, channels), tau=1.0, sigma=0.0,
-                       head=DnCNN(depth, width, channels) if head else None)
+def _is_description(found: object) -> bool:
+    """True for what `describe` may have stored, with numbers of a bearable size."""
+    return (isinstance(found, dict) and set(found) == {"class", "arguments"}
+            and isinstance(found["class"], str) and isinstance(found["arguments"], dict)
+            and all(isinstance(v, str | bool | None)
+                    or (isinstance(v, int | float) and abs(v) <= LARGEST)
+                    for v in found["arguments"].values()))
+
+
+def _untrained(description: dict, known: list[type[nn.Module]]) -> nn.Module:
+    kind = next((k for k in known if _full_name(k) == description["class"]), None)
+    if kind is None:
+        raise UserError(f"weights of a network of the class {description['class']}, which is none "
+                        f"of {', '.join(map(_full_name, known))}: import it yourself and give it "
+                        "by `networks`, or add it to jfbnb.networks.NETWORKS")
+    return kind(**description["arguments"])
+
+
+def load_denoiser(path: str | Path, networks: Sequence[type[nn.Module]] = ()) -> Denoiser:
+    """Read a denoiser; arguments and errors as in `load_weights`."""
+    return load_weights(path, lambda network: Denoiser(network, 0.0), networks)

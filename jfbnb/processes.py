@@ -77,14 +77,13 @@ class _SharedLoss(nn.Module):
     def __init__(self, module: nn.Module, batch_loss: Any):
         super().__init__()
         self.module, self.batch_loss = module, batch_loss
-        self.share = slice(rank(), None, world_size())
 
-    def forward(self, x: torch.Tensor, keys: tuple[int, ...]) -> Any:
-        return self.batch_loss(x, keys, self.share)
+    def forward(self, *arguments: Any) -> Any:
+        return self.batch_loss(*arguments)
 
 
 def share_out(module: nn.Module, batch_loss: Any) -> Any:
-    """`batch_loss` of a training, each process taking every `world_size()`-th image of a batch.
+    """`batch_loss` of a training whose processes have a `share` of each batch.
 
     All start from rank 0's weights. The backward pass averages the gradients in the parameters of
     `module` over the processes. Each of them must enter the loss.
@@ -94,13 +93,13 @@ def share_out(module: nn.Module, batch_loss: Any) -> Any:
     return DistributedDataParallel(_SharedLoss(module, batch_loss))
 
 
-def add_up(figures: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Each figure's sum over the processes."""
+def add_up(values: list[float], device: torch.device) -> list[float]:
+    """Each number's sum over the processes."""
     if world_size() == 1:
-        return figures
-    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(values)
-    return dict(zip(figures, values.tolist(), strict=True))
+        return values
+    together = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(together)
+    return together.tolist()
 
 
 @contextmanager
@@ -113,18 +112,19 @@ def rank_0_first() -> Iterator[None]:
         dist.barrier()
 
 
-# --- evaluation ---------------------------------------------------------------------------------
+# --- who has which images -----------------------------------------------------------------------
+
+
+def share(n: int) -> slice:
+    """This process's part of n images, a block of about n / world_size(), perhaps none."""
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
 
 
 def block(n: int) -> slice:
-    """This process's part of n images, a block of about n / world_size().
-
-    Raises:
-        UserError: if there are fewer images than processes.
-    """
+    """The same of images to evaluate. Raises UserError where a process would have none."""
     if n < world_size():
         raise UserError(f"{n} images for {world_size()} processes: start at most {n}")
-    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+    return share(n)
 
 
 def gather(value: Any) -> list[Any]:

@@ -1,16 +1,20 @@
 """Denoiser pretraining and end-to-end training (Algorithm 1), with resumable checkpoints.
 
-Every random draw depends on (seed, epoch, step) alone, so a training that was stopped and resumed
-gives the same weights, bit for bit on one machine, as one that was not.
+Every random draw depends on (seed, epoch, step, place in the batch) alone, so a training that was
+stopped and resumed gives the same weights, bit for bit on one machine, as one that was not.
 """
 
+import functools
 import hashlib
+import inspect
 import json
 import math
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +23,17 @@ from jfbnb import processes
 from jfbnb.checkpoints import resume, save_checkpoint
 from jfbnb.common import UserError, seeded_generator
 from jfbnb.datasets import random_crops
-from jfbnb.explicit import deep_unrolling, feedforward, feedforward_head
-from jfbnb.fixed_point import SolveInfo, anderson
-from jfbnb.gradients import implicit, jfb, neumann
-from jfbnb.maps import ImplicitMap
-from jfbnb.networks import Regulariser, load_regulariser, precision
-from jfbnb.operators import measure
+from jfbnb.fixed_point import SolveInfo, solve
+from jfbnb.gradients import implicit, jfb
+from jfbnb.models import Model, Unrolled
+from jfbnb.networks import Denoiser, fill, precision
+from jfbnb.operators import LinearOperator, measure
 
-# The modules that a training depends on: when one changes, old checkpoints are not taken up.
-CODE = ("common", "datasets", "operators", "networks", "maps", "fixed_point", "gradients",
-        "baselines", "explicit", "processes", "training")
-
-# Loss of a batch of crops x, given the keys that seed its draws: (loss, figures to average).
-# Where several processes train together, a third argument is the share of the batch to compute.
-BatchLoss = Callable[..., tuple[Tensor, dict[str, float]]]
-WHOLE = slice(None)
+# The loss of each of some crops x, (b,), and figures of each, given the keys that seed the draws
+# and the crops' places in their batch: whoever shares a batch out gets the same draws.
+BatchLoss = Callable[[Tensor, tuple[int, ...], Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
+COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allowed
+WATCHED = 4  # of so many crops one is watched by the penalty
 
 
 @dataclass(frozen=True)
@@ -52,116 +52,194 @@ class TrainingConfig:
     unconverged_limit: float = 0.5
 
 
+@dataclass(frozen=True)
+class LossSettings:
+    """What the losses of all methods have in common.
+
+    Args:
+        noise_std: of the measurements, on images in [0, 1].
+        tolerance, max_iterations: of the solve for x*, by Anderson without gradient, and of the
+            adjoint equation's.
+        power_iterations: of the contraction estimate, on every fourth crop.
+        contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`; a penalty of 0
+            leaves the estimate out.
+        bf16: for the first evaluations of a solve and for the gradient. The rest is in float32: a
+            solve in bfloat16 stalls at a residual of about 3e-3, and the contraction estimate's
+            differences would drown in the rounding.
+    """
+
+    noise_std: float
+    tolerance: float = 1e-3
+    max_iterations: int = 12
+    power_iterations: int = 4
+    contraction: float = 0.9
+    penalty: float = 0.1
+    bf16: bool = False
+
+
 # --- losses -------------------------------------------------------------------------------------
 # `evaluations` is what a loss costs at most: evaluations of the network per image and step. One
 # forward counts as one, and so does each of the two halves of a backward pass, the gradient in
 # the input and the gradient in the weights.
-# Where S has a head, its error is added: both images are to be good.
-# `bf16` runs the convolutions in bfloat16, at half the cost where the hardware has it.
-# Loss and figures are means over the batch x. Of another `share` than the whole batch, x[share],
-# they are its part of these means: over the shares of a batch the parts add up.
 
 
 @dataclass(frozen=True)
 class DenoiserLoss:
     """|D(x + sigma n; sigma) - x|^2, with sigma uniform in [0, noise_max] for each image."""
 
-    S: Regulariser
+    D: Denoiser
     noise_max: float
+    bf16: bool = False
 
     def __call__(self, x: Tensor, keys: tuple[int, ...],
-                 share: slice = WHOLE) -> tuple[Tensor, dict[str, float]]:
-        generator = seeded_generator(*keys)
-        batch = len(x)
-        sigma = (self.noise_max * torch.rand(batch, 1, 1, 1, generator=generator)).to(x)
-        noisy = x + sigma * torch.randn(x.shape, generator=generator).to(x)
-        x, noisy, sigma = x[share], noisy[share], sigma[share]
-        return _part((noisy - self.S.network(noisy, sigma) - x).square(), batch), {}
+                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        sigma, noise = torch.empty(len(x), 1, 1, 1), torch.empty(x.shape)
+        for row, index in enumerate(indices):
+            generator = seeded_generator(*keys, index)
+            sigma[row] = self.noise_max * torch.rand(1, generator=generator)
+            noise[row] = torch.randn(x.shape[1:], generator=generator)
+        sigma = sigma.to(x)
+        noisy = x + sigma * noise.to(x)
+        with precision(self.D, self.bf16):
+            denoised = noisy - self.D.network(noisy, sigma)
+        return _mean_square(denoised - x), {}
 
 
 @dataclass(frozen=True)
-class FeedforwardLoss:
-    """|y - x|^2 with y = D(d), or with `lam` y = D(Tikhonov(d)); A must fit the crops."""
+class ExplicitLoss:
+    """|y - x|^2 with y the image of a model with a fixed number of layers, all tracked."""
 
-    A: nn.Module
-    S: Regulariser
-    noise_std: float
-    lam: float | None
-    bf16: bool = False
+    model: Unrolled
+    settings: LossSettings
 
     @property
     def evaluations(self) -> float:
-        return 3.0 + _head_evaluations(self.S)
+        return 3.0 * self.model.iterations + _head_evaluations(self.model)
 
     def __call__(self, x: Tensor, keys: tuple[int, ...],
-                 share: slice = WHOLE) -> tuple[Tensor, dict[str, float]]:
-        d = draw_measurement(self.A, x, self.noise_std, keys, share)
-        with precision(self.S, self.bf16):
-            y = feedforward(self.A, self.S, d, self.lam)
-            head = None if self.S.head is None else feedforward_head(self.S, y)
-            return _errors(x[share], y, head, len(x))
+                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        d = draw_measurement(self.model.T.A, x, self.settings.noise_std, keys, indices)
+        return _errors(self.model, self.settings, x, self.restored(d)[0], d)
+
+    def restored(self, d: Tensor) -> tuple[Tensor, None]:
+        """The image that the loss sees, tracked."""
+        with precision(self.model, self.settings.bf16):
+            return self.model(d)
 
 
 @dataclass(frozen=True)
-class UnrolledLoss:
-    """|T^K(d) - x|^2, differentiated through all K = `iterations` applications."""
+class EquilibriumLoss:
+    """Algorithm 1's loss |N(d) - x|^2 at the fixed point, and a penalty that keeps T stable.
 
-    T: ImplicitMap
-    noise_std: float
-    iterations: int
-    bf16: bool = False
+    Args:
+        model: with the map T(x; d); its A must fit the crops.
+        gradient: (T, x*) -> T(x*), tracked, as in `jfbnb.gradients`.
+    """
+
+    model: Model
+    settings: LossSettings
+    gradient: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = jfb
+
+    products = 0  # with the Jacobian, at most, that the gradient takes
 
     @property
     def evaluations(self) -> float:
-        return 3.0 * self.iterations
+        s = self.settings
+        watch = (s.power_iterations + 6) / WATCHED if s.penalty > 0 else 0.0
+        return s.max_iterations + 3 + self.products + watch + _head_evaluations(self.model)
 
     def __call__(self, x: Tensor, keys: tuple[int, ...],
-                 share: slice = WHOLE) -> tuple[Tensor, dict[str, float]]:
-        d = draw_measurement(self.T.A, x, self.noise_std, keys, share)
-        with precision(self.T.S, self.bf16):
-            return _errors(x[share], deep_unrolling(self.T, d, self.iterations), None, len(x))
+                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        s, T = self.settings, self.model.T
+        d = draw_measurement(T.A, x, s.noise_std, keys, indices)
+        y, x_star, figures = self.restored(d)
+        loss, errors = _errors(self.model, s, x, y, d)
+        figures.update(errors)  # in place: the backward pass may add to it
+        if s.penalty > 0:
+            watched = [row for row, index in enumerate(indices) if index % WATCHED == 0]
+            factor = contraction_estimate(lambda z: T(z, d[watched]), x_star[watched],
+                                          s.power_iterations)
+            excess = torch.zeros_like(loss)
+            excess[watched] = WATCHED * (factor - s.contraction).clamp_min(0).square()
+            loss = loss + s.penalty * excess
+            figures["contraction"] = factor.detach()
+        return loss, figures
+
+    def restored(self, d: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The image that the loss sees, tracked; x*; and figures of its solve."""
+        s, T = self.settings, self.model.T
+        with precision(self.model, s.bf16) as put:
+            x_star, info = solve(T, d, s.tolerance, s.max_iterations,
+                                 callback=lambda k, _: put(s.bf16 and k < COARSE))
+            figures = {"iterations": info.iterations, "residual": info.residual,
+                       "converged": info.converged}
+            put(s.bf16)
+            Tx = self.track(lambda z: T(z, d), x_star, figures)
+        if s.bf16:  # the image is as exact as its solve, whatever the gradient
+            Tx = x_star + (Tx - Tx.detach())
+        return T.image(Tx), x_star, figures
+
+    def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
+              figures: dict[str, Tensor]) -> Tensor:
+        """T(x*), whose backward pass is the gradient's."""
+        return self.gradient(T, x_star)
 
 
-def _part(values: Tensor, batch: int) -> Tensor:
-    """What the values of some images, (b, ...), add to the mean over a batch of `batch` images."""
-    return values.sum() / (batch * math.prod(values.shape[1:]))
+@dataclass(frozen=True)
+class ImplicitLoss(EquilibriumLoss):
+    """The same by the exact gradient, Eq. 5, whose equation is solved as far as that of x*."""
+
+    @property
+    def products(self) -> int:
+        return 1 + self.settings.max_iterations
+
+    def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
+              figures: dict[str, Tensor]) -> Tensor:
+        def report(adjoint: SolveInfo) -> None:  # called in the backward pass
+            figures["adjoint_residual"] = adjoint.residual
+
+        return implicit(T, x_star, self.settings.tolerance, self.settings.max_iterations, report)
 
 
-def _errors(x: Tensor, y: Tensor, predicted: Tensor | None,
-            batch: int) -> tuple[Tensor, dict[str, float]]:
-    """The mean squared error of an image y, plus that of its head's prediction; and the two."""
-    loss = _part((y - x).square(), batch)
-    figures = {"mse": loss.item()}
-    if predicted is not None:
-        head = _part((predicted - x).square(), batch)
-        figures["head_mse"] = head.item()
+def _mean_square(error: Tensor) -> Tensor:
+    """Of each image, (b,)."""
+    return error.square().flatten(1).mean(dim=1)
+
+
+def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
+            d: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The error of an image y, plus that of its head's: both are to be good; and the two."""
+    loss = _mean_square(y - x)
+    figures = {"mse": loss.detach()}
+    if model.H is not None:
+        with precision(model, settings.bf16):
+            head = _mean_square(model.predict(y, d) - x)
+        figures["head_mse"] = head.detach()
         loss = loss + head
     return loss, figures
 
 
-def _head_evaluations(S: Regulariser) -> float:
-    return 0.0 if S.head is None else 3.0
+def _head_evaluations(model: Model) -> float:
+    return 0.0 if model.H is None else 3.0
 
 
-def draw_measurement(A: nn.Module, x: Tensor, noise_std: float, keys: tuple[int, ...],
-                     share: slice = WHOLE) -> Tensor:
-    """A measurement of each crop in x[share]; its noise depends on keys and place in x alone."""
-    seed = seeded_generator(*keys).initial_seed() >> 1
-    return measure(A, x[share], noise_std, seed, list(range(len(x)))[share])
+def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float, keys: tuple[int, ...],
+                     indices: Sequence[int]) -> Tensor:
+    """A measurement of each crop; its noise depends on the keys and its index alone."""
+    return measure(A, x, noise_std, seeded_generator(*keys).initial_seed() >> 1, indices)
 
 
-def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, Tx: Tensor,
+def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor,
                          power_iterations: int) -> Tensor:
     """How much T stretches the direction that dies slowest at x*, one factor per image (B,).
 
     The solve is itself a power iteration, so what is left of its residual, T(x*) - x*, already
     points along the slowest direction; a random one would miss modes that live in a few pixels.
-    `power_iterations` more sharpen it. Finite differences of 1% of |x*|.
-
-    Args:
-        Tx: T(x_star), tracked: the factor is differentiable in Theta.
+    `power_iterations` more sharpen it. Finite differences of 1% of |x*|. The factor is
+    differentiable in Theta.
     """
     size = 0.01 * _norm(x_star)
+    Tx = T(x_star)
 
     def scaled(v: Tensor) -> Tensor:
         return v * (size / _norm(v).clamp_min(1e-12))
@@ -175,92 +253,6 @@ def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, Tx: Tens
 
 def _norm(x: Tensor) -> Tensor:
     return x.flatten(1).norm(dim=1).view(-1, *(1,) * (x.dim() - 1))
-
-
-@dataclass(frozen=True)
-class EquilibriumLoss:
-    """Algorithm 1's loss |N(d) - x|^2 at the fixed point, and a penalty that keeps T contracting.
-
-    Args:
-        T: the map T(x; d); its A must fit the crops.
-        noise_std: of the measurements, on images in [0, 1].
-        tolerance, max_iterations: of the solve for x*, by Anderson without gradient, and of the
-            adjoint equation's.
-        power_iterations: of the contraction estimate, on the first quarter of the batch.
-        contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`; a penalty of 0
-            leaves the estimate out.
-        gradient: "jfb", "neumann" or "implicit".
-        terms: of the Neumann series.
-        bf16: for all but the contraction estimate, whose differences would drown in the rounding.
-            The solve then stalls at a residual of about 3e-3.
-
-    Raises:
-        ValueError: for another gradient.
-    """
-
-    T: ImplicitMap
-    noise_std: float
-    tolerance: float
-    max_iterations: int
-    power_iterations: int
-    contraction: float
-    penalty: float
-    gradient: str = "jfb"
-    terms: int = 5
-    bf16: bool = False
-
-    def __post_init__(self) -> None:
-        if self.gradient not in ("jfb", "neumann", "implicit"):
-            raise ValueError(f"gradient is {self.gradient!r}, not jfb, neumann or implicit")
-
-    @property
-    def evaluations(self) -> float:
-        extra = {"jfb": 0, "neumann": self.terms, "implicit": 1 + self.max_iterations}
-        watch = 0.25 * (self.power_iterations + 6) if self.penalty > 0 else 0.0
-        return (self.max_iterations + 3 + extra[self.gradient] + watch
-                + _head_evaluations(self.T.S))
-
-    def __call__(self, x: Tensor, keys: tuple[int, ...],
-                 share: slice = WHOLE) -> tuple[Tensor, dict[str, float]]:
-        T, batch = self.T, len(x)
-        d = draw_measurement(T.A, x, self.noise_std, keys, share)
-        x = x[share]
-        with precision(T.S, self.bf16):
-            x_star, info = anderson(lambda z: T(z, d), T.start(d), self.tolerance,
-                                    self.max_iterations)
-            figures = _solve_figures(info, batch)
-            Tx = self._track(lambda z: T(z, d), x_star, figures, batch)
-            head = None if T.S.head is None else T.predict(Tx, d)
-            loss, errors = _errors(x, T.image(Tx), head, batch)
-        figures.update(errors)
-        if self.penalty > 0:
-            quarter = (batch + 3) // 4
-            part = slice(0, len(range(quarter)[share]))  # those of it that are in this share
-            factor = contraction_estimate(lambda z: T(z, d[part]), x_star[part],
-                                          T(x_star[part], d[part]), self.power_iterations)
-            figures["contraction"] = _part(factor, quarter).item()
-            excess = (factor - self.contraction).clamp_min(0).square()
-            loss = loss + self.penalty * _part(excess, quarter)
-        return loss, figures
-
-    def _track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
-               figures: dict[str, float], batch: int) -> Tensor:
-        """T(x*), whose backward pass is the chosen gradient's."""
-        if self.gradient == "jfb":
-            return jfb(T, x_star)
-        if self.gradient == "neumann":
-            return neumann(T, x_star, self.terms)
-
-        def report(adjoint: SolveInfo) -> None:  # called in the backward pass
-            figures["adjoint_residual"] = _part(adjoint.residual, batch).item()
-
-        return implicit(T, x_star, self.tolerance, self.max_iterations, report)
-
-
-def _solve_figures(info: SolveInfo, batch: int) -> dict[str, float]:
-    return {"iterations": _part(info.iterations.float(), batch).item(),
-            "residual": _part(info.residual, batch).item(),
-            "converged": _part(info.converged.float(), batch).item()}
 
 
 # --- the loop -----------------------------------------------------------------------------------
@@ -340,60 +332,168 @@ def _nothing(line: str) -> None:
 
 def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dict[str, float]]:
     """Load a finished training's weights into the module, in place; return its history."""
-    S = load_regulariser(finished)
     try:
-        card = json.loads(finished.with_suffix(".json").read_text())
+        card = json.loads(finished.with_suffix(".json").read_text(encoding="utf-8"))
         history, trained = card["history"], card["training"]
-        module.load_state_dict(S.state_dict())
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{finished} and its model card do not hold this training ({error}): "
-                        "leave the parameter `weights` empty to train") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{finished} has no model card with this training ({error}): leave the "
+                        "parameter `weights` empty to train") from error
     if trained != asdict(config):
         raise UserError(f"{finished} was trained with {trained}, not with {asdict(config)}: leave "
                         "the parameter `weights` empty to train")
+    fill(finished, module)
     return history
 
 
 def _train_epoch(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
                  device: torch.device, optimizer: torch.optim.Optimizer, epoch: int,
                  last_good: str) -> dict[str, float]:
-    """One crop of each image; the means of the loss and of what it reports."""
+    """One crop of each image; the means of the loss and of what it reports.
+
+    Each process has its share of every batch. The backward pass averages over the processes, so a
+    share's sum is multiplied by their number.
+    """
     order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
     batches = order.split(config.batch_size)
-    totals: dict[str, float] = {}
-    done = 0
+    means = _Means(device)
     for step, batch in enumerate(batches):
         progress = ((epoch - 1) * len(batches) + step) / (config.epochs * len(batches))
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
-        x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0).to(device)
-        loss, figures = batch_loss(x, (config.seed, epoch, step, 1))
-        if not loss.isfinite():
-            raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}, images "
-                            f"{batch.tolist()}: lower the learning rate{last_good}")
+        share = processes.share(len(batch))
+        x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0)[share].to(device)
+        losses, figures = batch_loss(x, (config.seed, epoch, step, 1), range(len(batch))[share])
         optimizer.zero_grad()
-        (loss * processes.world_size()).backward()  # averaged over the processes, it is the sum
+        (losses.sum() * (processes.world_size() / len(batch))).backward()
+        latest = means.add({"loss": losses.detach(), **figures})
+        if not math.isfinite(latest["loss"]):
+            raise UserError(f"the loss is {latest['loss']} at epoch {epoch}, step {step}, images "
+                            f"{batch.tolist()}: lower the learning rate{last_good}")
         optimizer.step()
-        done += len(batch)
-        for name, value in processes.add_up({"loss": loss.item(), **figures}, device).items():
-            totals[name] = totals.get(name, 0.0) + value * len(batch)
-        unconverged = 1 - totals.get("converged", done) / done
+        unconverged = 1 - means.of("converged", 1.0)
         if unconverged > config.unconverged_limit and (step >= 20 or step == len(batches) - 1):
             raise UserError(
                 f"{unconverged:.0%} of the solves up to epoch {epoch}, step {step} did not "
-                f"converge (mean residual {totals['residual'] / done:.1e}): the map does not "
+                f"converge (mean residual {means.of('residual', 0.0):.1e}): the map does not "
                 "contract; lower the learning rate, raise penalty or max_iterations, or raise "
                 f"unconverged_limit to go on{last_good}")
-    return {name: total / done for name, total in totals.items()}
+    return {name: means.of(name, 0.0) for name in means.totals}
+
+
+class _Means:
+    """Means of figures over the images, processes and steps so far."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.totals: dict[str, tuple[float, float]] = {}
+
+    def add(self, values: dict[str, Tensor]) -> dict[str, float]:
+        """Take some images' values in; return their own means."""
+        sums = processes.add_up([part for v in values.values()
+                                 for part in (v.double().sum().item(), float(len(v)))], self.device)
+        latest = dict(zip(values, zip(sums[::2], sums[1::2], strict=True), strict=True))
+        for name, (total, count) in latest.items():
+            before = self.totals.get(name, (0.0, 0.0))
+            self.totals[name] = before[0] + total, before[1] + count
+        return {name: total / max(count, 1.0) for name, (total, count) in latest.items()}
+
+    def of(self, name: str, missing: float) -> float:
+        total, count = self.totals.get(name, (missing, 1.0))
+        return total / max(count, 1.0)
+
+
+# --- what a training depends on -----------------------------------------------------------------
 
 
 def _training_key(module: nn.Module, batch_loss: BatchLoss, images: Tensor,
                   config: TrainingConfig) -> str:
-    """A name that changes with the settings, the code, the starting weights and the data."""
-    digest = hashlib.sha256(f"{config} {batch_loss}".encode())
-    for file in CODE:
-        digest.update((Path(__file__).parent / f"{file}.py").read_bytes())
-    for name, value in module.state_dict().items():
-        digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
+    """A name that changes with the settings, the code, the starting weights and the data.
+
+    The code is this module's and what it uses, and the source of every class and function in the
+    loss, whoever wrote it. The weights are all parameters and buffers, an operator's too.
+    """
+    used: list[Any] = [sys.modules[__name__]]
+    description = f"{config} {_described(batch_loss, used)}"
+    digest = hashlib.sha256(description.encode())
+    for text in sorted(_sources(used)):
+        digest.update(text.encode())
+    for part in (module, *(m for m in used if isinstance(m, nn.Module))):
+        for name, value in (*part.named_parameters(), *part.named_buffers()):
+            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
     digest.update(images.contiguous().numpy())
     return digest.hexdigest()[:16]
+
+
+def _described(value: Any, used: list[Any]) -> str:
+    """A value in words that are the same in every process; `used` gets what its code is of."""
+    def each(values: Iterable[Any]) -> list[str]:
+        return [_described(v, used) for v in values]
+
+    if isinstance(value, Tensor):
+        raw = value.detach().cpu().flatten().contiguous().view(torch.uint8)
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw.numpy()).hexdigest()}"
+    if isinstance(value, functools.partial):
+        return str(each((value.func, value.args, value.keywords)))
+    if isinstance(value, dict):
+        return str(each(value.items()))
+    if isinstance(value, tuple | list):
+        return str(each(value))
+    if isinstance(value, set | frozenset):
+        return str(sorted(each(value)))
+    if not (callable(value) or hasattr(value, "__dict__")):
+        return repr(value)
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    if any(value is known for known in used):  # the second time, perhaps inside itself
+        return name
+    used.append(value)
+    return f"{name} {each(_inside(value, used))}"
+
+
+def _inside(value: Any, used: list[Any]) -> list[Any]:
+    """What is in a function, by closure or default, or in an object, by its attributes."""
+    if inspect.ismodule(value) or inspect.isclass(value) or inspect.isbuiltin(value):
+        return []
+    if inspect.ismethod(value):
+        return [value.__self__, value.__func__]
+    if inspect.isfunction(value):
+        return [*(cell.cell_contents for cell in value.__closure__ or ()),
+                value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, nn.Module):  # numbers that its parts keep beside weights are in no text
+        used += [type(m) for m in value.modules()]
+        return [str(value), [(k, v) for m in value.modules() for k, v in sorted(vars(m).items())
+                             if not k.startswith("_")]]
+    used.append(type(value))
+    return sorted(getattr(value, "__dict__", {"": repr(value)}).items())
+
+
+def _sources(used: Iterable[Any]) -> set[str]:
+    """The text of each object's module, or its own in a notebook; and of what the package's use."""
+    found: dict[Any, str] = {}
+    left = list(used)
+    while left:
+        value = left.pop()
+        if not (inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value)):
+            continue  # an object, whose class is here too
+        module = value if inspect.ismodule(value) else inspect.getmodule(value)
+        name = getattr(module, "__name__", "")
+        if name.split(".")[0] in ("torch", "builtins"):
+            continue
+        key = module if getattr(module, "__file__", None) else value
+        if key in found:
+            continue
+        found[key] = _source(key)
+        if name.split(".")[0] == __package__:
+            left += [sys.modules[v.__module__] for v in vars(module).values()
+                     if str(getattr(v, "__module__", "")).split(".")[0] == __package__]
+            left += [v for v in vars(module).values() if inspect.ismodule(v)
+                     and v.__name__.split(".")[0] == __package__]
+    return set(found.values())
+
+
+def _source(value: Any) -> str:
+    try:
+        return inspect.getsource(value)
+    except (OSError, TypeError):  # typed into an interpreter; of a notebook's class, its methods
+        parts = vars(value).values() if inspect.isclass(value) else ()
+        name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
+        return name + "".join(_source(part) for part in parts if inspect.isfunction(part))

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from jfbnb.common import UserError
-from jfbnb.evaluation import psnr, ssim
+from jfbnb.metrics import psnr, ssim
 
 SCRIPT = (Path(__file__).parent / "compare.js").read_text(encoding="utf-8")
 STYLE = """

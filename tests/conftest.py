@@ -8,9 +8,19 @@ import torch
 from PIL import Image
 
 from jfbnb import datasets
-from jfbnb.methods import HEADS, TRAINED, Tuning
-from jfbnb.networks import DnCNN, Regulariser, save_regulariser
-from jfbnb.operators import Blur
+from jfbnb.maps import (
+    ADMMMap,
+    GradientMap,
+    ImplicitMap,
+    PreconditionedMap,
+    ProximalMap,
+    SplittingMap,
+)
+from jfbnb.methods import METHODS, Tuning
+from jfbnb.networks import Denoiser, DnCNN, save_weights
+from jfbnb.operators import Blur, LinearOperator
+
+MAPS = (GradientMap, PreconditionedMap, SplittingMap, ProximalMap, ADMMMap)
 
 torch.set_num_threads(1)  # the tensors here are too small to share out
 
@@ -37,13 +47,16 @@ def image_folder(tmp_path) -> Path:
 def weights(tmp_path) -> Path:
     """A folder like runs/quick, with untrained networks of two layers."""
     torch.manual_seed(0)
-    folder = tmp_path / "weights"
-    for name in ("denoiser", *TRAINED):
-        S = Regulariser(DnCNN(2, 4), 0.05, 0.04, DnCNN(2, 4) if name in HEADS.values() else None)
-        if S.head is not None:  # an untrained network is the identity
-            torch.nn.init.normal_(S.head.layers[-1].weight, std=0.01)
-        save_regulariser(folder / f"{name}.safetensors", S, {})
-    make_tuning().save(folder / "tuning.json")
+    folder, tuning = tmp_path / "weights", make_tuning()
+    save_weights(folder / "denoiser.safetensors", Denoiser(DnCNN(2, 4), 0.04), {})
+    for method in METHODS.values():
+        if method.trainable:
+            model = method.build(None, DnCNN(2, 4), tuning.settings(method),
+                                 DnCNN(2, 4) if method.head else None)
+            if method.head:  # an untrained network is the identity
+                torch.nn.init.normal_(model.H.network.layers[-1].weight, std=0.01)
+            save_weights(folder / f"{method.name}.safetensors", model, {})
+    tuning.save(folder / "tuning.json")
     return folder
 
 
@@ -53,7 +66,7 @@ def make_tuning() -> Tuning:
               "total-variation": {"weight": 1e-3}, "plug-and-play": prior,
               "feedforward": {"sigma": 0.04}, "feedforward-tikhonov": {"lam": 0.005, "sigma": 0.04},
               "unrolled": {**prior, "iterations": 3}, "de-grad": {**prior, "eta": 1.0},
-              "de-prox": {"sigma": 0.04, "eta": 1.0}, "de-admm": prior, "deq": prior, "jfb": prior}
+              "de-prox": {"sigma": 0.04, "eta": 1.0}, "de-admm": prior}
     return Tuning(noise_std=0.01, images=1, chosen=chosen, searches={})
 
 
@@ -65,12 +78,18 @@ class Contractive(DnCNN):
 
 
 @pytest.fixture
-def problem():
-    """A small regulariser in float64 that contracts, a blur and a measurement."""
+def problem() -> tuple[Blur, Denoiser, torch.Tensor]:
+    """A blur, a small denoiser in float64 that contracts, and a measurement."""
     torch.manual_seed(0)
     network = Contractive(3, 8)
     torch.nn.init.normal_(network.layers[-1].weight, std=0.01)
-    S = Regulariser(network, tau=0.3, sigma=0.05).double()
+    D = Denoiser(network, 0.05).double()
     A = Blur(16, 5, 1.0)
     d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    return A, S, d
+    return A, D, d
+
+
+def make_map(kind: type[ImplicitMap], A: LinearOperator, D: Denoiser,
+             tau: float = 0.3) -> ImplicitMap:
+    """Any of the maps, as exact as its denoiser; the proximal one has no tau."""
+    return (kind(A, D) if kind is ProximalMap else kind(A, D, tau)).to(D.sigma)

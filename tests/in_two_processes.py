@@ -12,11 +12,19 @@ from pathlib import Path
 
 import torch
 
-from jfbnb import datasets, processes, training
+from jfbnb import processes, training
 from jfbnb.maps import SplittingMap
-from jfbnb.networks import DnCNN, Regulariser
+from jfbnb.models import Equilibrium
+from jfbnb.networks import Denoiser, DnCNN
 from jfbnb.operators import Blur
-from jfbnb.training import WHOLE, BatchLoss, DenoiserLoss, EquilibriumLoss, TrainingConfig
+from jfbnb.training import (
+    BatchLoss,
+    DenoiserLoss,
+    EquilibriumLoss,
+    ImplicitLoss,
+    LossSettings,
+    TrainingConfig,
+)
 
 CPU = torch.device("cpu")
 # 9 images in batches of 4: the last batch has one, so the second process has none of it.
@@ -32,54 +40,53 @@ class InFloat64:
 
     loss: BatchLoss
 
-    def __call__(self, x, keys, share=WHOLE):
-        return self.loss(x.double(), keys, share)
+    def __call__(self, x, keys, indices):
+        return self.loss(x.double(), keys, indices)
 
 
 def make(name: str):
     torch.manual_seed(processes.rank())  # all start from rank 0's weights
-    S = Regulariser(DnCNN(3, 6), 0.1, 0.03, None if name == "denoiser" else DnCNN(3, 6))
-    for network in filter(None, (S.network, S.head)):
-        torch.nn.init.normal_(network.layers[-1].weight, std=0.05)
-    T = SplittingMap(Blur(12, 5, 2.0), S)
-    if name == "jfb in float32":
-        return S, equilibrium_loss(T, "jfb")
-    S.double()
+    network, head = DnCNN(3, 6), DnCNN(3, 6)
+    for part in (network, head):
+        torch.nn.init.normal_(part.layers[-1].weight, std=0.05)
+    D = Denoiser(network, 0.03)
     if name == "denoiser":
-        S.log_tau.requires_grad_(False)
-        return S, InFloat64(DenoiserLoss(S, 0.1))
-    return S, InFloat64(equilibrium_loss(T, name))
-
-
-def equilibrium_loss(T: SplittingMap, gradient: str) -> EquilibriumLoss:
-    """It allows a contraction of 0.1 alone: the penalty is never idle."""
-    return EquilibriumLoss(T, 0.01, 1e-3, 8, 1, 0.1, 0.1, gradient=gradient)
+        return D.double(), InFloat64(DenoiserLoss(D, 0.1))
+    model = Equilibrium(SplittingMap(Blur(12, 5, 2.0), D, 0.1)).add_head(head)
+    # It allows a contraction of 0.1 alone: the penalty is never idle.
+    settings = LossSettings(0.01, 1e-3, 8, 1, contraction=0.1)
+    if name == "jfb in float32":
+        return model, EquilibriumLoss(model, settings)
+    kind = {"jfb": EquilibriumLoss, "implicit": ImplicitLoss}[name]
+    return model.double(), InFloat64(kind(model, settings))
 
 
 def train_in(folder: Path, name: str, log=lambda line: None):
-    S, loss = make(name)
-    return S, training.train(S, loss, IMAGES, CONFIG, CPU, folder, log=log)
+    module, loss = make(name)
+    return module, training.train(module, loss, IMAGES, CONFIG, CPU, folder, log=log)
 
 
 def train_well(folder: Path) -> None:
     """All losses from the start, and jfb from what a single process has left in `begun`."""
     for place, name in [*((name, name) for name in LOSSES), ("begun", "jfb")]:
         lines = []
-        S, history = train_in(folder / place, name, lines.append)
+        module, history = train_in(folder / place, name, lines.append)
         if processes.rank() == 0:
-            weights = torch.cat([value.flatten() for value in S.state_dict().values()])
+            weights = torch.cat([value.flatten() for value in module.state_dict().values()])
             record = {"lines": lines, "history": history, "weights": weights.tolist()}
             (folder / f"{place}.json").write_text(json.dumps(record))
 
 
 def die_in_epoch_2(folder: Path) -> None:
     """As train_in(folder, "jfb"), but process 1 is killed in the second step of epoch 2."""
-    def crops(images, size, *keys):
+    measure = training.draw_measurement
+
+    def dies(A, x, noise_std, keys, indices):
         if keys[1:3] == (2, 1) and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return datasets.random_crops(images, size, *keys)
+        return measure(A, x, noise_std, keys, indices)
 
-    training.random_crops = crops
+    training.draw_measurement = dies
     train_in(folder, "jfb")
 
 

@@ -1,14 +1,20 @@
 """The command as its user types it: what it prints, its exit status, what it leaves behind."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from jfbnb.cli import main
-from jfbnb.methods import LABELS
+from jfbnb.methods import METHODS
+from jfbnb.suite import checkout
+from jfbnb.suite.cli import main
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
@@ -60,7 +66,7 @@ def test_evaluate_names_the_images_that_do_not_converge(capsys, image_folder, we
     assert "(relative residual " in line
 
 
-@pytest.mark.parametrize("name", list(LABELS))
+@pytest.mark.parametrize("name", list(METHODS))
 def test_deblur_by_every_method(capsys, weights, tmp_path, name):
     file = tmp_path / "small.png"
     Image.fromarray(np.full((20, 24, 3), 128, np.uint8)).save(file)
@@ -238,7 +244,7 @@ def test_interrupt_says_how_to_go_on(capsys, image_folder, tmp_path, monkeypatch
     def interrupt(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jfbnb.cli._read", interrupt)
+    monkeypatch.setattr("jfbnb.suite.cli._read", interrupt)
     status, _, err = run(capsys, "blur", image_folder / "000001.jpg", "--out", tmp_path)
     assert status == 130 and "goes on from here" in err
 
@@ -246,3 +252,67 @@ def test_interrupt_says_how_to_go_on(capsys, image_folder, tmp_path, monkeypatch
 def test_data_without_download_prints_the_steps(capsys):
     status, out, _ = run(capsys, "data", "celeba")
     assert status == 0 and "img_align_celeba.zip" in out
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel, unpacked: its folder, in which there is no checkout."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(checkout.ROOT / name, source)
+    shutil.copytree(checkout.ROOT / "jfbnb", source / "jfbnb",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--quiet",
+                    "--no-build-isolation", "--wheel-dir", target], cwd=source, check=True)
+    with zipfile.ZipFile(next(target.glob("*.whl"))) as archive:
+        archive.extractall(target / "unpacked")
+    return target / "unpacked"
+
+
+def from_wheel(wheel, folder, *words):
+    environment = {k: v for k, v in os.environ.items() if k != "JFBNB_WORK"}
+    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, text=True, check=False,
+                          capture_output=True, env={**environment, "PYTHONPATH": str(wheel)})
+
+
+def test_a_wheel_has_all_it_needs_and_no_notebooks(wheel, tmp_path):
+    files = {path.relative_to(wheel).as_posix() for path in (wheel / "jfbnb").rglob("*")}
+    for name in ("compare.js", "published_table2.csv", "weights/tuning.json", "suite/cli.py",
+                 "weights/jfb.safetensors", "weights/jfb.json", "__main__.py"):
+        assert f"jfbnb/{name}" in files
+    assert not list(wheel.rglob("*.ipynb")) and not list(wheel.rglob("*.yaml"))
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    done = from_wheel(wheel, tmp_path, "-P", "-m", "jfbnb", "deblur", "a.png", "--out", "o")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "a-jfb-head.png").is_file()
+
+
+def test_commands_of_a_wheel(wheel, tmp_path, image_folder):
+    """Those that run notebooks say what they lack; the others work."""
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import jfbnb
+from jfbnb.suite.cli import main
+assert jfbnb.__path__ == [{str(wheel / "jfbnb")!r}], jfbnb.__path__
+for words in ("reproduce", "train jfb", "sweep seeds.yaml", "verify quick"):
+    assert main(words.split()) == 2, words
+for words in ("doctor", "data celeba", "blur images/000001.jpg --out blurred",
+              "evaluate --data images --limit 1 --method jfb --method tikhonov --device cpu"):
+    assert main(words.split()) == 0, words
+""")
+    done = from_wheel(wheel, tmp_path, "-P", script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    refused = [line for line in done.stderr.splitlines() if "need the notebooks" in line]
+    assert len(refused) == 4 and all("git clone" in line for line in refused)
+    assert "TROUBLE" not in done.stdout and not (tmp_path / "runs").exists()
+
+
+def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("jfbnb.datasets.download_celeba", lambda out: out.absolute())
+    assert str(tmp_path / "data" / "celeba") in run(capsys, "data", "celeba", "--download")[1]
+
+
+def test_train_refuses_numbers_out_of_range(capsys, tmp_path):
+    line = refused(capsys, "train", "jfb", "-p", "epochs=0", "--out", tmp_path / "out")
+    assert "parameter epochs must be positive, not 0" in line

@@ -1,58 +1,63 @@
 import pytest
 import torch
+from conftest import make_map
 
 from jfbnb.diagnostics import (
     direction,
     exact_gradient,
     gradient_costs,
+    implicit_step,
     jacobian_norm,
+    jfb_step,
     neumann_cosines,
     parameter_gradient,
     parameter_jacobian,
     spectral_radius,
     step_cost,
+    unrolled_step,
 )
-from jfbnb.fixed_point import anderson
+from jfbnb.fixed_point import solve
 from jfbnb.gradients import jfb, unrolled
 from jfbnb.maps import GradientMap, PreconditionedMap, SplittingMap
 
 
 @pytest.fixture
 def solved(problem):
-    A, S, x = problem
+    A, D, x = problem
     d = A(x)
-    T = PreconditionedMap(A, S)
-    x_star, info = anderson(lambda z: T(z, d), d, 1e-12, 2000)
+    T = make_map(PreconditionedMap, A, D)
+    x_star, info = solve(T, d, 1e-12, 2000)
     assert info.converged.all()
-    return A, S, x, d, x_star
+    return A, D, x, d, x_star
 
 
 def test_exact_gradient_is_that_of_unrolling_and_of_both_maps(solved):
-    A, S, x, d, x_star = solved
-    exact, info = exact_gradient(PreconditionedMap(A, S), x_star, d, x, 1e-12, 2000)
+    A, D, x, d, x_star = solved
+    exact, info = exact_gradient(make_map(PreconditionedMap, A, D), x_star, d, x, 1e-12, 2000)
     assert info.converged.all()
-    deep = parameter_gradient(PreconditionedMap(A, S), x_star, d, x,
+    deep = parameter_gradient(make_map(PreconditionedMap, A, D), x_star, d, x,
                               lambda T, z: unrolled(T, z, 300))
     assert (deep - exact).norm() / exact.norm() < 1e-6
     # x*(Theta) does not depend on the map, so neither does its gradient.
-    other, _ = exact_gradient(GradientMap(A, S), x_star, d, x, 1e-11, 5000)
+    other, _ = exact_gradient(make_map(GradientMap, A, D), x_star, d, x, 1e-11, 5000)
     assert (other - exact).norm() / exact.norm() < 1e-5
 
 
 def test_jfb_points_better_through_the_preconditioned_map(solved):
-    A, S, x, d, x_star = solved
-    exact, _ = exact_gradient(PreconditionedMap(A, S), x_star, d, x, 1e-12, 2000)
-    cosines = {name: neumann_cosines(T, x_star, d, x, [1, 4, 100], exact) for name, T in
-               (("preconditioned", PreconditionedMap(A, S)), ("gradient", GradientMap(A, S)))}
-    assert cosines["preconditioned"][0] > cosines["gradient"][0]
-    assert cosines["preconditioned"] == sorted(cosines["preconditioned"])
-    assert cosines["preconditioned"][-1] == pytest.approx(1, abs=1e-6)
+    A, D, x, d, x_star = solved
+    exact, _ = exact_gradient(make_map(PreconditionedMap, A, D), x_star, d, x, 1e-12, 2000)
+    ours, eq4 = (neumann_cosines(make_map(kind, A, D), x_star, d, x, [1, 4, 100], exact)
+                 for kind in (PreconditionedMap, GradientMap))
+    assert ours[0] > eq4[0]
+    assert ours == sorted(ours)
+    assert ours[-1] == pytest.approx(1, abs=1e-6)
 
 
 def test_parameter_gradient_leaves_grad_alone(solved):
-    A, S, x, d, x_star = solved
-    parameter_gradient(PreconditionedMap(A, S), x_star, d, x, jfb)
-    assert all(p.grad is None for p in S.parameters())
+    A, D, x, d, x_star = solved
+    T = make_map(PreconditionedMap, A, D)
+    parameter_gradient(T, x_star, d, x, jfb)
+    assert all(p.grad is None for p in T.parameters())
 
 
 def test_spectral_radius_of_a_known_matrix():
@@ -75,8 +80,8 @@ def test_jacobian_norm_is_the_largest_singular_value():
 
 
 def test_jacobian_norm_bounds_the_spectral_radius(solved):
-    A, S, _, d, x_star = solved
-    T = PreconditionedMap(A, S)
+    A, D, _, d, x_star = solved
+    T = make_map(PreconditionedMap, A, D)
     norm = jacobian_norm(lambda z: T(z, d), x_star, 200)
     radius = spectral_radius(lambda z: T(z, d), x_star, 200)
     assert (radius <= norm * 1.001).all() and (radius > 0.1).all()
@@ -84,10 +89,10 @@ def test_jacobian_norm_bounds_the_spectral_radius(solved):
 
 def test_parameter_jacobian_gives_jfbs_gradient(solved):
     """Eq. 6 is the loss's gradient times M."""
-    A, S, x, d, x_star = solved
-    T = PreconditionedMap(A, S)
+    A, D, x, d, x_star = solved
+    T = make_map(PreconditionedMap, A, D)
     M = parameter_jacobian(T, x_star, d)
-    assert M.shape == (x_star.numel(), sum(p.numel() for p in S.parameters()))
+    assert M.shape == (x_star.numel(), sum(p.numel() for p in T.parameters()))
     g = (2 * (T(x_star, d) - x) / x.numel()).detach().flatten()
     torch.testing.assert_close(g @ M, parameter_gradient(T, x_star, d, x, jfb), rtol=1e-6,
                                atol=1e-12)
@@ -106,8 +111,9 @@ def test_step_cost_counts_the_peak():
 
 
 def test_jfbs_memory_does_not_grow_with_the_solve(solved):
-    A, S, x, d, _ = solved
-    records = gradient_costs(PreconditionedMap(A, S), d, x, [5, 100])
+    A, D, x, d, _ = solved
+    steps = {"jfb": jfb_step, "implicit": implicit_step, "unrolled": unrolled_step}
+    records = gradient_costs(make_map(PreconditionedMap, A, D), d, x, [5, 100], steps)
     cost = {(r["gradient"], r["K"]): r["bytes"] for r in records}
     assert len(cost) == 6 and all(r["seconds"] > 0 for r in records)
     for gradient in ("jfb", "implicit"):
@@ -117,16 +123,15 @@ def test_jfbs_memory_does_not_grow_with_the_solve(solved):
 
 
 def test_direction_is_that_of_the_three_maps_at_their_common_equilibrium(solved):
-    A, S, x, d, x_star = solved
-    found = direction(A, S, d, x)
-    exact, _ = exact_gradient(PreconditionedMap(A, S), x_star, d, x, 1e-12, 2000)
-    z_star = S.denoise(x_star).detach()
-    exact_z, _ = exact_gradient(SplittingMap(A, S), z_star, d, x, 1e-12, 2000)
-    for name, T, state, reference in (
-            ("preconditioned", PreconditionedMap(A, S), x_star, exact),
-            ("gradient", GradientMap(A, S), x_star, exact),
-            ("splitting", SplittingMap(A, S), z_star, exact_z)):
+    A, D, x, d, x_star = solved
+    found = direction(make_map(SplittingMap, A, D), d, x)
+    exact, _ = exact_gradient(make_map(PreconditionedMap, A, D), x_star, d, x, 1e-12, 2000)
+    z_star = D(x_star).detach()
+    exact_z, _ = exact_gradient(make_map(SplittingMap, A, D), z_star, d, x, 1e-12, 2000)
+    for kind, state, reference in ((PreconditionedMap, x_star, exact),
+                                   (GradientMap, x_star, exact), (SplittingMap, z_star, exact_z)):
+        T = make_map(kind, A, D)
         cosine = neumann_cosines(T, state, d, x, [1], reference)[0]
-        assert found[f"cosine_{name}"] == pytest.approx(cosine, abs=1e-2)
+        assert found[f"cosine_{kind.name}"] == pytest.approx(cosine, abs=1e-2)
         radius = spectral_radius(lambda z, T=T: T(z, d), state, 200).median().item()
-        assert found[f"radius_{name}"] == pytest.approx(radius, rel=2e-2)
+        assert found[f"radius_{kind.name}"] == pytest.approx(radius, rel=2e-2)

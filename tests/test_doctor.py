@@ -1,12 +1,13 @@
 """What `jfbnb doctor` says of this installation, and of broken ones."""
 
+import dataclasses
 import shutil
 
 import pytest
 
-from jfbnb import doctor
-from jfbnb.cli import main
-from jfbnb.methods import RELEASED
+from jfbnb.methods import METHODS, RELEASED
+from jfbnb.suite import doctor, reproduce
+from jfbnb.suite.cli import main
 
 
 def test_a_sound_installation(capsys, image_folder):
@@ -39,15 +40,24 @@ def test_trouble_is_named_and_the_status_is_not_zero(capsys, tmp_path, make, mes
     assert "trouble" in err
 
 
-def test_a_kernel_of_another_python_is_trouble(monkeypatch):
-    assert [well for well, _ in doctor._kernel()] == [True]
-    monkeypatch.setattr(doctor.sys, "executable", "/elsewhere/bin/python")
+def test_a_kernel_of_another_package_is_trouble(monkeypatch):
     ((well, line),) = doctor._kernel()
-    assert "python3 is of" in line
-    monkeypatch.setattr(doctor.KernelSpecManager, "get_kernel_spec", lambda *_: type(
-        "Spec", (), {"argv": ["/another/bin/python"]}))
+    assert well and "has the package in" in line
+    monkeypatch.setattr(reproduce.KernelSpecManager, "get_kernel_spec", lambda *_: type(
+        "Spec", (), {"argv": ["/another/bin/python"], "env": {}}))
     ((well, line),) = doctor._kernel()
-    assert not well and "/another/bin/python, not of /elsewhere" in line
+    assert not well and "/another/bin/python" in line and "no package jfbnb" in line
+
+
+def test_anothers_method_is_no_finding_before_it_is_trained(monkeypatch, tmp_path):
+    theirs = dataclasses.replace(METHODS["jfb"], name="theirs")
+    monkeypatch.setitem(METHODS, "theirs", theirs)
+    monkeypatch.setitem(METHODS, "theirs-head", dataclasses.replace(
+        METHODS["jfb-head"], name="theirs-head", behind=theirs))
+    ((well, line),) = doctor._weights(RELEASED)
+    assert well and "jfb-head" in line and "theirs" not in line
+    (tmp_path / "theirs.safetensors").touch()
+    assert doctor.expected_methods(tmp_path) == list(METHODS)
 
 
 def test_missing_libraries_are_named(monkeypatch):

@@ -3,69 +3,142 @@
 import copy
 import json
 import shutil
-from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from conftest import MAPS, make_map
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from jfbnb import methods
 from jfbnb.baselines import tikhonov
 from jfbnb.common import UserError
 from jfbnb.diagnostics import parameter_gradient
-from jfbnb.explicit import deep_unrolling, feedforward
-from jfbnb.fixed_point import anderson
+from jfbnb.fixed_point import solve
 from jfbnb.gradients import implicit, jfb, neumann
-from jfbnb.maps import MAPS, PreconditionedMap, SplittingMap
-from jfbnb.methods import (
-    EQUILIBRIA,
-    HEADS,
-    LABELS,
-    SETTINGS,
-    TRAINED,
-    Tuning,
-    apply_head,
-    make_loss,
-    make_methods,
-    make_regulariser,
-    restore,
-)
+from jfbnb.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
+from jfbnb.methods import DEQ, JFB, METHODS, Method, Tuning, make_methods, register, tune
+from jfbnb.models import Equilibrium, Feedforward, Unrolled
 from jfbnb.networks import DnCNN, matched_sigma
-from jfbnb.operators import Blur
-from jfbnb.training import EquilibriumLoss, TrainingConfig, train
+from jfbnb.operators import Blur, measure
+from jfbnb.recipes import prepare
+from jfbnb.training import EquilibriumLoss, ImplicitLoss, LossSettings, TrainingConfig, train
 
 CPU = torch.device("cpu")
+TUNED = [m for m in METHODS.values() if m.candidates(0.01, 1) != [{}] and m.tuned_as is None]
+TRAINABLE = [m for m in METHODS.values() if m.trainable]
+EXACTLY = LossSettings(0.0, tolerance=1e-10, max_iterations=500, penalty=0.0)
 
 
-def equilibrium_loss(T, **changes) -> EquilibriumLoss:
-    return replace(EquilibriumLoss(T, 0.01, 1e-3, 8, 1, 0.9, 0.1), **changes)
+def named(method: Method) -> str:
+    return method.name
 
 
-def test_the_tables_of_methods_fit_together():
-    assert set(SETTINGS) | set(HEADS) == set(LABELS)
-    assert set(TRAINED) < set(LABELS) and set(EQUILIBRIA) < set(LABELS)
-    assert set(HEADS.values()) < set(TRAINED)
-    # The preconditioned map is there for the theory: the splitting has the same equilibrium.
-    assert {map_ for map_, _ in EQUILIBRIA.values()} == set(MAPS) - {"preconditioned"}
+def gradient_of(loss, x) -> torch.Tensor:
+    """What the backward pass of a batch's mean loss leaves, as one vector."""
+    loss.model.zero_grad()
+    loss(x, (0,), range(len(x)))[0].mean().backward()
+    return torch.cat([p.grad.flatten() for p in loss.model.parameters()])
 
 
-@pytest.mark.parametrize("name", list(EQUILIBRIA))
-def test_equilibria_are_fixed_points_of_their_maps(problem, name):
-    A, S, d = problem
-    settings = {"tau": 0.3, "sigma": 0.05, "eta": 0.8}
-    x, info = restore(name, A, S, d, settings, max_iterations=3000)
+# --- the table ----------------------------------------------------------------------------------
+
+
+def test_a_method_that_lacks_what_it_needs_is_refused():
+    look = {"name": "mine", "label": "Mine", "colour": "#123456"}
+
+    def restores(A, d, settings, ratio):
+        return d, None
+
+    for parts, message in (
+            ({}, "'mine': give one of restore, model and behind"),
+            ({"restore": restores, "model": JFB.model}, "give one of restore, model and behind"),
+            ({"restore": restores, "loss": JFB.loss}, "'mine' has a loss, but no model to train"),
+            ({"behind": METHODS["unrolled"]}, "'mine' is behind 'unrolled', which has no head")):
+        with pytest.raises(UserError, match=message) as caught:
+            Method(**look, **parts)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_name_and_a_colour_are_given_once(monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
+
+    def mine(name, colour):
+        return Method(name=name, label="Mine", colour=colour, restore=lambda A, d, s, r: (d, None))
+
+    added = register(mine("mine", "#123456"))
+    assert methods.get_method("mine") is added and "mine" not in METHODS
+    for name, colour in (("mine", "#654321"), ("jfb", "#654321"), ("other", "#123456"),
+                         ("other", JFB.colour.lower())):
+        with pytest.raises(UserError, match=f"'{name}': '.*' has the same name or colour"):
+            register(mine(name, colour))
+
+
+@pytest.mark.parametrize("method", TUNED, ids=named)
+def test_every_search_is_as_long_as_it_is_asked_to_be(method):
+    few, many = (method.candidates(0.01, n) for n in (4, 9))
+    assert 1 < len(few) <= 4 < len(many) <= 9
+    assert all(candidate.keys() == few[0].keys() for candidate in many)
+
+
+@pytest.mark.parametrize("method", TUNED, ids=named)
+def test_tuning_scores_every_candidate_and_keeps_the_best(problem, method):
+    A, D, x = problem
+    d = measure(A, x, 0.01, 0, [0, 1])
+    tuning = Tuning(0.01, 2)
+    best = tune(method, tuning, A, d, x, 4, D.network)
+    tried = tuning.searches[method.name]
+    assert len(tried) == len(method.candidates(0.01, 4))
+    assert best == tuning.settings(method) and max(r["psnr"] for r in tried) == next(
+        r["psnr"] for r in tried if best.items() <= r.items())
+    assert len({r["psnr"] for r in tried}) > 1  # the settings reach the method
+    iterates = isinstance(method.model and method.build(A, D.network, best), Equilibrium)
+    assert ("converged" in tried[0]) == (iterates or method.name == "total-variation")
+
+
+def test_a_method_is_tuned_as_another():
+    assert Tuning(0.01, 1, {"plug-and-play": {"tau": 0.1, "sigma": 0.1}}).settings(JFB) == {
+        "tau": 0.1, "sigma": 0.1}
+
+
+# --- the models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("plug-and-play", SplittingMap), ("jfb", SplittingMap), ("deq", SplittingMap),
+    ("de-grad", GradientMap), ("de-prox", ProximalMap), ("de-admm", ADMMMap)])
+def test_equilibria_are_fixed_points_of_their_maps(problem, name, kind):
+    A, D, d = problem
+    model = METHODS[name].build(A, D.network, {"tau": 0.3, "sigma": 0.05, "eta": 0.8})
+    model.max_iterations = 3000
+    x, info = model(d)
     assert info.converged.all()
-    kind = MAPS[EQUILIBRIA[name][0]]
-    T = kind(A, S, 0.8) if "eta" in SETTINGS[name] else kind(A, S)
-    state, _ = anderson(lambda z: T(z, d), T.start(d), 1e-10, 5000)
+    T = make_map(kind, A, D)
+    T.eta = 0.8
+    state, _ = solve(T, d, 1e-10, 5000)
     torch.testing.assert_close(x, T.image(state), rtol=0, atol=1e-2)
 
 
 def test_explicit_networks(problem):
-    A, S, d = problem
-    assert torch.equal(feedforward(A, S, d), S.denoise(d))
-    assert torch.equal(feedforward(A, S, d, 0.01), S.denoise(tikhonov(A, d, 0.01)))
-    T = SplittingMap(A, S)
-    assert torch.equal(deep_unrolling(T, d, 2), T(T(d, d), d))
-    assert torch.equal(restore("unrolled", A, S, d, {"iterations": 2})[0], T(T(d, d), d))
+    A, D, d = problem
+    assert torch.equal(Feedforward(A, D)(d)[0], D(d))
+    assert torch.equal(Feedforward(A, D, 0.01)(d)[0], D(tikhonov(A, d, 0.01)))
+    T = make_map(SplittingMap, A, D)
+    assert torch.equal(Unrolled(T, 2)(d)[0], T(T(d, d), d))
+    model = METHODS["unrolled"].build(A, D.network, {"tau": 0.3, "sigma": 0.05, "iterations": 2})
+    torch.testing.assert_close(model(d)[0], T(T(d, d), d), rtol=0, atol=1e-12)
+
+
+def test_a_model_on_another_operator_has_the_same_weights_and_head(problem):
+    A, D, d = problem
+    wide = Blur(16, 5, 3.0)
+    for model in (Equilibrium(make_map(SplittingMap, A, D)), Feedforward(A, D, 0.01)):
+        model.add_head()
+        other = model.on(wide, 2.0)
+        assert other.T.A is wide and model.T.A is A and other.H is model.H
+        assert {id(p) for p in other.parameters()} == {id(p) for p in model.parameters()}
+    assert torch.equal(other(d)[0], D(tikhonov(wide, d, 0.02)))
 
 
 def test_matched_sigma_is_half_quadratic_splittings():
@@ -77,113 +150,122 @@ def test_matched_sigma_is_half_quadratic_splittings():
     assert z == pytest.approx((y + tau * x) / (1 + tau))
 
 
-@pytest.mark.parametrize("name", TRAINED)
-def test_every_learned_method_can_be_trained_and_used(weights, name):
+@pytest.mark.parametrize("method", TRAINABLE, ids=named)
+def test_every_learned_method_can_be_trained_and_used(weights, method):
     """A few steps lower its loss; the trained weights restore an image."""
     torch.manual_seed(0)
     images = (torch.rand(12, 3, 4, 4).repeat_interleave(5, 2).repeat_interleave(5, 3) * 255).byte()
-    tuning = Tuning.load(weights / "tuning.json")
-    method = make_methods([name], weights, CPU)[name]
-    S = make_regulariser(DnCNN(3, 8), tuning.settings(name), name in HEADS.values())
+    settings = Tuning.load(weights / "tuning.json").settings(method)
     A = Blur(16, 5, 2.0)
-    loss = make_loss(name, A, S, tuning.settings(name), equilibrium_loss(PreconditionedMap(A, S)))
-    history = train(S, loss, images, TrainingConfig(25, 4, 16, 3e-3, 0, 1.0), CPU,
+    model, loss = prepare(method, DnCNN(3, 8), settings, A, LossSettings(0.01, 1e-3, 8, 1))
+    assert (model.H is not None) == method.head
+    history = train(model, loss, images, TrainingConfig(25, 4, 16, 3e-3, 0, 1.0), CPU,
                     log=lambda _: None)
     assert sum(r["loss"] for r in history[-5:]) < sum(r["loss"] for r in history[:5])
     assert loss.evaluations >= 3
-    restored, _ = method(A, torch.rand(2, 3, 16, 16), 0.01)
+    restorer = make_methods([method.name], weights, CPU)[method.name]
+    restored, _ = restorer(A, torch.rand(2, 3, 16, 16), 0.01)
     assert restored.isfinite().all()
 
 
+class Linear(torch.nn.Module):
+    """A residual network that is told nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolve = torch.nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, sigma):
+        return self.convolve(x)
+
+
 def test_a_head_acts_on_the_solution_and_leaves_it_alone(problem):
-    A, S, x = problem
+    A, D, x = problem
     d = A(x)
-    plain = EquilibriumLoss(SplittingMap(A, S), 0.0, 1e-10, 500, 1, 0.9, 0.0)
-    _, figures = plain(x, (0,))
-    S.head = torch.nn.Conv2d(3, 3, 1).double()
-    S.head.forward = lambda y, sigma, convolve=S.head.forward: convolve(y)
-    star, info = restore("jfb", A, S, d, {}, 500)
-    predicted = apply_head("jfb-head", A, S, star, d)
-    x_star = A.solve_normal(A.adjoint(d) + S.tau * star, S.tau)
-    assert torch.equal(predicted, x_star - S.head(x_star, S.sigma)) and info.converged.all()
-    both, parts = plain(x, (0,))
-    assert parts["mse"] == pytest.approx(figures["mse"])
-    assert both.item() == pytest.approx(parts["mse"] + parts["head_mse"])
-    assert plain.evaluations == 503 + 3
-    both.backward()
-    assert S.head.weight.grad.abs().sum() > 0
+    model = Equilibrium(make_map(SplittingMap, A, D))
+    loss = EquilibriumLoss(model, EXACTLY)
+    _, figures = loss(x, (0,), range(2))
+    head = Linear().double()
+    model.add_head(head)
+    star, info = model(d)
+    x_star = A.solve_normal(A.adjoint(d) + model.T.tau * star, model.T.tau)
+    assert info.converged.all()
+    assert torch.equal(model.predict(star, d), x_star - head.convolve(x_star))
+    both, parts = loss(x, (0,), range(2))
+    assert torch.equal(parts["mse"], figures["mse"])
+    torch.testing.assert_close(both, parts["mse"] + parts["head_mse"])
+    assert loss.evaluations == 503 + 3
+    both.sum().backward()
+    assert head.convolve.weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize(("kind", "method"), [
-    ("jfb", jfb),
-    ("neumann", lambda T, x: neumann(T, x, 3)),
-    ("implicit", lambda T, x: implicit(T, x, 1e-10, 500))])
-@pytest.mark.parametrize("name", list(MAPS))
-def test_a_loss_has_its_gradients_gradient(problem, name, kind, method):
+@pytest.mark.parametrize(("make", "method"), [
+    (EquilibriumLoss, jfb),
+    (partial(EquilibriumLoss, gradient=partial(neumann, terms=3)), partial(neumann, terms=3)),
+    (ImplicitLoss, partial(implicit, tolerance=1e-10, max_iterations=500))],
+    ids=["jfb", "neumann", "implicit"])
+@pytest.mark.parametrize("kind", MAPS)
+def test_a_loss_has_its_gradients_gradient(problem, kind, make, method):
     """Each map by each gradient: what backward leaves is what `gradients` says at x*."""
-    A, S, x = problem
-    S.zero_grad()
-    T = MAPS[name](A, S)
-    loss = equilibrium_loss(T, tolerance=1e-10, max_iterations=500, penalty=0.0, gradient=kind,
-                            terms=3, noise_std=0.0)
-    value, figures = loss(x, (0,))
-    value.backward()
-    ours = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
-                      for p in S.parameters()])
-    d = A(x)
-    state, _ = anderson(lambda z: T(z, d), T.start(d), 1e-10, 500)
-    expected = parameter_gradient(T, state, d, x, method)
+    A, D, x = problem
+    T = make_map(kind, A, D)
+    loss = make(Equilibrium(T), EXACTLY)
+    ours = gradient_of(loss, x)
+    state, _ = solve(T, A(x), 1e-10, 500)
+    expected = parameter_gradient(T, state, A(x), x, method)
     assert (ours - expected).norm() / expected.norm() < 1e-6
-    assert ("adjoint_residual" in figures) == (kind == "implicit")
-    assert "contraction" not in figures  # no penalty, no cost
+
+
+def test_the_implicit_loss_reports_its_adjoint_solve(problem):
+    A, D, x = problem
+    model = Equilibrium(make_map(PreconditionedMap, A, D))
+    for loss, reports in ((EquilibriumLoss(model, EXACTLY), False),
+                          (ImplicitLoss(model, EXACTLY), True)):
+        values, figures = loss(x, (0,), range(2))
+        values.sum().backward()
+        assert ("adjoint_residual" in figures) == reports
+        assert "contraction" not in figures  # no penalty, no cost
+    assert (figures["adjoint_residual"] <= 1e-10).all()
 
 
 def test_penalty_does_not_depend_on_the_gradient(problem):
     """It is a function of T at x*, which is held fixed; the adjoint equation has no part in it."""
-    A, S, x = problem
-    found = []
-    for kind in ("jfb", "implicit"):
-        T = PreconditionedMap(A, S)
-        plain, penalised = (equilibrium_loss(T, tolerance=1e-10, max_iterations=500, gradient=kind,
-                                             penalty=p, contraction=0.0) for p in (0.0, 1.0))
-        gradients = []
-        for loss in (plain, penalised):
-            S.zero_grad()
-            loss(x, (0,))[0].backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in S.parameters()]))
-        found.append(gradients[1] - gradients[0])
+    A, D, x = problem
+    model = Equilibrium(make_map(PreconditionedMap, A, D))
+    plain, penalised = EXACTLY, LossSettings(0.0, 1e-10, 500, 1, contraction=0.0, penalty=1.0)
+    found = [gradient_of(make(model, penalised), x) - gradient_of(make(model, plain), x)
+             for make in (EquilibriumLoss, ImplicitLoss)]
+    assert found[0].norm() > 0
     torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=1e-10)
 
 
-def test_unknown_gradient(problem):
-    A, S, _ = problem
-    with pytest.raises(ValueError, match="not jfb, neumann or implicit"):
-        equilibrium_loss(PreconditionedMap(A, S), gradient="exact")
+# --- what a run has stored ----------------------------------------------------------------------
 
 
 def test_search_keeps_what_it_tried_and_chooses_the_best(tmp_path):
-    tuning = Tuning(0.01, 5, {}, {})
+    tuning = Tuning(0.01, 5)
     chosen = tuning.search("tikhonov", [{"lam": w} for w in (0.1, 0.2, 0.3)],
-                           lambda s: 30 - abs(s["lam"] - 0.2))
-    assert chosen == tuning.settings("tikhonov") == {"lam": 0.2}
+                           lambda s: {"psnr": 30 - abs(s["lam"] - 0.2)})
+    assert chosen == tuning.settings(METHODS["tikhonov"]) == {"lam": 0.2}
     assert [r["lam"] for r in tuning.searches["tikhonov"]] == [0.1, 0.2, 0.3]
     tuning.save(tmp_path / "t.json")
     assert Tuning.load(tmp_path / "t.json") == tuning
-    with pytest.raises(UserError, match="no tau and no sigma for jfb: run the earlier"):
-        tuning.settings("jfb")
+    for method in (JFB, DEQ):
+        with pytest.raises(UserError, match=f"no tau and no sigma for {method.name}: run the ear"):
+            tuning.settings(method)
 
 
 def test_parameters_follow_the_noise(weights):
     """At a tenth of the noise lam and tau go down by 100; DE-PROX stays as trained.
 
-    Of the networks that end, Tikhonov's lam goes down by 10^1.5, as `NOISE_POWER` says.
+    Of the networks that end, Tikhonov's lam goes down by 10^1.5, as its `noise_power` says.
     """
     A, x = Blur(40, 5, 2.0), torch.rand(1, 3, 40, 40)
-    lam = Tuning.load(weights / "tuning.json").settings("tikhonov")["lam"]
+    lam = Tuning.load(weights / "tuning.json").chosen["tikhonov"]["lam"]
     methods = make_methods(["tikhonov", "jfb", "de-prox", "feedforward-tikhonov"], weights, CPU)
     expected = A.solve_normal(A.adjoint(x), lam / 100)
     torch.testing.assert_close(methods["tikhonov"](A, x, 0.001)[0], expected)
-    lam = Tuning.load(weights / "tuning.json").settings("feedforward-tikhonov")["lam"]
+    lam = Tuning.load(weights / "tuning.json").chosen["feedforward-tikhonov"]["lam"]
     torch.testing.assert_close(methods["feedforward-tikhonov"](A, x, 0.001)[0],
                                A.solve_normal(A.adjoint(x), lam / 10**1.5))
     # The untrained denoiser is the identity: x* solves (A'A + tau) x = A'd + tau x, so A'Ax = A'd.
@@ -219,7 +301,7 @@ def test_methods_leave_the_weights_alone(weights, problem):
 def test_settings_that_are_no_positive_numbers(weights, value):
     file = weights / "tuning.json"
     tuning = json.loads(file.read_text())
-    tuning["chosen"]["jfb"]["tau"] = value
+    tuning["chosen"]["plug-and-play"]["tau"] = value
     file.write_text(json.dumps(tuning))
     with pytest.raises(UserError, match="is no number between 0 and 1e5"):
         Tuning.load(file)
@@ -236,4 +318,14 @@ def test_a_tuning_that_is_none(tmp_path, text):
 def test_a_head_that_the_weights_do_not_have(weights):
     shutil.copy(weights / "unrolled.safetensors", weights / "jfb.safetensors")
     with pytest.raises(UserError, match="have no head: jfb-head needs one"):
-        make_methods(["jfb-head"], weights, torch.device("cpu"))
+        make_methods(["jfb-head"], weights, CPU)
+
+
+def test_a_tau_that_is_not_finite(weights):
+    """Though its logarithm is: exp(300) overflows."""
+    path = weights / "unrolled.safetensors"
+    with safe_open(path, "pt") as stored:
+        metadata = stored.metadata()
+    save_file(load_file(path) | {"T.log_tau": torch.tensor(300.0)}, path, metadata=metadata)
+    with pytest.raises(UserError, match="have a tau that is not finite"):
+        make_methods(["unrolled"], weights, CPU)

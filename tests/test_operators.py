@@ -8,6 +8,7 @@ import scipy.optimize
 import skimage.restoration
 import torch
 import torch.nn.functional as F
+from conftest import make_map
 
 from jfbnb.baselines import (
     direct_inverse,
@@ -20,12 +21,14 @@ from jfbnb.baselines import (
     total_variation_objective,
 )
 from jfbnb.common import UserError
+from jfbnb.maps import PreconditionedMap
+from jfbnb.networks import Denoiser, DnCNN
 from jfbnb.operators import (
     Blur,
+    LinearOperator,
     conjugate_gradients,
     gaussian_kernel,
     get_protocol,
-    make_blur,
     measure,
     toeplitz,
 )
@@ -159,6 +162,18 @@ def test_total_variation_deblurs_to_the_minimum():
     assert objective == pytest.approx(found.fun, rel=1e-3)
 
 
+def test_total_variation_of_an_image_does_not_depend_on_its_batch():
+    """An image that is done stays as it is, however long the others take."""
+    A = Blur(16, 5, 2.0)
+    d = 0.5 + A(random(3, 3, 16, 16)).float() * torch.tensor([1.0, 0.1, 0.3]).view(3, 1, 1, 1)
+    together, info = total_variation(A, d, 0.01)
+    assert info.converged.all() and len(set(info.iterations.tolist())) == 3
+    for i in range(3):
+        alone, same = total_variation(A, d[i:i + 1], 0.01)
+        assert same.iterations.item() == info.iterations[i].item()
+        torch.testing.assert_close(together[i:i + 1], alone, rtol=0, atol=1e-5)
+
+
 def test_total_variation_reports_what_has_not_converged():
     A, d = Blur(16, 5, 2.0), random(2, 3, 16, 16)
     _, info = total_variation(A, d, 0.01, 1e-12, 5)
@@ -185,8 +200,105 @@ def test_noise_has_the_protocols_strength():
 
 def test_protocols():
     # The design's measurements: cond(A) is 7e4 and 4e4.
-    assert make_blur(get_protocol("paper")).cond == pytest.approx(7.5e4, rel=0.05)
-    assert make_blur(get_protocol("code")).cond == pytest.approx(4e4, rel=0.2)
+    assert get_protocol("paper").operator().cond == pytest.approx(7.5e4, rel=0.05)
+    assert get_protocol("code").operator().cond == pytest.approx(4e4, rel=0.2)
+
+
+# --- an operator that has forward and adjoint alone ---------------------------------------------
+
+
+class Halves(LinearOperator):
+    """From images (B, C, H, W) to half as many rows, weighted sums of two each: M x."""
+
+    def __init__(self, rows: int, wrong: float = 0.0):
+        super().__init__()
+        M = torch.kron(torch.eye(rows // 2, dtype=torch.float64),
+                       torch.tensor([[0.7, 0.2]], dtype=torch.float64))
+        self.wrong = wrong  # what is added to the adjoint
+        self.register_buffer("M", M)
+
+    def forward(self, x):
+        return self.M.to(x.dtype) @ x
+
+    def adjoint(self, d):
+        return (self.M.to(d.dtype) + self.wrong).mT @ d
+
+
+def test_conjugate_gradients_solve_what_a_dense_solve_does():
+    A, r, tau = Halves(6), random(2, 3, 6, 5), 0.05
+    normal = A.M.T @ A.M + tau * torch.eye(6, dtype=torch.float64)
+    assert A(r).shape == (2, 3, 3, 5)
+    torch.testing.assert_close(A.solve_normal(r, tau), torch.linalg.solve(normal, r),
+                               rtol=1e-9, atol=1e-10)
+    mixed = r * torch.tensor([1.0, 1e-6]).view(2, 1, 1, 1)  # each image to its own size
+    torch.testing.assert_close(A.solve_normal(mixed, tau), torch.linalg.solve(normal, mixed),
+                               rtol=1e-7, atol=1e-13)
+    assert torch.equal(A.solve_normal(torch.zeros_like(r), tau), torch.zeros_like(r))
+
+
+def test_derivatives_of_that_solve_are_those_of_finite_differences():
+    A, r = Halves(4), random(2, 1, 4, 2).requires_grad_()
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(A.solve_normal, (r, tau))
+    assert torch.autograd.gradgradcheck(A.solve_normal, (r, tau))
+
+
+def test_a_blur_solves_the_same_by_conjugate_gradients(problem):
+    """And a map of the general way has the gradients of one of the fast one."""
+    A, D, d = problem
+    torch.testing.assert_close(LinearOperator.solve_normal(A, d, 0.02), A.solve_normal(d, 0.02),
+                               rtol=0, atol=1e-9)
+
+    class Slow(Blur):
+        solve_normal = LinearOperator.solve_normal
+
+    gradients = []
+    for operator in (A, Slow(16, 5, 1.0)):
+        T = make_map(PreconditionedMap, operator, D)
+        T(d, d).square().sum().backward()
+        gradients.append(T.log_tau.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=0)
+
+
+def test_a_wrong_adjoint_is_found_and_said_how_wrong():
+    assert Halves(6).check_adjoint(3, 6, 5) < 1e-12
+    assert Blur((20, 33), 5, 2.0).check_adjoint(3, 20, 33) < 1e-12
+    with pytest.raises(UserError, match="Halves.adjoint is not the adjoint of its forward: "
+                                        r"<A u, v> = .* apart by \d\.\de-0\d of") as caught:
+        Halves(6, wrong=0.1).check_adjoint(3, 6, 5)
+    said = str(caught.value)
+    left, right = (float(said.split(f"{name} = ")[1].split()[0].rstrip(","))
+                   for name in ("<A u, v>", "<u, A' v>"))
+    assert abs(left - right) > 0.01 * max(abs(left), abs(right))
+    with pytest.raises(UserError, match="apart by nan"):
+        Halves(6, wrong=float("nan")).check_adjoint(3, 6, 5)
+
+
+def test_an_operator_without_adjoint_or_inverse_says_so():
+    class Forward(LinearOperator):
+        def forward(self, x):
+            return x
+
+    with pytest.raises(NotImplementedError, match="Forward has no adjoint: write one"):
+        Forward().guess(torch.zeros(1))
+    with pytest.raises(UserError, match="Halves has no known inverse"):
+        direct_inverse(Halves(6), random(1, 3, 3, 5))
+
+
+def test_operators_have_no_entries_among_the_weights():
+    assert Blur(16, 5, 2.0).state_dict() == {} == Halves(6).state_dict()
+    T = make_map(PreconditionedMap, Halves(6), Denoiser(DnCNN(2, 4), 0.1))
+    names = set(T.state_dict())
+    assert "log_tau" in names and not any(name.startswith("A.") for name in names)
+    assert len(list(T.A.buffers())) == 1 and T.A.double().M.dtype == torch.float64
+
+
+def test_noise_has_the_shape_of_what_is_measured():
+    A, x = Halves(6), random(2, 3, 6, 5)
+    d = measure(A, x, 0.1, 0, [4, 7])
+    assert d.shape == (2, 3, 3, 5) and d.dtype == x.dtype
+    assert torch.equal(measure(A, x[1:], 0.1, 0, [7]), d[1:])
+    assert 0.05 < (d - A(x)).std() < 0.15
 
 
 @pytest.mark.parametrize(("make", "message"), [

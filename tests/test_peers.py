@@ -2,20 +2,21 @@
 
 import pytest
 import torch
+from conftest import MAPS, make_map
 
 from jfbnb.baselines import total_variation
-from jfbnb.fixed_point import anderson
+from jfbnb.fixed_point import solve
 from jfbnb.gradients import implicit, jfb
-from jfbnb.maps import MAPS, ProximalMap
+from jfbnb.maps import ProximalMap
 from jfbnb.operators import Blur, gaussian_kernel
 
 deepinv = pytest.importorskip("deepinv")
 torchdeq = pytest.importorskip("torchdeq")
 
 
-def gradient(S, output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+def gradient(T, output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """All of Theta's gradients in one vector."""
-    found = torch.autograd.grad((output - truth).square().sum(), list(S.parameters()),
+    found = torch.autograd.grad((output - truth).square().sum(), list(T.parameters()),
                                 allow_unused=True)
     return torch.cat([g.flatten() for g in found if g is not None])
 
@@ -53,45 +54,45 @@ def test_total_variation_is_deepinvs_on_denoising():
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", list(MAPS))
+@pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize("ift", [False, True], ids=["jfb", "implicit"])
-def test_gradients_are_torchdeqs(problem, name, ift):
+def test_gradients_are_torchdeqs(problem, kind, ift):
     """JFB is torchdeq's one-step gradient; its implicit differentiation solves Eq. 5."""
-    A, S, d = problem
-    T = MAPS[name](A, S)
+    A, D, d = problem
+    T = make_map(kind, A, D)
     settings = {"f_solver": "anderson", "f_max_iter": 2000, "f_tol": 1e-12, "f_stop_mode": "rel"}
     if ift:
         settings |= {"ift": True, "b_solver": "fixed_point_iter", "b_max_iter": 5000,
                      "b_tol": 1e-12, "b_stop_mode": "rel"}
     deq = torchdeq.get_deq(**settings, grad=1)
-    state, _ = anderson(lambda z: T(z, d), T.start(d), 1e-12, 5000)
+    state, _ = solve(T, d, 1e-12, 5000)
     theirs, _ = deq(lambda z: T(z, d), state)
     method = (lambda T, x: implicit(T, x, 1e-12, 5000)) if ift else jfb
-    ours = gradient(S, T.image(method(lambda z: T(z, d), state)), d)
-    assert difference(ours, gradient(S, T.image(theirs[-1]), d)) < 1e-6
+    ours = gradient(T, T.image(method(lambda z: T(z, d), state)), d)
+    assert difference(ours, gradient(T, T.image(theirs[-1]), d)) < 1e-6
 
 
 @pytest.mark.parametrize("jacobian_free", [True, False], ids=["jfb", "implicit"])
 def test_proximal_map_and_gradients_are_deepinvs(problem, physics, jacobian_free):
     """DE-PROX is deepinv's plug-and-play proximal gradient, made a deep equilibrium model."""
-    A, S, d = problem
+    A, D, d = problem
     eta = 0.7
 
-    class Denoiser(torch.nn.Module):
+    class Theirs(torch.nn.Module):
         def forward(self, x, sigma):
-            return S.denoise(x)
+            return D(x)
 
     from deepinv.optim.optimizers import DEQConfig
 
     model = deepinv.optim.PGD(
-        data_fidelity=deepinv.optim.L2(), prior=deepinv.optim.PnP(Denoiser()), stepsize=eta,
+        data_fidelity=deepinv.optim.L2(), prior=deepinv.optim.PnP(Theirs()), stepsize=eta,
         sigma_denoiser=0.05, max_iter=3000, early_stop=True, thres_conv=1e-13, crit_conv="residual",
         unfold=True, DEQ=DEQConfig(jacobian_free=jacobian_free, max_iter_backward=3000))
     theirs = model(d, physics(A))
-    T = ProximalMap(A, S, eta)
-    x_star, info = anderson(lambda z: T(z, d), d, 1e-12, 5000)
+    T = ProximalMap(A, D, eta)
+    x_star, info = solve(T, d, 1e-12, 5000)
     assert info.converged.all()
     torch.testing.assert_close(theirs, x_star, rtol=0, atol=1e-8)
     method = jfb if jacobian_free else (lambda T, x: implicit(T, x, 1e-12, 5000))
-    ours = gradient(S, method(lambda z: T(z, d), x_star), d)
-    assert difference(ours, gradient(S, theirs, d)) < 1e-6
+    ours = gradient(T, method(lambda z: T(z, d), x_star), d)
+    assert difference(ours, gradient(T, theirs, d)) < 1e-6

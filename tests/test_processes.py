@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,22 +15,25 @@ from in_two_processes import CONFIG, IMAGES, LOSSES, make, train_in
 
 from jfbnb import processes
 from jfbnb.checkpoints import previous
-from jfbnb.cli import main
-from jfbnb.common import ROOT, UserError
+from jfbnb.common import UserError
 from jfbnb.evaluation import evaluate, join
+from jfbnb.gradients import neumann
 from jfbnb.maps import SplittingMap
-from jfbnb.methods import RELEASED, make_methods
-from jfbnb.networks import DnCNN, Regulariser, load_regulariser
+from jfbnb.methods import METHODS, RELEASED, Tuning, load_model, make_methods
+from jfbnb.models import Equilibrium, Feedforward, Unrolled
 from jfbnb.operators import Blur, measure
+from jfbnb.suite.cli import main
 from jfbnb.training import (
     DenoiserLoss,
     EquilibriumLoss,
-    FeedforwardLoss,
+    ExplicitLoss,
+    ImplicitLoss,
+    LossSettings,
     TrainingConfig,
-    UnrolledLoss,
     train,
 )
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 # Relative, of every epoch's loss. Anderson and Adam amplify rounding, in float32 by a lot.
 TOLERANCE = {name: 1e-4 if "float32" in name else 1e-8 for name in LOSSES}
@@ -81,14 +85,14 @@ def result(together: Path, name: str) -> dict:
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_two_processes_give_the_loss_curve_of_one(alone, together, name):
-    S, history = alone[name]
+    module, history = alone[name]
     found = result(together, name)
     assert len(found["history"]) == 3 and found["lines"][0].startswith("epoch 1")
     assert losses(found["history"]) == pytest.approx(losses(history), rel=TOLERANCE[name])
     for record, wanted in zip(found["history"], history, strict=True):
         assert set(record) == set(wanted)
         assert record.get("iterations") == wanted.get("iterations")
-    weights = torch.cat([value.flatten() for value in S.state_dict().values()])
+    weights = torch.cat([value.flatten() for value in module.state_dict().values()])
     found_weights = torch.tensor(found["weights"], dtype=weights.dtype)
     assert (found_weights - weights).norm() < TOLERANCE[name] * weights.norm()
 
@@ -120,45 +124,55 @@ def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(alone, tmp_path):
     assert losses(history) == pytest.approx(losses(alone["jfb"][1]), rel=TOLERANCE["jfb"])
 
 
-def every_loss(S: Regulariser) -> list:
-    A = Blur(12, 5, 2.0)
-    T = SplittingMap(A, S)
-    return [DenoiserLoss(S, 0.1), FeedforwardLoss(A, S, 0.01, 0.01), UnrolledLoss(T, 0.01, 3),
-            *(EquilibriumLoss(T, 0.01, 1e-3, 40, 2, 0.1, 1.0, gradient=gradient)
-              for gradient in ("jfb", "neumann", "implicit"))]
+def every_loss(T: SplittingMap) -> list:
+    """All with a head, where they can have one, and a penalty that is never idle."""
+    settings = LossSettings(0.01, 1e-3, 40, 2, contraction=0.1, penalty=1.0)
+    models = (Feedforward(T.A, T.D, 0.01), Unrolled(T, 3), Equilibrium(T))
+    direct, deep, model = (model.add_head() for model in models)
+    return [DenoiserLoss(T.D, 0.1), ExplicitLoss(direct, settings), ExplicitLoss(deep, settings),
+            EquilibriumLoss(model, settings), ImplicitLoss(model, settings),
+            EquilibriumLoss(model, settings, partial(neumann, terms=5))]
 
 
 @pytest.mark.parametrize("number", range(6))
 @pytest.mark.parametrize(("batch", "shares"), [(8, 2), (8, 4), (5, 3), (3, 8)])
 def test_the_shares_of_a_batch_add_up_to_it(number, batch, shares):
-    """Loss, figures and gradient; also where only some have a part of the first quarter, or none
+    """Loss, figures and gradient; also where only some have a part of what is watched, or none
     of the batch at all."""
-    S, _ = make("jfb")
+    model, _ = make("jfb")
     x = IMAGES[:batch, :, :12, :12].double() / 255
-    loss = every_loss(S)[number]
+    loss = every_loss(model.T)[number]
+    parameters = list(getattr(loss, "model", model.T.D).parameters())
 
-    def contribution(share: slice) -> tuple[float, dict[str, float], torch.Tensor]:
-        S.zero_grad()
-        value, figures = loss(x, (0, 1), share)
-        value.backward()
-        return value.item(), figures, torch.cat([
+    def contribution(share: slice) -> tuple[float, dict[str, torch.Tensor], torch.Tensor]:
+        for parameter in parameters:
+            parameter.grad = None
+        indices = range(batch)[share]
+        values, figures = loss(x[share], (0, 1), indices)
+        values.sum().backward()
+        watched = sum(index % 4 == 0 for index in indices)
+        assert len(values) == len(indices)
+        for name, value in figures.items():
+            assert value.shape == ((watched if name == "contraction" else len(indices)),), name
+        return values.sum().item(), figures, torch.cat([
             torch.zeros(p.numel(), dtype=p.dtype) if p.grad is None else p.grad.flatten()
-            for p in S.parameters()])
+            for p in parameters])
 
     whole, figures, gradient = contribution(slice(None))
     parts = [contribution(slice(i, None, shares)) for i in range(shares)]
     assert sum(part for part, _, _ in parts) == pytest.approx(whole, rel=1e-6)
     for name, value in figures.items():
-        assert sum(part[name] for _, part, _ in parts) == pytest.approx(value, rel=1e-6), name
+        assert sum(part[name].sum().item() for _, part, _ in parts) == pytest.approx(
+            value.sum().item(), rel=1e-6), name
     together = torch.stack([part for _, _, part in parts]).sum(0)
-    assert (together - gradient).norm() < 1e-6 * gradient.norm()
+    assert gradient.norm() > 0 and (together - gradient).norm() < 1e-6 * gradient.norm()
 
 
 def test_more_processes_than_a_batch_has_images(monkeypatch):
     monkeypatch.setattr(processes, "world_size", lambda: 5)
-    S, loss = make("jfb")
+    model, loss = make("jfb")
     with pytest.raises(UserError, match="batch_size=4 for 5 processes: start at most 4"):
-        train(S, loss, IMAGES, CONFIG, CPU)
+        train(model, loss, IMAGES, CONFIG, CPU)
 
 
 # --- the commands -------------------------------------------------------------------------------
@@ -169,7 +183,7 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path):
     for setting in ("n_train=5", "n_validation=1", "n_test=1", "search_images=1", "candidates=1",
                     "epochs=1", "batch_size=3", "crop=12", "unconverged_limit=1.0", "device=cpu"):
         words += ["-p", setting]
-    done = torchrun("-m", "jfbnb.cli", *words, "--out", tmp_path / "two")
+    done = torchrun("-m", "jfbnb", *words, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1  ") == 1 and "processes: 2;" in done.stdout
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
@@ -178,9 +192,9 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path):
     released = json.loads((RELEASED / "jfb.json").read_text())
     assert set(cards[1]["history"][0]) == set(released["history"][0])
     assert set(cards[1]["loss"]) == set(released["loss"])
-    S = load_regulariser(weights / "denoiser.safetensors")
-    S = Regulariser(S.network, 1.0, 0.1, DnCNN(2, 4))
-    history = train(S, None, IMAGES, TrainingConfig(**cards[1]["training"]), CPU,
+    jfb = METHODS["jfb"]
+    model = load_model(jfb, Tuning.load(weights / "tuning.json").settings(jfb), tmp_path / "one")
+    history = train(model, None, IMAGES, TrainingConfig(**cards[1]["training"]), CPU,
                     finished=tmp_path / "two" / "jfb.safetensors")
     assert history == cards[1]["history"]
 
@@ -198,7 +212,7 @@ def test_train_refuses_bad_input_in_one_line(image_folder, tmp_path, capsys):
 def test_evaluate_in_two_processes_gives_the_figures_of_one(image_folder, weights, tmp_path):
     words = ["evaluate", "--data", image_folder, "--weights", weights, "--limit", "3",
              "--method", "unrolled", "--method", "tikhonov", "--method", "jfb", "--json"]
-    done = torchrun("-m", "jfbnb.cli", *words, tmp_path / "two.json")
+    done = torchrun("-m", "jfbnb", *words, tmp_path / "two.json")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tikhonov") == 1
     assert main([*map(str, words), str(tmp_path / "one.json")]) == 0

@@ -1,5 +1,6 @@
 """The runner, on a small suite of its own: three notebooks, each with a parameter and a file."""
 
+import inspect
 import json
 import os
 import signal
@@ -14,14 +15,17 @@ import pytest
 import torch
 from filelock import FileLock
 
-from jfbnb import reproduce as runner
-from jfbnb.cli import main
-from jfbnb.common import ROOT, UNFINISHED, UserError
+from jfbnb.common import CHECK_FAILED, UNFINISHED, UserError, check, parse_yaml
+from jfbnb.methods import METHODS, RELEASED
+from jfbnb.suite import checkout
+from jfbnb.suite import reproduce as runner
+from jfbnb.suite.cli import main
 
 NOTEBOOK = """
-from pathlib import Path
 import time
-runs, figures = Path("../runs") / profile, Path("../figures") / profile
+{imports}
+from jfbnb.suite.checkout import workplace
+runs, figures = workplace(profile)
 for folder in (runs, figures):
     folder.mkdir(parents=True, exist_ok=True)
 earlier = "".join(sorted(p.read_text() for p in runs.glob("*.txt") if p.name < "{name}"))
@@ -30,35 +34,54 @@ time.sleep(delay if "{name}" == "02_b" else 0)
 (figures / "{name}.png").write_text("png")
 (figures / "{name}.pdf").write_text("pdf")
 """
-PARAMETERS = 'profile = "quick"\nsize = 1\ndelay = 0.0\ndata = "bundled"\nrate = 0.5'
+PACKAGE = {
+    "__init__.py": "", "suite/__init__.py": "", "suite/doctor.py": "", "methods.py": "",
+    "maps.py": "", "kernels.py": "", "operators.py": "def f():\n    import jfbnb.kernels as k\n",
+    "suite/checkout.py": inspect.getsource(checkout),
+    "common.py": f"CHECK_FAILED = {CHECK_FAILED!r}\nclass UserError(Exception): ...\n"
+                 f"{inspect.getsource(check)}"}
+PARAMETERS = """profile = "quick"
+size = 1
+delay = 0.1
+data = "bundled"
+rate = 0.5
+seed = 0
+depth = 6
+penalty = 0.1
+effort = {}
+bf16 = "auto"
+weights = ""
+"""
 
 
 @pytest.fixture
 def suite(tmp_path, monkeypatch) -> Path:
+    """A checkout of its own: three notebooks, and a package that is quick to import."""
+    monkeypatch.delenv("JFBNB_WORK", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the kernels
     make_suite(tmp_path)
     point_runner_at(tmp_path, monkeypatch.setattr)
     return tmp_path
 
 
 def make_suite(folder: Path) -> None:
+    for name, code in PACKAGE.items():
+        (folder / "jfbnb" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "jfbnb" / name).write_text(code)
     notebooks = folder / "notebooks"
     (notebooks / "profiles").mkdir(parents=True)
-    (folder / "jfbnb").mkdir()
-    (folder / "data").mkdir()
-    (folder / "data" / "published_table2.csv").write_text("method\n")
     (notebooks / "profiles" / "quick.yaml").write_text("size: 1\n")
     for name in ("01_a", "02_b", "03_c"):
+        imports = "import jfbnb.operators" if name == "01_a" else ""
         cells = [nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-                 nbformat.v4.new_code_cell(NOTEBOOK.format(name=name))]
+                 nbformat.v4.new_code_cell(NOTEBOOK.format(name=name, imports=imports))]
         nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": {
             "name": "python3", "display_name": "Python 3", "language": "python"}}),
             notebooks / f"{name}.ipynb")
 
 
 def point_runner_at(folder: Path, setattr_=setattr) -> None:
-    setattr_(runner, "ROOT", folder)
-    setattr_(runner, "NOTEBOOKS", folder / "notebooks")
-    setattr_(runner, "PROFILES", folder / "notebooks" / "profiles")
+    setattr_(checkout, "ROOT", folder)
     setattr_(runner, "STEPS", tuple(runner.Step(name, (f"{name}.txt",), (name,))
                                     for name in ("01_a", "02_b", "03_c")))
 
@@ -93,9 +116,14 @@ def test_runs_then_skips_then_runs_what_changed(suite):
     assert go(overrides={"size": 2}) == ["skipped", "skipped", "ran"]
     (suite / "runs/quick/01_a.txt").write_text("damaged")
     assert go(overrides={"size": 2})[0] == "ran"
-    # Package code: everything.
-    (suite / "jfbnb" / "new.py").write_text("x = 1\n")
-    assert go(overrides={"size": 2}) == ["ran"] * 3
+    # Package code: the notebooks that use it, at first or second hand.
+    for name, expected in (("suite/doctor.py", ["skipped"] * 3), ("maps.py", ["skipped"] * 3),
+                           ("operators.py", ["ran", "skipped", "skipped"]),
+                           ("kernels.py", ["ran", "skipped", "skipped"]),
+                           ("common.py", ["ran"] * 3)):
+        with open(suite / "jfbnb" / name, "a") as file:
+            file.write("\n# a comment\n")
+        assert go(overrides={"size": 2}) == expected, name
     # A damaged marker is no marker.
     (suite / "runs/quick/markers/02_b.json").write_text("{")
     assert go(overrides={"size": 2}) == ["skipped", "ran", "skipped"]
@@ -112,7 +140,7 @@ def test_only_and_force(suite):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    ({"sise": 3}, "unknown parameter 'sise': the notebooks have data, delay, profile, rate, size"),
+    ({"sise": 3}, "unknown parameter 'sise': the notebooks have bf16, data, delay, depth, "),
     ({"size": "big"}, "parameter size takes a value like 1, not 'big'"),
     ({"size": 1.5}, "takes a value like 1"),
     ({"size": True}, "takes a value like 1"),
@@ -120,6 +148,18 @@ def test_only_and_force(suite):
     ({"data": "a\0b"}, "parameter data takes a value like"),
     ({"rate": float("nan")}, "parameter rate takes a value like 0.5, not nan"),
     ({"profile": "../elsewhere"}, "use --folder"),
+    ({"size": 0}, "parameter size must be positive, not 0"),
+    ({"rate": -0.5}, "parameter rate must be positive, not -0.5"),
+    ({"rate": 0}, "parameter rate must be positive"),
+    ({"seed": -1}, "parameter seed must be at least 0, not -1"),
+    ({"depth": 1}, "parameter depth must be at least 2, not 1"),
+    ({"effort": {"deq": 0}}, "parameter effort must be positive"),
+    ({"effort": {"deq": "much"}}, "parameter effort takes a value like {}"),
+    ({"effort": {1: 2}}, "parameter effort takes a value like {}"),
+    ({"effort": {"dek": 1}}, "notebook 5 trains no 'dek': choose from feedforward, "),
+    ({"effort": {"tikhonov": 1}}, "notebook 5 trains no 'tikhonov'"),
+    ({"bf16": "yes"}, "bf16"),
+    ({"bf16": True}, "parameter bf16 takes a value like 'auto', not True"),
 ])
 def test_bad_parameters_are_refused_before_anything_runs(suite, overrides, message):
     with pytest.raises(UserError, match=message):
@@ -127,8 +167,16 @@ def test_bad_parameters_are_refused_before_anything_runs(suite, overrides, messa
     assert not (suite / "runs").exists()
 
 
-def test_an_integer_will_do_for_a_float(suite):
-    assert runner.step_parameters(runner.STEPS, {"rate": 1})["01_a"]["rate"] == 1
+def test_an_integer_will_do_for_a_float_and_some_numbers_may_be_0(suite):
+    fine = {"rate": 1, "seed": 0, "penalty": 0, "depth": 2, "effort": {"deq": 2, "unrolled": 0.1}}
+    assert fine.items() <= runner.step_parameters(runner.STEPS, fine)["01_a"].items()
+
+
+def test_a_profile_is_held_to_the_same_rules(suite, capsys):
+    (suite / "notebooks/profiles/quick.yaml").write_text("size: 0\n")
+    assert main(["reproduce"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("parameter size must be positive, not 0")
 
 
 def test_unknown_profile(suite, capsys):
@@ -144,8 +192,9 @@ def test_cuda_without_one(capsys):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("size", "write it as NAME=VALUE"), ("size=[1", "-p size: its value is no YAML"),
-    ("size=2024-13-99", "is no YAML"), ("size=&a [*a]", "is no YAML: an alias"),
-    ("size=0x" + "f" * 5000, "is no YAML: an integer is too large")])
+    ("size=12:30", "takes a value like 1, not '12:30'"), ("size=&a [*a]", "takes a value like 1"),
+    ("size=0x10", "takes a value like 1"), ("size=" + "9" * 5000, "is no YAML"),
+    ("size=yes", "not 'yes'"), ("size=", "not ''")])
 def test_malformed_parameter(suite, capsys, text, message):
     assert main(["reproduce", "-p", text]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
@@ -159,6 +208,22 @@ def test_a_folder_elsewhere(suite, folder):
     assert not (suite / "runs").exists()
 
 
+@pytest.mark.parametrize(("text", "value"), [
+    ("5e-4", 5e-4), ("010", 10), ("12:30", "12:30"), ("no", "no"), ("on", "on"), ("true", True),
+    ("-3", -3), (".5", 0.5), ("1_000", "1_000"), ("2024-01-01", "2024-01-01"), ("1e3", 1000.0),
+    ("{a: 1, b: 5e-4}", {"a": 1, "b": 5e-4}), ("weights:", {"weights": ""}), ("'5'", "5")])
+def test_values_are_those_of_yaml_1_2(text, value):
+    found = parse_yaml(text, "it")
+    assert found == value and type(found) is type(value)
+
+
+def test_nothing_is_the_empty_text(suite, monkeypatch):
+    given = []
+    monkeypatch.setattr(runner, "reproduce", lambda profile, overrides, *_, **__: given.append(
+        overrides) or [])
+    assert main(["reproduce", "-p", "weights="]) == 0 and given == [{"weights": ""}]
+
+
 def test_a_profile_that_is_none(suite):
     (suite / "notebooks/profiles/quick.yaml").write_text("- size")
     with pytest.raises(UserError, match=r"quick\.yaml is no profile"):
@@ -166,12 +231,10 @@ def test_a_profile_that_is_none(suite):
 
 
 @pytest.mark.parametrize("text", [
-    "[]", "3", '{"inputs": 3}', "[" * 100_000, "\xff", "{}",
-    '{"inputs": {}, "outputs": [], "parameters": {}, "seconds": 1.0}'])
+    "[]", "3", '{"inputs": 3}', "[" * 100_000, "\xff", "{}"])
 def test_a_marker_that_is_none(tmp_path, text):
     (tmp_path / "m.json").write_bytes(text.encode("latin1"))
     assert runner.read_marker(tmp_path / "m.json") == {}
-    assert runner._durations(tmp_path / "m.json") == {}
 
 
 def test_a_marker_must_name_every_output(tmp_path):
@@ -222,8 +285,8 @@ def test_provenance(suite):
     record = json.loads((suite / "figures/quick/provenance.json").read_text())
     assert record["profile"] == "quick" and "torch" in record["packages"]
     step = record["steps"]["02_b"]
-    assert step["parameters"] == {"profile": "quick", "size": 2, "delay": 0.0,
-                                  "data": "bundled", "rate": 0.5}
+    assert {"profile": "quick", "size": 2, "data": "bundled", "weights": ""}.items() \
+        <= step["parameters"].items()
     assert step["seconds"] > 0 and {"notebook", "package", "01_a.txt"} <= set(step["inputs"])
     lines = []
     runner.reproduce("quick", {"size": 3}, log=lines.append)
@@ -237,7 +300,7 @@ def test_killed_anywhere_the_next_run_goes_on(suite, tmp_path):
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_reproduce import point_runner_at
-        from jfbnb.reproduce import reproduce
+        from jfbnb.suite.reproduce import reproduce
         point_runner_at(Path({str(suite)!r}))
         reproduce("quick", {{"delay": 60.0}})
     """)
@@ -262,7 +325,8 @@ def test_killed_anywhere_the_next_run_goes_on(suite, tmp_path):
 def test_the_suites_own_steps_and_profiles():
     """Every profile's parameters exist, and plain papermill takes the same files."""
     for profile in ("quick", "cpu", "paper"):
-        parameters = runner.step_parameters(runner.STEPS, runner.load_profile(profile))
+        given = runner.load_profile(profile) | {"device": "cpu"}
+        parameters = runner.step_parameters(runner.STEPS, given)
         assert parameters["04_jfb_training"]["profile"] == profile
     assert [step.name[:2] for step in runner.STEPS] == ["01", "02", "03", "04", "05"]
 
@@ -270,7 +334,7 @@ def test_the_suites_own_steps_and_profiles():
 def test_quick_is_what_the_notebooks_say_themselves():
     quick = runner.load_profile("quick")
     for step in runner.STEPS:
-        own = runner.notebook_parameters(runner.NOTEBOOKS / f"{step.name}.ipynb")
+        own = runner.notebook_parameters(step.notebook)
         assert {k: quick[k] for k in own if k in quick} == {k: v for k, v in own.items()
                                                           if k in quick}
 
@@ -283,8 +347,8 @@ def test_weights_to_take_must_be_there(tmp_path, capsys):
 
 def test_weights_taken_are_among_what_a_step_depends_on():
     step = next(s for s in runner.STEPS if s.name.startswith("04"))
-    released = os.path.relpath(ROOT / "data" / "weights", runner.NOTEBOOKS)
-    assert list(runner.weights_taken(step, {"weights": released})) == ["weights/jfb.safetensors"]
+    assert list(runner.weights_taken(step, {"weights": str(RELEASED)})) \
+        == ["weights/jfb.safetensors"]
     assert runner.weights_taken(step, {"weights": ""}) == {}
 
 
@@ -296,3 +360,133 @@ def test_two_runs_in_one_folder(suite):
         go()
     assert not (runs / "markers").exists()
     assert go() == ["ran", "ran", "ran"]
+
+
+def test_notebook_5_trains_every_method_that_has_a_loss():
+    """Of the released weights it reads those that there are: another's method has none."""
+    step = runner.STEPS[-1]
+    trained = {name for name, method in METHODS.items() if method.trainable}
+    artefacts = {Path(name).stem for name in step.artefacts if name.endswith(".safetensors")}
+    assert artefacts == trained - {"jfb"} and "published_table2.csv" in step.reads
+    assert all((checkout.ROOT / "jfbnb" / name).is_file() for name in step.reads)
+
+
+def test_what_code_imports_is_followed(suite):
+    def names(code: str) -> set[str]:
+        return {path.relative_to(suite / "jfbnb").as_posix() for path in runner.package_files(code)}
+
+    assert names("import torch") == set()
+    assert names("import jfbnb.operators") == {"__init__.py", "operators.py", "kernels.py"}
+    assert names("from jfbnb import operators") == names("import jfbnb.operators")
+    assert names("from jfbnb.suite.checkout import find_path") \
+        == {"__init__.py", "common.py", "suite/__init__.py", "suite/checkout.py"}
+    assert names("%matplotlib inline") == set(PACKAGE)
+
+
+def test_no_import_of_the_package_is_relative():
+    """It would not be followed."""
+    for path in (checkout.ROOT / "jfbnb").rglob("*.py"):
+        assert "from ." not in path.read_text(encoding="utf-8"), path
+
+
+def test_files_of_others_methods_count_where_methods_are_used(suite, monkeypatch):
+    monkeypatch.setattr(runner, "plugin_files", lambda: [suite / "mine.py"])
+    assert suite / "mine.py" in runner.package_files("from jfbnb.methods import METHODS")
+    assert suite / "mine.py" not in runner.package_files("from jfbnb.operators import Blur")
+
+
+@pytest.mark.parametrize("argv", [[sys.executable], ["python"], ["python3"]])
+def test_a_kernel_with_another_package_is_refused(suite, monkeypatch, capsys, argv):
+    kernel = type("Spec", (), {"argv": argv, "env": {}})
+    monkeypatch.setattr(runner.KernelSpecManager, "get_kernel_spec", lambda *_: kernel)
+    assert runner.check_kernel() == suite / "jfbnb"
+    other = suite / "other" / "jfbnb"
+    other.mkdir(parents=True)
+    (other / "__init__.py").touch()
+    kernel.env = {"PYTHONPATH": str(other.parent)}
+    assert main(["reproduce"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"with the package in {other}, not with that in {suite / 'jfbnb'}" in line
+    assert not (suite / "runs/quick/01_a.ipynb").exists()
+
+
+@pytest.mark.parametrize("argv", [["/nowhere/python"], ["/bin/false"]])
+def test_a_kernel_without_the_package_is_refused(suite, monkeypatch, argv):
+    kernel = type("Spec", (), {"argv": argv, "env": {}})
+    monkeypatch.setattr(runner.KernelSpecManager, "get_kernel_spec", lambda *_: kernel)
+    with pytest.raises(UserError, match=f"{argv[0]}.* with no package jfbnb, not with"):
+        go()
+
+
+# --- where things are ---------------------------------------------------------------------------
+
+
+def test_a_path_is_below_the_current_folder_or_the_checkout(suite, tmp_path, monkeypatch):
+    for folder in ("here/images", "data/celeba", "images", "home/images"):
+        (suite / folder).mkdir(parents=True)
+    monkeypatch.chdir(suite / "here")
+    monkeypatch.setenv("HOME", str(suite / "home"))
+    assert checkout.find_path("images") == str(suite / "here" / "images")
+    assert checkout.find_path("data/celeba") == str(suite / "data" / "celeba")
+    assert checkout.find_path("../images") == str(suite / "images")
+    assert checkout.find_path("~/images") == str(suite / "home" / "images")
+    assert checkout.find_path(str(suite)) == str(suite)
+    assert checkout.find_path("") == "" and checkout.find_path("bundled") == "bundled"
+
+
+def test_every_path_goes_to_the_notebooks_by_that_rule(suite, image_folder, monkeypatch):
+    (suite / "here").mkdir()
+    monkeypatch.chdir(suite / "here")
+    seen = []
+    monkeypatch.setattr(runner, "_run_steps", lambda steps, parameters, *_: seen.append(
+        (parameters["01_a"]["data"], parameters["01_a"]["weights"])))
+    expected = str(image_folder)
+    assert Path(expected) == suite / "images"
+    assert main(["reproduce", "--data", "../images", "--weights", "images"]) == 0
+    assert main(["reproduce", "-p", "data=images", "-p", "weights=../images"]) == 0
+    (suite / "notebooks/profiles/quick.yaml").write_text("data: images\nweights: images\n")
+    assert main(["reproduce"]) == 0
+    assert seen == [(expected, expected)] * 3
+
+
+def test_no_path_of_the_machine_in_provenance(suite, image_folder, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("elsewhere")
+    go(overrides={"data": str(image_folder), "weights": str(outside)})
+    text = (suite / "figures/quick/provenance.json").read_text()
+    assert str(suite) not in text and str(outside) not in text
+    own = json.loads(text)["steps"]["01_a"]["parameters"]
+    assert (own["data"], own["weights"]) == ("images", outside.name)
+
+
+def test_papermill_from_anywhere_writes_into_the_checkout(suite, tmp_path_factory, monkeypatch):
+    import papermill
+
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    notebook = str(suite / "notebooks" / "01_a.ipynb")
+    papermill.execute_notebook(notebook, "out.ipynb", progress_bar=False)
+    assert (suite / "runs/quick/01_a.txt").is_file() and len(list(elsewhere.iterdir())) == 1
+    monkeypatch.setenv("JFBNB_WORK", str(elsewhere / "work"))
+    papermill.execute_notebook(notebook, "out.ipynb", progress_bar=False)
+    assert (elsewhere / "work/figures/quick/01_a.png").is_file()
+    monkeypatch.setenv("JFBNB_WORK", "build/copy")  # below the checkout, not here
+    papermill.execute_notebook(notebook, "out.ipynb", progress_bar=False)
+    assert (suite / "build/copy/figures/quick/01_a.png").is_file()
+
+
+def test_the_runner_follows_too_where_the_work_is_elsewhere(suite, monkeypatch):
+    monkeypatch.setenv("JFBNB_WORK", str(suite / "work"))
+    assert go(only="01") == ["ran"] and go(only="01") == ["skipped"]
+    assert (suite / "work/figures/quick/provenance.json").is_file()
+    assert not (suite / "runs").exists()
+
+
+def test_a_clone_opened_with_the_package_of_a_wheel(suite, monkeypatch):
+    monkeypatch.setattr(checkout, "ROOT", suite / "site-packages")
+    monkeypatch.chdir(suite / "notebooks" / "profiles")
+    assert checkout.workplace("quick") == (suite / "runs/quick", suite / "figures/quick")
+    with pytest.raises(UserError, match="reproduce, train, sweep and verify need the notebooks"):
+        checkout.need_checkout()
+    monkeypatch.chdir("/")
+    with pytest.raises(UserError, match="JFBNB_WORK"):
+        checkout.workplace("quick")

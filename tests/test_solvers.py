@@ -4,11 +4,13 @@ import copy
 
 import pytest
 import torch
+from conftest import MAPS, make_map
 
-from jfbnb.fixed_point import anderson, picard
+from jfbnb.common import UserError
+from jfbnb.fixed_point import anderson, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
-from jfbnb.maps import MAPS, ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
-from jfbnb.networks import Regulariser
+from jfbnb.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
+from jfbnb.networks import Denoiser
 from jfbnb.operators import Blur
 
 
@@ -20,42 +22,77 @@ class Shrink(torch.nn.Module):
 
 
 def test_both_maps_have_the_closed_forms_fixed_point():
-    A, S = Blur(16, 5, 1.0), Regulariser(Shrink(), tau=0.2, sigma=0.0).double()
+    A, D = Blur(16, 5, 1.0), Denoiser(Shrink(), 0.0).double()
     d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    exact = A.solve_normal(A.adjoint(d), S.tau.item() / 2)  # A'(Ax - d) + tau x / 2 = 0
-    for T in (GradientMap(A, S), PreconditionedMap(A, S)):
-        x, info = anderson(lambda z, T=T: T(z, d), d, 1e-10, 1000)
+    exact = A.solve_normal(A.adjoint(d), 0.1)  # A'(Ax - d) + tau x / 2 = 0
+    for kind in (GradientMap, PreconditionedMap):
+        T = make_map(kind, A, D, tau=0.2)
+        x, info = solve(T, d, 1e-10, 1000)
         assert info.converged.all()
         torch.testing.assert_close(x, exact, rtol=0, atol=1e-6)
 
 
 def test_fixed_points_of_both_maps_agree(problem):
-    A, S, d = problem
-    x, info = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-12, 1000)
-    y, info_y = anderson(lambda z: GradientMap(A, S)(z, d), d, 1e-10, 5000)
+    A, D, d = problem
+    x, info = solve(make_map(PreconditionedMap, A, D), d, 1e-12, 1000)
+    y, info_y = solve(make_map(GradientMap, A, D), d, 1e-10, 5000)
     assert info.converged.all() and info_y.converged.all()
     torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
 
 
 def test_splitting_is_the_preconditioned_map_read_at_the_denoisers_output(problem):
     """The two halves in the other order: z* = D(x*), and x* is the data step of z*."""
-    A, S, d = problem
-    x, _ = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-12, 1000)
-    T = SplittingMap(A, S)
-    z, info = anderson(lambda z: T(z, d), d, 1e-12, 1000)
+    A, D, d = problem
+    x, _ = solve(make_map(PreconditionedMap, A, D), d, 1e-12, 1000)
+    T = make_map(SplittingMap, A, D)
+    z, info = solve(T, d, 1e-12, 1000)
     assert info.converged.all()
-    torch.testing.assert_close(z, S.denoise(x), rtol=0, atol=1e-8)
+    torch.testing.assert_close(z, D(x), rtol=0, atol=1e-8)
     torch.testing.assert_close(T.data_step(z, d), x, rtol=0, atol=1e-8)
     # The data step is a minimiser: the gradient of |A x - d|^2 + tau |x - z|^2 is 0 there.
     x = T.data_step(d, d)
-    torch.testing.assert_close(A.adjoint(A(x) - d), -S.tau * (x - d), rtol=0, atol=1e-10)
+    torch.testing.assert_close(A.adjoint(A(x) - d), -T.tau * (x - d), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", MAPS)
+def test_a_map_on_another_operator_has_the_same_weights_and_a_scaled_tau(problem, kind):
+    A, D, d = problem
+    T, wide = make_map(kind, A, D), Blur(16, 5, 3.0)
+    tau = getattr(T, "tau", None)
+    before = T(T.start(d), d)
+    other = T.on(wide, 0.5)
+    assert other.A is wide and T.A is A
+    ours, theirs = dict(T.named_parameters()), dict(other.named_parameters())
+    assert set(ours) == set(theirs) and all(theirs[name] is p for name, p in ours.items())
+    assert torch.equal(T(T.start(d), d), before)
+    if tau is not None:
+        assert torch.equal(other.tau, 0.5 * tau) and torch.equal(T.tau, tau)
+    fresh = make_map(kind, wide, D, tau=0.15)  # whose tau is rounded to float32
+    torch.testing.assert_close(other(T.start(d), d), fresh(T.start(d), d), rtol=0, atol=1e-6)
+    with torch.no_grad():
+        D.network.layers[-1].bias += 1  # they stay the same, whatever happens to the first's
+    torch.testing.assert_close(other(T.start(d), d), fresh(T.start(d), d), rtol=0, atol=1e-6)
+    assert torch.equal(T.on(wide, 0.5).on(A)(T.start(d), d), T(T.start(d), d))
+
+
+def test_a_network_that_changes_the_shape_is_a_line(problem):
+    A, _, d = problem
+
+    class Narrow(torch.nn.Module):
+        def forward(self, x, sigma):
+            return x[:, :2]
+
+    T = make_map(PreconditionedMap, A, Denoiser(Narrow(), 0.0).double())
+    with pytest.raises(UserError, match=r"Narrow makes \(2, 2, 16, 16\) of images "
+                                        r"\(2, 3, 16, 16\): a denoiser keeps the shape"):
+        solve(T, d)
 
 
 def test_anderson_meets_picard_in_fewer_evaluations(problem):
-    A, S, d = problem
-    T = PreconditionedMap(A, S)
-    x, info_x = picard(lambda z: T(z, d), d, 1e-10, 2000)
-    y, info_y = anderson(lambda z: T(z, d), d, 1e-10, 2000)
+    A, D, d = problem
+    T = make_map(PreconditionedMap, A, D)
+    x, info_x = solve(T, d, 1e-10, 2000, picard)
+    y, info_y = solve(T, d, 1e-10, 2000)
     assert info_x.converged.all() and info_y.converged.all()
     torch.testing.assert_close(x, y, rtol=0, atol=1e-8)
     assert (info_y.iterations < info_x.iterations).all()
@@ -78,8 +115,8 @@ def textbook_anderson(T, x, iterations, window, ridge):
 
 
 def test_anderson_is_the_textbooks(problem):
-    A, S, d = problem
-    T = PreconditionedMap(A, S)
+    A, D, d = problem
+    T = make_map(PreconditionedMap, A, D)
     with torch.no_grad():
         expected = textbook_anderson(lambda z: T(z, d), d, 9, 3, 1e-6)
     found, _ = anderson(lambda z: T(z, d), d, 0.0, 9, window=3, ridge=1e-6)
@@ -90,8 +127,8 @@ def test_anderson_is_the_textbooks(problem):
 
 @pytest.mark.parametrize("solver", [picard, anderson])
 def test_reported_residual_is_that_of_the_returned_point(problem, solver):
-    A, S, d = problem
-    T = PreconditionedMap(A, S)
+    A, D, d = problem
+    T = make_map(PreconditionedMap, A, D)
     x, info = solver(lambda z: T(z, d), d, 1e-3, 7)
     with torch.no_grad():
         residual = (T(x, d) - x).flatten(1).norm(dim=1) / x.flatten(1).norm(dim=1)
@@ -160,22 +197,22 @@ def test_callback_sees_every_iterate():
 
 
 def test_jfb_is_one_vector_jacobian_product(problem):
-    A, S, d = problem
-    T = PreconditionedMap(A, S)
+    A, D, d = problem
+    T = make_map(PreconditionedMap, A, D)
     truth = torch.rand_like(d)
-    x_star, _ = anderson(lambda z: T(z, d), d, 1e-8, 500)
+    x_star, _ = solve(T, d, 1e-8, 500)
     output = jfb(lambda z: T(z, d), x_star)
     (output - truth).square().sum().backward()
     # dl/dx* at the solution, pulled back through Theta alone, by forward differences.
     residual = 2 * (output - truth).detach()
-    for parameter in (S.log_tau, S.network.layers[0].bias, S.network.layers[-1].weight):
+    for parameter in (T.log_tau, D.network.layers[0].bias, D.network.layers[-1].weight):
         direction = torch.randn_like(parameter)
         step = 1e-6
-        shifted = copy.deepcopy(S)
+        shifted = copy.deepcopy(T)
         dict(shifted.named_parameters())[
-            next(n for n, p in S.named_parameters() if p is parameter)].data += step * direction
+            next(n for n, p in T.named_parameters() if p is parameter)].data += step * direction
         with torch.no_grad():
-            moved = PreconditionedMap(A, shifted)(x_star, d)
+            moved = shifted(x_star, d)
         expected = (residual * (moved - output.detach())).sum() / step
         torch.testing.assert_close((parameter.grad * direction).sum(), expected,
                                    rtol=1e-4, atol=1e-6)
@@ -191,66 +228,67 @@ def test_jfb_is_generic_in_the_map():
 
 
 def test_solves_track_no_gradient(problem):
-    A, S, d = problem
-    x, _ = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-3, 5)
+    A, D, d = problem
+    x, _ = solve(make_map(PreconditionedMap, A, D), d, 1e-3, 5)
     assert not x.requires_grad
 
 
 def test_proximal_map_has_its_documented_fixed_point():
     # D(x) = x / 2: x = (x - eta A'(Ax - d)) / 2, so (A'A + I / eta) x = A'd.
-    A, S, eta = Blur(16, 5, 1.0), Regulariser(Shrink(), tau=0.2, sigma=0.0).double(), 0.7
+    A, D, eta = Blur(16, 5, 1.0), Denoiser(Shrink(), 0.0).double(), 0.7
     d = torch.rand(2, 3, 16, 16, dtype=torch.float64)
-    T = ProximalMap(A, S, eta)
-    x, info = anderson(lambda z: T(z, d), d, 1e-10, 1000)
+    T = ProximalMap(A, D, eta)
+    x, info = solve(T, d, 1e-10, 1000)
     assert info.converged.all()
     torch.testing.assert_close(x, A.solve_normal(A.adjoint(d), 1 / eta), rtol=0, atol=1e-8)
 
 
 def test_admm_shares_the_proximal_maps_fixed_point(problem):
-    A, S, d = problem
-    T = ADMMMap(A, S)
-    state, info = anderson(lambda z: T(z, d), T.start(d), 1e-11, 2000)
+    A, D, d = problem
+    T = make_map(ADMMMap, A, D)
+    state, info = solve(T, d, 1e-11, 2000)
     assert info.converged.all()
     z, u = state.chunk(2, dim=1)
     assert torch.equal(T.image(state), z)
     with torch.no_grad():
-        torch.testing.assert_close(S.tau * u, A.adjoint(d - A(z)), rtol=0, atol=1e-8)
-        again = ProximalMap(A, S, eta=1 / S.tau.item())(z, d)
+        torch.testing.assert_close(T.tau * u, A.adjoint(d - A(z)), rtol=0, atol=1e-8)
+        again = ProximalMap(A, D, eta=1 / T.tau.item())(z, d)
     torch.testing.assert_close(again, z, rtol=0, atol=1e-8)
 
 
-def gradients_of(T, S, x, truth, method) -> torch.Tensor:
+def gradients_of(T, x, truth, method) -> torch.Tensor:
     """All of Theta's gradients in one vector, by a method that takes (T, x)."""
-    S.zero_grad()
+    T.zero_grad()
     (T.image(method(lambda z: T(z, truth), x)) - truth).square().sum().backward()
-    return torch.cat([p.grad.flatten() for p in S.parameters() if p.grad is not None]).clone()
+    return torch.cat([p.grad.flatten() for p in T.parameters() if p.grad is not None]).clone()
 
 
-@pytest.mark.parametrize("name", list(MAPS))
-def test_implicit_gradient_is_that_of_unrolling_to_convergence(problem, name):
-    A, S, d = problem
-    T = MAPS[name](A, S)
-    state, info = anderson(lambda z: T(z, d), T.start(d), 1e-12, 5000)
+@pytest.mark.parametrize("kind", MAPS)
+def test_implicit_gradient_is_that_of_unrolling_to_convergence(problem, kind):
+    A, D, d = problem
+    T = make_map(kind, A, D)
+    state, info = solve(T, d, 1e-12, 5000)
     assert info.converged.all()
     reports = []
-    ours = gradients_of(T, S, state, d, lambda T, x: implicit(T, x, 1e-12, 5000, reports.append))
+    ours = gradients_of(T, state, d, lambda T, x: implicit(T, x, 1e-12, 5000, reports.append))
     assert reports[0].converged.all()
-    exact = gradients_of(T, S, state, d, lambda T, x: unrolled(T, x, 400))
+    exact = gradients_of(T, state, d, lambda T, x: unrolled(T, x, 400))
     assert (ours - exact).norm() / exact.norm() < 1e-6
 
 
 def test_implicit_gradient_against_finite_differences(problem):
-    A, S, d = problem
+    A, D, d = problem
+
+    T = make_map(PreconditionedMap, A, D)
 
     def loss() -> float:
-        x, info = anderson(lambda z: PreconditionedMap(A, S)(z, d), d, 1e-13, 2000)
+        x, info = solve(T, d, 1e-13, 2000)
         assert info.residual.max() < 1e-12
         return (x - d).square().sum().item()
 
-    T = PreconditionedMap(A, S)
-    x_star, _ = anderson(lambda z: T(z, d), d, 1e-13, 2000)
-    gradients_of(T, S, x_star, d, lambda T, x: implicit(T, x, 1e-12, 2000))
-    for parameter in (S.log_tau, S.network.layers[0].weight):
+    x_star, _ = solve(T, d, 1e-13, 2000)
+    gradients_of(T, x_star, d, lambda T, x: implicit(T, x, 1e-12, 2000))
+    for parameter in (T.log_tau, D.network.layers[0].weight):
         direction = torch.randn_like(parameter, generator=None)
         expected = (parameter.grad * direction).sum().item()
         step = 1e-5
@@ -264,13 +302,13 @@ def test_implicit_gradient_against_finite_differences(problem):
 
 
 def test_neumann_series_goes_from_jfb_to_the_implicit_gradient(problem):
-    A, S, d = problem
-    T = PreconditionedMap(A, S)
-    x_star, _ = anderson(lambda z: T(z, d), d, 1e-12, 2000)
-    exact = gradients_of(T, S, x_star, d, lambda T, x: implicit(T, x, 1e-12, 2000))
-    series = [gradients_of(T, S, x_star, d, lambda T, x, k=k: neumann(T, x, k))
+    A, D, d = problem
+    T = make_map(PreconditionedMap, A, D)
+    x_star, _ = solve(T, d, 1e-12, 2000)
+    exact = gradients_of(T, x_star, d, lambda T, x: implicit(T, x, 1e-12, 2000))
+    series = [gradients_of(T, x_star, d, lambda T, x, k=k: neumann(T, x, k))
               for k in (1, 2, 4, 8, 200)]
-    assert torch.equal(series[0], gradients_of(T, S, x_star, d, jfb))
+    assert torch.equal(series[0], gradients_of(T, x_star, d, jfb))
     errors = [((g - exact).norm() / exact.norm()).item() for g in series]
     assert errors == sorted(errors, reverse=True) and errors[-1] < 1e-6
     with pytest.raises(ValueError, match="at least the first"):
@@ -278,11 +316,11 @@ def test_neumann_series_goes_from_jfb_to_the_implicit_gradient(problem):
 
 
 def test_unrolling_from_the_solution_is_the_neumann_series(problem):
-    A, S, d = problem
-    T = PreconditionedMap(A, S)
-    x_star, _ = anderson(lambda z: T(z, d), d, 1e-13, 2000)
-    series = gradients_of(T, S, x_star, d, lambda T, x: neumann(T, x, 4))
-    unroll = gradients_of(T, S, x_star, d, lambda T, x: unrolled(T, x, 4))
+    A, D, d = problem
+    T = make_map(PreconditionedMap, A, D)
+    x_star, _ = solve(T, d, 1e-13, 2000)
+    series = gradients_of(T, x_star, d, lambda T, x: neumann(T, x, 4))
+    unroll = gradients_of(T, x_star, d, lambda T, x: unrolled(T, x, 4))
     torch.testing.assert_close(series, unroll, rtol=1e-8, atol=1e-10)
 
 

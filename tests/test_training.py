@@ -1,28 +1,41 @@
+import importlib
 import math
+import os
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from conftest import Contractive, make_map
 from safetensors.torch import load_file, save_file
 
-from jfbnb import checkpoints
+from jfbnb import checkpoints, training
 from jfbnb.checkpoints import load_checkpoint, previous, resume
 from jfbnb.common import UserError
 from jfbnb.datasets import bundled_photos
+from jfbnb.fixed_point import solve
+from jfbnb.gradients import neumann
 from jfbnb.maps import PreconditionedMap, SplittingMap
-from jfbnb.networks import DnCNN, Regulariser, load_regulariser, save_regulariser
-from jfbnb.operators import Blur
+from jfbnb.methods import METHODS, RELEASED, Tuning, load_model
+from jfbnb.models import Equilibrium, Feedforward, Unrolled
+from jfbnb.networks import Denoiser, DnCNN, save_weights
+from jfbnb.operators import Blur, get_protocol
 from jfbnb.training import (
     DenoiserLoss,
     EquilibriumLoss,
+    ExplicitLoss,
+    LossSettings,
     TrainingConfig,
     contraction_estimate,
+    draw_measurement,
     train,
 )
 
 CPU = torch.device("cpu")
 # Networks this small and young rarely converge in the few iterations given here.
 CONFIG = TrainingConfig(3, batch_size=4, crop=16, learning_rate=1e-3, seed=0, unconverged_limit=1.0)
+LOSSES = LossSettings(0.01, tolerance=1e-3, max_iterations=8, power_iterations=1)
 
 
 @pytest.fixture
@@ -32,22 +45,22 @@ def images() -> torch.Tensor:
 
 def make(loss: str = "jfb"):
     torch.manual_seed(0)
-    S = Regulariser(DnCNN(3, 6), 0.1, 0.03)
+    D = Denoiser(DnCNN(3, 6), 0.03)
     if loss == "denoiser":
-        return S, DenoiserLoss(S, 0.1)
-    T = PreconditionedMap(Blur(16, 5, 2.0), S)
-    return S, EquilibriumLoss(T, 0.01, 1e-3, 8, 1, 0.9, 0.1)
+        return D, DenoiserLoss(D, 0.1)
+    model = Equilibrium(PreconditionedMap(Blur(16, 5, 2.0), D, 0.1))
+    return model, EquilibriumLoss(model, LOSSES)
 
 
-def weights_of(S) -> list[torch.Tensor]:
-    return [value.clone() for value in S.state_dict().values()]
+def weights_of(module) -> list[torch.Tensor]:
+    return [value.clone() for value in module.state_dict().values()]
 
 
 @pytest.mark.parametrize("kind", ["denoiser", "jfb"])
 def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, images, tmp_path):
-    S, loss = make(kind)
-    whole = train(S, loss, images, CONFIG, CPU, tmp_path / "whole")
-    uninterrupted = weights_of(S)
+    model, loss = make(kind)
+    whole = train(model, loss, images, CONFIG, CPU, tmp_path / "whole")
+    uninterrupted = weights_of(model)
 
     class Killed(Exception):
         pass
@@ -56,14 +69,14 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, images, tmp_pat
         if line.startswith("epoch 2"):
             raise Killed
 
-    S, loss = make(kind)
+    model, loss = make(kind)
     with pytest.raises(Killed):
-        train(S, loss, images, CONFIG, CPU, tmp_path / "cut", log=die_in_epoch_2)
-    S, loss = make(kind)
+        train(model, loss, images, CONFIG, CPU, tmp_path / "cut", log=die_in_epoch_2)
+    model, loss = make(kind)
     lines = []
-    resumed = train(S, loss, images, CONFIG, CPU, tmp_path / "cut", log=lines.append)
+    resumed = train(model, loss, images, CONFIG, CPU, tmp_path / "cut", log=lines.append)
     assert lines[0] == "resumed after epoch 2 of 3"
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(S), uninterrupted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(model), uninterrupted, strict=True))
     assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
 
 
@@ -75,14 +88,15 @@ def test_threads_change_rounding_alone():
 
     def trained(threads: int) -> tuple[torch.Tensor, list[float]]:
         torch.manual_seed(0)
-        S = Regulariser(DnCNN(3, 16), 0.1, 0.03)
-        loss = EquilibriumLoss(SplittingMap(Blur(48, 5, 2.0), S), 0.01, 1e-3, 8, 1, 0.9, 0.1)
+        D = Denoiser(DnCNN(3, 16), 0.03)
+        model = Equilibrium(SplittingMap(Blur(48, 5, 2.0), D, 0.1))
         torch.set_num_threads(threads)
         try:
-            history = train(S, loss, photos, TrainingConfig(2, 8, 48, 1e-3, 0, 1.0), CPU)
+            history = train(model, EquilibriumLoss(model, LOSSES), photos,
+                            TrainingConfig(2, 8, 48, 1e-3, 0, 1.0), CPU)
         finally:
             torch.set_num_threads(1)
-        return torch.cat([w.flatten() for w in weights_of(S)]), [r["loss"] for r in history]
+        return torch.cat([w.flatten() for w in weights_of(model)]), [r["loss"] for r in history]
 
     (one, losses), (two, losses_two), (again, _) = trained(1), trained(2), trained(2)
     assert torch.equal(two, again)
@@ -91,33 +105,33 @@ def test_threads_change_rounding_alone():
 
 
 def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
-    S, loss = make()
-    train(S, loss, images, CONFIG, CPU, tmp_path)
-    S, _ = make()
-    other = EquilibriumLoss(PreconditionedMap(Blur(16, 5, 2.0), S), 0.01, 1e-3, 9, 1, 0.9, 0.1)
+    model, loss = make()
+    train(model, loss, images, CONFIG, CPU, tmp_path)
+    model, loss = make()
+    other = replace(loss, settings=replace(LOSSES, max_iterations=9))
     lines = []
-    train(S, other, images, CONFIG, CPU, tmp_path, log=lines.append)
+    train(model, other, images, CONFIG, CPU, tmp_path, log=lines.append)
     assert not any("resumed" in line for line in lines)
     assert len([f for f in tmp_path.iterdir() if "previous" not in f.name]) == 2
 
 
 def test_training_lowers_the_loss_and_reports_the_solves(images):
-    S, loss = make()
-    history = train(S, loss, images, TrainingConfig(20, 4, 16, 3e-3, 0, 1.0), CPU)
+    model, loss = make()
+    history = train(model, loss, images, TrainingConfig(20, 4, 16, 3e-3, 0, 1.0), CPU)
     assert history[-1]["loss"] < history[0]["loss"]
     assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "contraction",
             "seconds"} == set(history[0])
-    assert S.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
+    assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
 
 
 def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
     # 10 images in batches of 4, 4 and 2: a loss that returns the batch size averages to 3.6.
-    S, _ = make()
+    model, _ = make()
 
-    def size_as_loss(x, keys):
-        return S.log_tau * 0 + len(x), {}
+    def size_as_loss(x, keys, indices):
+        return (model.T.log_tau * 0 + len(x)).expand(len(x)), {}
 
-    assert train(S, size_as_loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU
+    assert train(model, size_as_loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU
                  )[0]["loss"] == pytest.approx(3.6)
 
 
@@ -129,7 +143,7 @@ def test_contraction_estimate_finds_the_slowest_mode():
     x = torch.zeros(3, 20, dtype=torch.float64)
     for _ in range(10):
         x = T(x)
-    estimate = contraction_estimate(T, x, T(x), power_iterations=60)
+    estimate = contraction_estimate(T, x, power_iterations=60)
     torch.testing.assert_close(estimate, torch.full((3,), 0.8, dtype=torch.float64),
                                rtol=1e-2, atol=0)
 
@@ -145,54 +159,58 @@ def test_penalty_lowers_the_contraction():
         def forward(self, x, sigma):
             return self.gain * x  # D(x) = (1 - gain) x
 
-    S = Regulariser(Gain(), 5.0, 0.0)
-    T = PreconditionedMap(Blur(16, 5, 2.0), S)
+    model = Equilibrium(PreconditionedMap(Blur(16, 5, 2.0), Denoiser(Gain(), 0.0), 5.0))
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    loss = EquilibriumLoss(T, 0.01, 1e-3, 5, 2, contraction=0.5, penalty=100.0)
+    loss = EquilibriumLoss(model, LossSettings(0.01, 1e-3, 5, 2, contraction=0.5, penalty=100.0))
     config = TrainingConfig(60, 8, 16, 0.05, 0, 1.0)
-    history = train(S, loss, images, config, CPU, log=lambda _: None)
+    history = train(model, loss, images, config, CPU, log=lambda _: None)
     assert history[0]["contraction"] > 1
     assert history[-1]["contraction"] < 0.6
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(images):
-    S, _ = make()
+    model, _ = make()
     with pytest.raises(UserError, match=r"loss is nan at epoch 1, step 0, images \["):
-        train(S, lambda x, keys: (S.log_tau * float("nan"), {}), images, CONFIG, CPU)
+        train(model, lambda x, keys, indices: (model.T.log_tau * x.new_full((len(x),), math.nan),
+                                               {}), images, CONFIG, CPU)
 
 
 def test_nan_after_a_checkpoint_names_it(images, tmp_path):
-    S, loss = make()
+    model, loss = make()
 
-    def fails_in_epoch_2(x, keys):
-        value, figures = loss(x, keys)
-        return (value * float("nan") if keys[1:3] == (2, 1) else value), figures
+    def fails_in_epoch_2(x, keys, indices):
+        value, figures = loss(x, keys, indices)
+        return (value * math.nan if keys[1:3] == (2, 1) else value), figures
 
     with pytest.raises(UserError, match=r"epoch 2, step 1, .*good checkpoint is .*\.safetensors"):
-        train(S, fails_in_epoch_2, images, CONFIG, CPU, tmp_path)
+        train(model, fails_in_epoch_2, images, CONFIG, CPU, tmp_path)
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 def test_solves_that_do_not_converge_warn_and_then_stop(images):
-    S, _ = make()
+    model, _ = make()
 
     def converging(share):
-        return lambda x, keys: (S.log_tau.square(), {"converged": share, "residual": 0.1})
+        def loss(x, keys, indices):
+            one = torch.ones(len(x))
+            return model.T.log_tau.square() * one, {"converged": share * one,
+                                                    "residual": 0.1 * one}
+        return loss
 
     lines = []
     config = TrainingConfig(1, 4, 16, 1e-3, 0, unconverged_limit=0.5)
-    train(S, converging(0.9), images, config, CPU, log=lines.append)
+    train(model, converging(0.9), images, config, CPU, log=lines.append)
     assert len(lines) == 1
-    train(S, converging(0.6), images, config, CPU, log=lines.append)
+    train(model, converging(0.6), images, config, CPU, log=lines.append)
     assert lines[-1].startswith("warning: 40% of the solves of epoch 1 did not converge")
     with pytest.raises(UserError, match="80% of the solves up to epoch 1, step 2 did not converge"):
-        train(S, converging(0.2), images, config, CPU)
+        train(model, converging(0.2), images, config, CPU)
 
 
 def test_crop_larger_than_the_images(images):
-    S, loss = make()
+    model, loss = make()
     with pytest.raises(UserError, match="crop=48 does not fit"):
-        train(S, loss, images, TrainingConfig(1, 4, 48, 1e-3, 0), CPU)
+        train(model, loss, images, TrainingConfig(1, 4, 48, 1e-3, 0), CPU)
 
 
 def flip_a_bit(content: bytes) -> bytes:
@@ -204,68 +222,68 @@ def flip_a_bit(content: bytes) -> bytes:
                                     flip_a_bit])
 def test_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(images, tmp_path,
                                                                           damage):
-    S, loss = make("denoiser")
-    whole = train(S, loss, images, CONFIG, CPU, tmp_path)
-    wanted = weights_of(S)
+    model, loss = make("denoiser")
+    whole = train(model, loss, images, CONFIG, CPU, tmp_path)
+    wanted = weights_of(model)
     file = next(f for f in tmp_path.iterdir() if f != previous(f) and "previous" not in f.name)
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(UserError, match=f"{file.name} is damaged"):
-        load_checkpoint(file, S, torch.optim.Adam(S.parameters()))
-    S, loss = make("denoiser")
+        load_checkpoint(file, model, torch.optim.Adam(model.parameters()))
+    model, loss = make("denoiser")
     lines = []
-    history = train(S, loss, images, CONFIG, CPU, tmp_path, log=lines.append)
+    history = train(model, loss, images, CONFIG, CPU, tmp_path, log=lines.append)
     assert file.name in lines[0] and lines[1] == "resumed after epoch 2 of 3"
     assert [r["loss"] for r in history] == [r["loss"] for r in whole]
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(S), wanted, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(model), wanted, strict=True))
 
 
 def test_two_damaged_checkpoints_are_an_error_and_none_is_a_start(images, tmp_path):
-    S, loss = make("denoiser")
-    optimizer = torch.optim.Adam(S.parameters())
-    assert resume(tmp_path / "none.safetensors", S, optimizer, print) == []
-    train(S, loss, images, CONFIG, CPU, tmp_path)
+    model, loss = make("denoiser")
+    optimizer = torch.optim.Adam(model.parameters())
+    assert resume(tmp_path / "none.safetensors", model, optimizer, print) == []
+    train(model, loss, images, CONFIG, CPU, tmp_path)
     for file in tmp_path.iterdir():
         file.write_bytes(b"")
-    S, loss = make("denoiser")
+    model, loss = make("denoiser")
     with pytest.raises(UserError, match="no other one"):
-        train(S, loss, images, CONFIG, CPU, tmp_path, log=lambda _: None)
+        train(model, loss, images, CONFIG, CPU, tmp_path, log=lambda _: None)
 
 
 @pytest.mark.parametrize(("name", "shape"), [
-    ("module.log_tau", (2,)), ("adam.0.exp_avg", (10**6,)), ("adam.99.step", ()), ("other", (1,))])
+    ("module.sigma", (2,)), ("adam.0.exp_avg", (10**6,)), ("adam.99.step", ()), ("other", (1,))])
 def test_a_checkpoint_of_other_shapes_is_refused(tmp_path, name, shape):
     """Though its hash is right: whoever forged the tensors can forge that too."""
-    S, _ = make("denoiser")
-    optimizer = torch.optim.Adam(S.parameters())
-    sum(p.square().sum() for p in S.parameters()).backward()
+    model, _ = make("denoiser")
+    optimizer = torch.optim.Adam(model.parameters())
+    sum(p.square().sum() for p in model.parameters()).backward()
     optimizer.step()
     file = tmp_path / "k.safetensors"
-    checkpoints.save_checkpoint(file, S, optimizer, [{"epoch": 1}])
+    checkpoints.save_checkpoint(file, model, optimizer, [{"epoch": 1}])
     tensors = load_file(file) | {name: torch.zeros(shape)}
     save_file(tensors, file, metadata={"history": "[]",
                                        "sha256": checkpoints._digest(tensors, "[]")})
     with pytest.raises(UserError, match="not those of this training"):
-        load_checkpoint(file, S, optimizer)
+        load_checkpoint(file, model, optimizer)
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(images, tmp_path, monkeypatch):
-    S, loss = make("denoiser")
-    train(S, loss, images, CONFIG, CPU, tmp_path)
+    model, loss = make("denoiser")
+    train(model, loss, images, CONFIG, CPU, tmp_path)
     before = sorted(tmp_path.iterdir())
 
     def refuse(*_args):
         raise PermissionError("no")
 
     monkeypatch.setattr(checkpoints, "safe_open", refuse)
-    S, loss = make("denoiser")
+    model, loss = make("denoiser")
     with pytest.raises(OSError, match=r"cannot read the checkpoint .*safetensors \(no\)"):
-        train(S, loss, images, CONFIG, CPU, tmp_path)
+        train(model, loss, images, CONFIG, CPU, tmp_path)
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
-    S, loss = make("denoiser")
-    train(S, loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU, tmp_path)
+    model, loss = make("denoiser")
+    train(model, loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU, tmp_path)
     (file,) = tmp_path.glob("*.safetensors")
     before = file.read_bytes()
 
@@ -274,48 +292,259 @@ def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
 
     monkeypatch.setattr("jfbnb.common.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoints.save_checkpoint(file, S, torch.optim.Adam(S.parameters()), [])
+        checkpoints.save_checkpoint(file, model, torch.optim.Adam(model.parameters()), [])
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_weights_round_trip(tmp_path):
-    S, _ = make()
-    save_regulariser(tmp_path / "s.safetensors", S, {"protocol": "paper"})
-    loaded = load_regulariser(tmp_path / "s.safetensors")
-    x = torch.rand(1, 3, 16, 16)
-    assert torch.equal(loaded(x), S(x))
-    assert '"protocol": "paper"' in (tmp_path / "s.json").read_text()
-
-
 def test_a_finished_training_is_taken_and_another_one_refused(images, tmp_path):
-    S, loss = make()
-    history = train(S, loss, images, CONFIG, CPU)
+    model, loss = make()
+    history = train(model, loss, images, CONFIG, CPU)
     file = tmp_path / "jfb.safetensors"
-    save_regulariser(file, S, {"training": asdict(CONFIG), "history": history})
+    save_weights(file, model, {"training": asdict(CONFIG), "history": history})
     fresh, loss = make()
     assert train(fresh, loss, images, CONFIG, CPU, finished=file) == history
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(fresh), weights_of(S), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(fresh), weights_of(model), strict=True))
     longer = replace(CONFIG, epochs=4)
     with pytest.raises(UserError, match=r"was trained with .* leave the parameter `weights` empty"):
         train(fresh, loss, images, longer, CPU, finished=file)
-    save_regulariser(file, S, {"training": asdict(CONFIG)})
-    with pytest.raises(UserError, match="do not hold this training"):
+    save_weights(file, model, {"training": asdict(CONFIG)})
+    with pytest.raises(UserError, match="has no model card with this training"):
         train(fresh, loss, images, CONFIG, CPU, finished=file)
 
 
-def test_bfloat16_changes_the_gradient_little_and_leaves_float32_behind(images):
-    x = images.float()[:, :, :16, :16] / 255
-    gradients = []
+
+
+# --- what the loss of an equilibrium does -------------------------------------------------------
+
+
+class Counting(Contractive):
+    """Keeps how many images each evaluation had, and whether it was in bfloat16."""
+
+    def __init__(self, depth, width):
+        super().__init__(depth, width)
+        self.seen = []
+
+    def forward(self, x, sigma):
+        self.seen.append((len(x), self.bf16))
+        return super().forward(x, sigma)
+
+
+def counting_model(T=SplittingMap) -> tuple[Equilibrium, list]:
+    torch.manual_seed(0)
+    network = Counting(3, 6)
+    torch.nn.init.normal_(network.layers[-1].weight, std=0.02)
+    return Equilibrium(make_map(T, Blur(16, 5, 2.0), Denoiser(network, 0.03), 0.1)), network.seen
+
+
+@pytest.fixture
+def crops(images) -> torch.Tensor:
+    """Eight, with less and less of their mean, which converges first."""
+    x = images[:8, :, :16, :16].float() / 255
+    return x - torch.linspace(0, 1, 8).view(8, 1, 1, 1) * x.mean(dim=(1, 2, 3), keepdim=True)
+
+
+def test_images_that_converge_leave_the_batch(crops):
+    """The network sees each as often as its solve took, and once to be differentiated."""
+    model, seen = counting_model()
+    loss = EquilibriumLoss(model, replace(LOSSES, max_iterations=30, penalty=0.0))
+    _, figures = loss(crops, (0,), range(8))
+    assert sum(n for n, _ in seen) == figures["iterations"].sum() + 8
+    assert figures["iterations"].min() < figures["iterations"].max()
+    assert max(figures["iterations"]) + 3 <= loss.evaluations
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.1])
+def test_evaluations_is_what_a_step_costs_at_most(crops, penalty):
+    """Forward passes counted; of each that is tracked, its backward pass counts as two more."""
+    model, seen = counting_model()
+    loss = EquilibriumLoss(model, replace(LOSSES, tolerance=0.0, power_iterations=3,
+                                          penalty=penalty))
+    loss(crops, (0,), range(8))
+    tracked = 8 + (2 * 2 if penalty else 0)  # two images are watched, each tracked twice
+    assert (sum(n for n, _ in seen) + 2 * tracked) / 8 == loss.evaluations
+
+
+def test_bfloat16_is_for_the_first_evaluations_and_the_gradient(crops):
+    model, seen = counting_model()
+    loss = EquilibriumLoss(model, replace(LOSSES, tolerance=0.0, bf16=True))
+    loss(crops, (0,), range(8))
+    assert [bf16 for _, bf16 in seen] == [True] * 4 + [False] * 4 + [True] + [False] * 3
+    assert not model.T.D.network.bf16
+
+    def fail(*_, **__):
+        raise ValueError
+
+    with pytest.raises(ValueError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "solve", fail)
+        loss(crops, (0,), range(8))
+    assert not model.T.D.network.bf16
+
+
+def test_bfloat16_changes_the_gradient_little_and_the_image_not_at_all():
+    """On the released network: its image is as exact as in float32, to the solve's tolerance."""
+    x = bundled_photos("validation").as_float()[:4, :, 40:88, 40:88]
+    tuning = Tuning.load(RELEASED / "tuning.json")
+    model = load_model(METHODS["jfb"], tuning.settings(METHODS["jfb"]), RELEASED)
+    model = model.on(get_protocol("paper").operator(48))
+    tolerance, gradients, images = 3e-3, [], []
+
+    class Watched(EquilibriumLoss):
+        def track(self, T, x_star, figures):
+            images.append(x_star)
+            return super().track(T, x_star, figures)
+
     for bf16 in (False, True):
-        torch.manual_seed(0)
-        S = Regulariser(DnCNN(3, 6), 0.1, 0.03, DnCNN(3, 6))
-        for network in (S.network, S.head):
-            torch.nn.init.normal_(network.layers[-1].weight, std=0.05)
-        T = SplittingMap(Blur(16, 5, 2.0), S)
-        value, _ = EquilibriumLoss(T, 0.01, 3e-3, 12, 4, 0.5, 0.1, bf16=bf16)(x, (0,))
-        value.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in S.parameters()]))
-        assert not S.network.bf16 and not S.head.bf16
+        model.zero_grad()
+        # It allows a contraction of 0.5 alone: the penalty is never idle.
+        settings = LossSettings(0.01, tolerance, 12, contraction=0.5, bf16=bf16)
+        Watched(model, settings)(x, (0,), range(4))[0].sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        assert not any(getattr(module, "bf16", False) for module in model.modules())
+        assert all(p.dtype == torch.float32 for p in model.parameters())
     assert not torch.equal(*gradients)  # the option is not without effect
-    assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+    exact, info = solve(model.T, draw_measurement(model.T.A, x, 0.01, (0,), range(4)), 1e-6, 300)
+    assert info.converged.all()
+    apart = [((image - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)).max().item()
+             for image in images]
+    assert apart[1] < 2 * apart[0] and (images[1] - images[0]).norm() < tolerance * exact.norm()
+
+
+# --- what a training is named by ----------------------------------------------------------------
+
+
+def key(loss, images, module=None) -> str:
+    return training._training_key(module or loss.model, loss, images, CONFIG)
+
+
+def test_the_key_of_a_training_changes_with_all_that_it_depends_on(images):
+    model, loss = make()
+    keys = [key(loss, images), key(loss, images[1:]),
+            key(replace(loss, settings=replace(LOSSES, noise_std=0.02)), images),
+            training._training_key(model, loss, images, replace(CONFIG, epochs=4))]
+    with torch.no_grad():
+        model.T.D.network.layers[0].bias += 1
+    keys.append(key(loss, images))
+    with torch.no_grad():
+        model.T.D.sigma += 0.01
+    keys.append(key(loss, images))
+    model.T.A.K_h[0, 0] += 0.01  # a buffer that no state_dict has
+    keys.append(key(loss, images))
+    assert len(set(keys)) == len(keys)
+    assert key(loss, images) == keys[-1]
+
+
+def test_the_key_changes_with_what_a_model_is_made_of(images):
+    """Numbers that are neither weights nor settings of the loss: of the models and the maps."""
+    model, _ = make()
+    T, A, D = model.T, model.T.A, model.T.D
+    keys = [key(ExplicitLoss(m, LOSSES), images) for m in (
+        Unrolled(T, 3), Unrolled(T, 4), Unrolled(T.on(A, 2.0), 3), Feedforward(A, D),
+        Feedforward(A, D, 0.01), Feedforward(A, D, 0.02))]
+    keys += [key(EquilibriumLoss(m, LOSSES), images) for m in (
+        model, Equilibrium(SplittingMap(A, D, 0.1)))]
+    assert len(set(keys)) == len(keys)
+
+
+def test_the_key_changes_with_what_a_function_has_captured(images):
+    model, loss = make()
+
+    class Weighted:
+        def __init__(self, weight):
+            self.weight = weight
+
+        def __call__(self, x, keys, indices):
+            return loss(x, keys, indices)[0] * self.weight, {}
+
+    def weighted(weight):
+        return lambda x, keys, indices: (loss(x, keys, indices)[0] * weight, {})
+
+    def by(terms):
+        return replace(loss, gradient=lambda T, x: neumann(T, x, terms))
+
+    many = torch.zeros(2000)
+    keys = [training._training_key(model, given, images, CONFIG) for given in (
+        loss, by(1), by(2), weighted(1.0), weighted(2.0), Weighted(1.0), Weighted(2.0),
+        weighted(many), weighted(many.index_fill(0, torch.tensor([1000]), 1.0)),
+        weighted({"b": 1}), weighted({"b": 2}))]
+    assert len(set(keys)) == len(keys)
+    assert training._training_key(model, weighted(2.0), images, CONFIG) == keys[4]
+
+
+OUTSIDE = """
+import torch
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x, sigma):
+        return {factor} * self.weight * x
+
+class Loss:
+    def __init__(self, loss):
+        self.loss = loss
+
+    def __call__(self, x, keys, indices):
+        return self.loss(x, keys, indices)
+"""
+
+
+@pytest.mark.parametrize("name", ["Network", "Loss"])
+def test_the_key_changes_with_the_source_of_a_class_of_others(images, tmp_path, monkeypatch, name):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    file = tmp_path / f"outside_{name.lower()}.py"
+    model, loss = make()
+    keys = []
+    for factor in ("0.1", "0.25", "0.1"):
+        file.write_text(OUTSIDE.format(factor=factor))
+        importlib.invalidate_caches()
+        module = importlib.import_module(file.stem)
+        module = importlib.reload(module)
+        if name == "Network":
+            model = Equilibrium(PreconditionedMap(Blur(16, 5, 2.0), Denoiser(module.Network(), 0.0),
+                                                  0.1))
+            keys.append(key(EquilibriumLoss(model, LOSSES), images))
+        else:
+            keys.append(key(module.Loss(loss), images, model))
+    assert keys[0] != keys[1] and keys[0] == keys[2]
+
+
+def test_the_key_is_the_same_in_every_process(tmp_path):
+    """Also for a loss that is an object, or closes over some, whose address would be another."""
+    (tmp_path / "outside.py").write_text(OUTSIDE.format(factor="0.1"))
+    program = """
+import torch
+import outside
+from jfbnb import training
+from jfbnb.gradients import neumann
+from jfbnb.methods import METHODS
+from jfbnb.networks import DnCNN
+torch.manual_seed(0)
+images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
+settings = training.LossSettings(0.01)
+config = training.TrainingConfig(1, 1, 16, 1e-3, 0)
+chosen = {"tau": 0.1, "sigma": 0.1, "lam": 0.1, "eta": 1.0, "iterations": 3}
+
+def noting(loss, names):
+    return lambda *words: (names, loss(*words))[1]
+
+for method in METHODS.values():
+    if method.trainable:
+        model = method.build(None, DnCNN(2, 4), chosen, DnCNN(2, 4) if method.head else None)
+        loss = method.loss(model, settings)
+        for given in (loss, outside.Loss(loss), noting(loss, {"b", "a", "c"})):
+            print(method.name, training._training_key(model, given, images, config))
+terms = 3
+loss = training.EquilibriumLoss(model, settings, lambda T, x: neumann(T, x, terms))
+print(training._training_key(model, loss, images, config))
+"""
+    (tmp_path / "program.py").write_text(program)
+    found = [subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True,
+                            text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}
+                            ).stdout.splitlines() for seed in ("1", "2")]
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 3 * sum(m.trainable for m in METHODS.values()) + 1

@@ -7,12 +7,14 @@ import pandas as pd
 import pytest
 import torch
 
-from jfbnb import evaluation, verify
-from jfbnb.cli import main
+from jfbnb import evaluation
+from jfbnb.common import UserError
 from jfbnb.datasets import load_splits
 from jfbnb.methods import make_methods
-from jfbnb.operators import get_protocol, make_blur, measure
-from jfbnb.reproduce import file_hash
+from jfbnb.operators import get_protocol, measure
+from jfbnb.suite import verify
+from jfbnb.suite.cli import main
+from jfbnb.suite.reproduce import STEPS, file_hash
 
 PARAMETERS = {"data": "bundled", "protocol": "paper", "seed": 0, "device": "cpu", "n_train": 1,
               "n_validation": 1, "n_test": 1}
@@ -26,7 +28,7 @@ def finished(tmp_path, weights, monkeypatch):
     shutil.copytree(weights, runs)
     setup = get_protocol("paper")
     images = load_splits("bundled", setup.image_size).test
-    A, x = make_blur(setup), images.as_float()
+    A, x = setup.operator(), images.as_float()
     d = measure(A, x, setup.noise_std, 0, images.indices)
     table = evaluation.evaluate(make_methods(["tikhonov", "jfb"], runs, torch.device("cpu")), A,
                                 x[:2], d[:2], setup.noise_std, images.names[:2])
@@ -34,9 +36,9 @@ def finished(tmp_path, weights, monkeypatch):
     evaluation.table2(evaluation.summarise(table)).to_csv(figures / "table2_comparison.csv",
                                                           index=False)
     outputs = {f"figures/quick/{p.name}": file_hash(p) for p in figures.glob("*.csv")}
-    provenance = {"steps": {"05_evaluation": {"parameters": PARAMETERS, "outputs": outputs}}}
+    provenance = {"steps": {STEPS[-1].name: {"parameters": PARAMETERS, "outputs": outputs}}}
     (figures / "provenance.json").write_text(json.dumps(provenance))
-    monkeypatch.setattr(verify, "ROOT", tmp_path)
+    monkeypatch.setenv("JFBNB_WORK", str(tmp_path))
     return tmp_path
 
 
@@ -80,18 +82,22 @@ def test_a_missing_file_and_a_missing_run(finished, capsys):
     assert "no finished run" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "text", "message"), [
-    ("provenance.json", "[]", "no finished run"), ("provenance.json", '{"steps": {}}', "damaged"),
-    ("provenance.json", '{"steps": {"05": {"outputs": {}}}}', "damaged"),
-    ("provenance.json", '{"steps": {"05": {"outputs": {}, "parameters": {"seed": 0}}}}',
-     "does not say the"),
-    ("metrics.csv", "method,psnr\njfb,30\n", "metrics.csv is missing or damaged"),
-    ("metrics.csv", "", "metrics.csv is missing or damaged"),
-    ("table2_comparison.csv", "Method\nJFB\n", "table2_comparison.csv is missing or damaged")])
-def test_a_damaged_record_is_one_line(finished, capsys, name, text, message):
+@pytest.mark.parametrize(("name", "text"), [
+    ("provenance.json", "[]"), ("provenance.json", '{"steps": {}}'), ("provenance.json", "{"),
+    ("metrics.csv", "method,psnr\njfb,30\n"), ("metrics.csv", ""),
+    ("table2_comparison.csv", "Method\nJFB\n")])
+def test_a_damaged_record_is_one_line(finished, capsys, name, text):
     (finished / "figures" / "quick" / name).write_text(text)
     assert main(["verify", "quick", "--limit", "1"]) == 2
-    assert message in capsys.readouterr().err.strip().splitlines()[-1]
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "missing or damaged" in line and "run `jfbnb reproduce --profile quick`" in line
+
+
+def test_a_method_that_is_no_longer_installed_is_named(finished):
+    file = finished / "figures" / "quick" / "metrics.csv"
+    file.write_text(file.read_text().replace("jfb,", "mine,"))
+    with pytest.raises(UserError, match="unknown method mine"):
+        findings()
 
 
 def test_a_method_missing_in_one_table_is_found(finished):

@@ -1,0 +1,22 @@
+"""How near an image is to the truth: PSNR and SSIM, one number per image."""
+
+import torch
+from skimage.metrics import structural_similarity
+from torch import Tensor
+
+
+def psnr(x: Tensor, truth: Tensor, data_range: float = 1.0) -> Tensor:
+    """Peak signal-to-noise ratio in dB, one per image: 10 log10(range^2 / MSE). Not clipped.
+
+    Shapes: (B, C, H, W) twice -> (B,).
+    """
+    mse = (x - truth).square().flatten(1).mean(dim=1)
+    return 10 * torch.log10(data_range**2 / mse)
+
+
+def ssim(x: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004), scikit-image's with Gaussian weights, (B,)."""
+    values = [structural_similarity(a, b, channel_axis=0, data_range=1.0, gaussian_weights=True,
+                                    sigma=1.5, use_sample_covariance=False)
+              for a, b in zip(x.cpu().numpy(), truth.cpu().numpy(), strict=True)]
+    return torch.tensor(values, dtype=torch.float64)

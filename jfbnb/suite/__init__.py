@@ -1,0 +1,1 @@
+"""What runs the notebooks, and the `jfbnb` command. The rest of the package knows neither."""

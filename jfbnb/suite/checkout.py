@@ -1,0 +1,61 @@
+"""The checkout, which has the notebooks, and where they read and write."""
+
+import os
+from pathlib import Path
+
+from jfbnb.common import UserError
+
+ROOT = Path(__file__).resolve().parents[2]  # of a checkout; of a wheel it is site-packages
+
+
+def find_checkout() -> Path | None:
+    """The package's own checkout, else the nearest folder from the working directory up."""
+    here = Path.cwd()
+    return next((folder for folder in (ROOT, here, *here.parents)
+                 if (folder / "notebooks" / "profiles").is_dir()), None)
+
+
+def need_checkout() -> None:
+    """Raise UserError where the package is not of a checkout."""
+    if not (ROOT / "notebooks" / "profiles").is_dir():
+        raise UserError("reproduce, train, sweep and verify need the notebooks, which this "
+                        "installation of jfbnb lacks: `git clone` the project's repository and "
+                        "run `make reproduce` there")
+
+
+def work() -> Path:
+    """The folder that holds runs/ and figures/: the checkout, or what JFBNB_WORK names in it."""
+    checkout, folder = find_checkout(), os.environ.get("JFBNB_WORK", "")
+    if checkout is None and not os.path.isabs(folder):
+        raise UserError("no checkout of jfbnb here to write runs/ and figures/ in: start in one, "
+                        "or name a folder by the environment variable JFBNB_WORK")
+    return Path(checkout or "", folder)
+
+
+def workplace(profile: str) -> tuple[Path, Path]:
+    """A profile's runs/ and figures/, wherever its notebook is started."""
+    return work() / "runs" / profile, work() / "figures" / profile
+
+
+def find_path(text: str) -> str:
+    """The absolute path of what a user named: below the current folder, else below the checkout.
+
+    "bundled" and "" name no path, and stay.
+    """
+    if text in ("", "bundled"):
+        return text
+    given = Path(os.path.expanduser(text))
+    places = [folder / given for folder in (Path.cwd(), find_checkout()) if folder]
+    return os.path.abspath(next(filter(os.path.exists, places), places[-1]))
+
+
+def without_places(parameters: dict[str, object]) -> dict[str, object]:
+    """The parameters with no path of this machine: relative to the checkout, or a name alone."""
+    return {name: _portable(value) if name in ("data", "weights") else value
+            for name, value in parameters.items()}
+
+
+def _portable(path: str) -> str:
+    if not os.path.isabs(path):
+        return path
+    return str(Path(path).relative_to(ROOT) if Path(path).is_relative_to(ROOT) else Path(path).name)

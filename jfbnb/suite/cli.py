@@ -1,0 +1,360 @@
+"""The `jfbnb` command: reproduce, train, evaluate, deblur, blur, data, verify, sweep, doctor."""
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from jfbnb import datasets, evaluation, methods, operators, processes
+from jfbnb.common import UserError, atomic_path, parse_yaml, pick_device
+from jfbnb.suite import checkout
+from jfbnb.suite.doctor import examine, expected_methods
+
+MAX_SIDE = 8192  # of an image to blur or deblur, in pixels: A's factors take its square
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; bad input ends in one line on stderr and exit status 2."""
+    args = make_parser().parse_args(argv)
+    with contextlib.suppress(AttributeError):  # a file's name may be no Unicode
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        args.run(args)
+    except UserError as error:
+        print(f"jfbnb: error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # no permission, disk full: the message names the file
+        print(f"jfbnb: error: {error.strerror or error}: {error.filename or 'a file'}; "
+              "nothing that was complete has been touched", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError | torch.OutOfMemoryError)
+                or "DefaultCPUAllocator" in str(error)):  # what PyTorch says of a CPU's
+            raise
+        print("jfbnb: error: memory ran out: take smaller images, or fewer with --limit",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jfbnb: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jfbnb", description=__doc__.split(":")[0])
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    sub = commands.add_parser("reproduce", help="run the notebooks; regenerate figures and tables")
+    _add_parameters(sub)
+    sub.add_argument("--weights", type=checkout.find_path, metavar="DIR",
+                     help="take the trained networks in this folder, e.g. jfbnb/weights, and do "
+                          "not train")
+    sub.add_argument("--frozen", action="store_true",
+                     help="redo figures and tables from the networks in runs/PROFILE; do not train")
+    sub.add_argument("--folder", help="of runs/ and figures/ to write to, if not PROFILE")
+    sub.add_argument("--only", metavar="NN", help="one notebook alone, e.g. 04")
+    sub.add_argument("--force", action="store_true", help="redo what is already done")
+    sub.set_defaults(run=run_reproduce)
+
+    sub = commands.add_parser("train", help="train one network; under torchrun, by many processes")
+    sub.add_argument("network", choices=["denoiser", "jfb"], help="notebook 3's or notebook 4's")
+    _add_parameters(sub)
+    sub.add_argument("--from", dest="start", type=Path, metavar="DIR",
+                     help="with the denoiser that jfb starts from; runs/PROFILE by default")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="runs/PROFILE/trained by default")
+    sub.set_defaults(run=run_train)
+
+    sub = commands.add_parser("evaluate", help="measure methods on a folder of sharp images")
+    _add_data(sub, "folder, tar or zip of images", required=True)
+    sub.add_argument("--protocol", default="paper", help="paper or code")
+    _add_method(sub, "append", "may be repeated; all by default")
+    sub.add_argument("--limit", type=int, help="use the first N images")
+    sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
+    _add_weights(sub)
+    sub.set_defaults(run=run_evaluate)
+
+    sub = commands.add_parser("deblur", help="restore blurred images of any size")
+    _add_images(sub)
+    _add_method(sub, "store", "jfb-head by default")
+    _add_weights(sub)
+    sub.set_defaults(run=run_deblur)
+
+    sub = commands.add_parser("blur", help="blur images and add noise, to try deblur on")
+    _add_images(sub)
+    sub.add_argument("--seed", type=int, default=0, help="of the noise")
+    sub.set_defaults(run=run_blur)
+
+    sub = commands.add_parser("data", help="get a data set")
+    sub.add_argument("name", choices=["celeba"])
+    sub.add_argument("--download", action="store_true", help="try to; else say how by hand")
+    sub.add_argument("--out", type=Path, default=Path("data/celeba"),
+                     help="where to; data/celeba by default")
+    sub.set_defaults(run=run_data)
+
+    sub = commands.add_parser("verify", help="measure a finished run again, and compare")
+    sub.add_argument("profile", metavar="PROFILE", help="quick, cpu or paper")
+    _add_data(sub, "where its images are now")
+    sub.add_argument("--limit", type=int, help="measure on the first N test images")
+    sub.set_defaults(run=run_verify)
+
+    sub = commands.add_parser("sweep", help="reproduce with every combination of some parameters")
+    sub.add_argument("file", type=Path, metavar="SWEEP.yaml", help="profile, and lists of values")
+    sub.add_argument("--scheduler", metavar="ADDRESS", help="of a dask cluster; else this machine")
+    _add_data(sub, "folder, tar or zip of CelebA JPEGs")
+    sub.set_defaults(run=run_sweep)
+
+    sub = commands.add_parser("doctor", help="what is installed and found, and what would not work")
+    _add_data(sub, "folder, tar or zip of images", default="data/celeba")
+    sub.add_argument("--weights", type=_weights, default=methods.RELEASED, metavar="DIR")
+    sub.set_defaults(run=run_doctor)
+    return parser
+
+
+def _add_data(sub: argparse.ArgumentParser, note: str, **options: object) -> None:
+    sub.add_argument("--data", type=checkout.find_path, help=note, **options)
+
+
+def _add_parameters(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--profile", default="quick", help="quick, cpu or paper")
+    _add_data(sub, "folder, tar or zip of CelebA JPEGs")
+    sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
+                     help="set a notebook parameter; may be repeated")
+
+
+def _add_method(sub: argparse.ArgumentParser, action: str, note: str) -> None:
+    sub.add_argument("--method", action=action, metavar="NAME",
+                     help=f"{', '.join(methods.METHODS)}; {note}")
+
+
+def _add_weights(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--weights", type=_weights, default=methods.RELEASED, metavar="DIR",
+                     help="a folder with tuning.json and the methods' weights, e.g. runs/quick; "
+                          "by default the released ones")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+
+def _weights(text: str) -> Path:
+    return Path(checkout.find_path(text))
+
+
+def _add_images(sub: argparse.ArgumentParser) -> None:
+    paper = operators.get_protocol("paper")
+    blur = paper.make.keywords
+    sub.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    sub.add_argument("--out", required=True, type=Path, metavar="DIR")
+    sub.add_argument("--kernel-size", type=int, default=blur["kernel_size"], help="in pixels, odd")
+    sub.add_argument("--kernel-std", type=float, default=blur["kernel_std"], help="in pixels")
+    sub.add_argument("--noise-std", type=float, default=paper.noise_std,
+                     help="on pixel values between 0 and 1")
+
+
+def run_reproduce(args: argparse.Namespace) -> None:
+    checkout.need_checkout()
+    from jfbnb.suite.reproduce import reproduce
+
+    overrides = _overrides(args)
+    if args.frozen:
+        if args.weights:
+            raise UserError("--frozen takes the networks of the run itself: leave --weights out")
+        args.weights = str(checkout.workplace(args.folder or args.profile)[0])
+    if args.weights:
+        overrides["weights"] = args.weights
+    files = reproduce(args.profile, overrides, args.only, args.force,
+                      log=lambda line: print(line, flush=True), folder=args.folder)
+    table = next((f for f in files if f.name == "table2_comparison.md"), None)
+    if table:
+        print(f"\nTable 2\n\n{table.read_text()}")
+    print("Written:", *(f"  {f.relative_to(checkout.work())}" for f in files), sep="\n")
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, object]:
+    """The notebook parameters that -p and --data set."""
+    overrides = {}
+    for text in args.parameters:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UserError(f"-p {text}: write it as NAME=VALUE")
+        overrides[name] = parse_yaml(value or "''", f"-p {name}: its value")
+    return overrides | ({"data": args.data} if args.data else {})
+
+
+def run_train(args: argparse.Namespace) -> None:
+    checkout.need_checkout()
+    from jfbnb.suite.train import network_parameters, train_network
+
+    runs, _ = checkout.workplace(args.profile)
+    train_network(args.network, network_parameters(args.profile, _overrides(args)),
+                  args.start or runs, args.out or runs / "trained",
+                  f"jfbnb train {args.network} --profile {args.profile}",
+                  log=lambda line: print(line, flush=True))
+
+
+def run_evaluate(args: argparse.Namespace) -> None:
+    _check_limit(args.limit)
+    with processes.process_group(pick_device(args.device)) as device:
+        to_write = args.json if processes.rank() == 0 else None
+        # The file is begun first, so that one that cannot be written is no surprise in the end.
+        with atomic_path(to_write) if to_write else contextlib.nullcontext() as file:
+            document = _evaluate(args, device)
+            if file:
+                file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+
+def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
+    """Each process measures a block of the images; rank 0 shows the table of all.
+
+    Returns what --json writes, in rank 0.
+    """
+    protocol = operators.get_protocol(args.protocol)
+    chosen = methods.make_methods(args.method or expected_methods(args.weights), args.weights,
+                                  device)
+    with processes.rank_0_first():  # the others find the decoded images in the cache
+        images = datasets.load_images(args.data, protocol.image_size, args.limit,
+                                      _warn if processes.rank() == 0 else lambda line: None)
+    own = images[processes.block(len(images))]
+    A = protocol.operator().to(device)
+    x = own.as_float().to(device)
+    d = operators.measure(A, x, protocol.noise_std, 0, own.indices)
+    table = evaluation.join(processes.gather(
+        evaluation.evaluate(chosen, A, x, d, protocol.noise_std, own.names)))
+    if processes.rank():
+        return None
+    summary = evaluation.summarise(table)
+    print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
+    for line in evaluation.complaints(table):
+        _warn(f"warning: {line}")
+    records = summary.set_index("method").to_dict(orient="index")
+    results = {name: {k: None if isinstance(v, float) and math.isnan(v) else v
+                      for k, v in row.items()} for name, row in records.items()}
+    return {"protocol": protocol.name, "images": len(images), "skipped": images.skipped,
+            "methods": results}
+
+
+@torch.no_grad()
+def run_deblur(args: argparse.Namespace) -> None:
+    _check_noise(args.noise_std, positive=True)
+    name = args.method or "jfb-head"
+    device = pick_device(args.device)
+    restore = methods.make_methods([name], args.weights, device)[name]
+    for path, target in _targets(args.images, args.out, name):
+        d = _read(path).to(device)
+        A = operators.Blur(tuple(d.shape[2:]), args.kernel_size, args.kernel_std).to(device)
+        x, info = restore(A, d, args.noise_std)
+        if not x.isfinite().all():
+            raise UserError(f"{name} makes no finite image of {path}: choose another method, or "
+                            "another --kernel-std or --noise-std")
+        _save(target, x, path)
+        state = ""
+        if info is not None:
+            state = (f" ({info.iterations.item()} iterations, relative residual "
+                     f"{info.residual.item():.1e})")
+            if not info.converged.all():
+                _warn(f"warning: {info.complaint([str(path)])}")
+        print(f"{target}{state}")
+
+
+def run_blur(args: argparse.Namespace) -> None:
+    _check_noise(args.noise_std, positive=False)
+    for i, (path, target) in enumerate(_targets(args.images, args.out, "blurred")):
+        x = _read(path)
+        A = operators.Blur(tuple(x.shape[2:]), args.kernel_size, args.kernel_std)
+        _save(target, operators.measure(A, x, args.noise_std, args.seed, [i]), path)
+        print(target)
+
+
+def run_data(args: argparse.Namespace) -> None:
+    if args.download:
+        print(f"CelebA is in {datasets.download_celeba(args.out)}")
+    else:
+        print(datasets.MANUAL_STEPS)
+
+
+def run_verify(args: argparse.Namespace) -> None:
+    checkout.need_checkout()
+    from jfbnb.suite.verify import verify
+
+    _check_limit(args.limit)
+    differences = 0
+    for line in verify(args.profile, args.data, args.limit):
+        print(line)
+        differences += 1
+    if differences:
+        raise UserError(f"{differences} differences: see the lines above")
+    print(f"the tables of {args.profile} are those of its stored networks")
+
+
+def run_sweep(args: argparse.Namespace) -> None:
+    checkout.need_checkout()
+    from jfbnb.suite.sweep import sweep
+
+    table = sweep(args.file, args.scheduler, args.data, lambda line: print(line, flush=True))
+    print(f"\n{table.read_text()}")
+
+
+def run_doctor(args: argparse.Namespace) -> None:
+    troubles = 0
+    for well, line in examine(args.data, args.weights):
+        print(f"{'ok     ' if well else 'TROUBLE'} {line}")
+        troubles += not well
+    if troubles:
+        raise UserError(f"{troubles} of these findings are trouble: see the lines above")
+
+
+def _warn(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit {limit}: give a positive number of images")
+
+
+def _check_noise(noise_std: float, positive: bool) -> None:
+    # Below 1e-5 it would vanish in float32, of which the methods take the square.
+    if not (1e-5 <= noise_std <= 1 or (noise_std == 0 and not positive)):
+        raise UserError(f"--noise-std {noise_std}: give it on the scale of pixel values in [0, 1], "
+                        "e.g. 0.01")
+
+
+def _targets(images: list[Path], out: Path, suffix: str) -> list[tuple[Path, Path]]:
+    """Each image with the PNG to write.
+
+    Raises:
+        UserError: where two would be the same file, or one is among the images still to be read.
+    """
+    pairs = [(path, out / f"{path.stem}-{suffix}.png") for path in images]
+    targets = [target for _, target in pairs]
+    for path, target in pairs:
+        if targets.count(target) > 1:
+            raise UserError(f"several images would become {target}: {path} needs another --out")
+        if target in images:
+            raise UserError(f"{target} is to be read and would be written: choose another --out")
+    return pairs
+
+
+def _read(path: Path) -> torch.Tensor:
+    try:
+        x = datasets.as_float(datasets.decode(path))[None]
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the image {path}: {error}") from error
+    if max(x.shape) > MAX_SIDE:
+        raise UserError(f"cannot read the image {path}: over {MAX_SIDE} pixels on a side; cut it "
+                        "into parts")
+    return x
+
+
+def _save(target: Path, x: torch.Tensor, source: Path) -> None:
+    """Save one image as an 8-bit PNG; grey if its source is."""
+    pixels = (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    with Image.open(source) as original:
+        grey = original.mode in ("1", "L", "LA") or original.mode.startswith("I")
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    with atomic_path(target) as temporary:
+        (image.convert("L") if grey else image).save(temporary)

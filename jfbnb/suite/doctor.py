@@ -1,0 +1,116 @@
+"""What this installation has, and what of the suite would not work with it."""
+
+import contextlib
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+
+from jfbnb.common import UserError, describe_device, pick_device
+from jfbnb.datasets import load_images
+from jfbnb.methods import METHODS, RELEASED, Tuning, make_methods
+from jfbnb.suite import checkout
+
+LIBRARIES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "safetensors", "matplotlib",
+             "jupyterlab", "ipywidgets", "anywidget", "papermill", "nbval")
+NEEDED_BYTES = 200_000_000  # of profile quick: executed notebooks, figures, checkpoints
+
+
+def examine(data: str, weights: Path) -> Iterator[tuple[bool, str]]:
+    """One finding after another: whether all is well, and the line that says it."""
+    yield True, f"Python {platform.python_version()} on {platform.platform()}"
+    yield from _libraries()
+    yield from _kernel()
+    memory = psutil.virtual_memory()
+    yield True, (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for PyTorch, "
+                 f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free")
+    yield True, f"device `auto` is {describe_device(pick_device('auto'))}"
+    yield from _folder()
+    yield from _data(data)
+    yield from _weights(weights)
+
+
+def _libraries() -> Iterator[tuple[bool, str]]:
+    missing = []
+    for name in LIBRARIES:
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+        else:
+            yield True, f"{name} {found}"
+    if missing:
+        yield False, f"not installed: {', '.join(missing)}; `make reproduce` installs all"
+    try:
+        yield True, f"distributed {version('distributed')}"
+    except PackageNotFoundError:
+        yield True, "no distributed: `jfbnb sweep` would not work; pip install 'jfbnb[sweep]'"
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError) as error:
+        yield False, f"torchvision does not fit this torch ({error}): install both from the lock"
+
+
+def _kernel() -> Iterator[tuple[bool, str]]:
+    from jfbnb.suite.reproduce import check_kernel  # slow to import
+
+    try:
+        yield True, f"the Jupyter kernel python3 has the package in {check_kernel()}"
+    except UserError as error:
+        yield False, str(error)
+
+
+def _folder() -> Iterator[tuple[bool, str]]:
+    try:
+        checkout.need_checkout()
+    except UserError as error:
+        yield True, f"no checkout: {error}"
+        return
+    base = checkout.work()
+    free = shutil.disk_usage(base).free
+    yield free > NEEDED_BYTES, f"{free / 1e9:.1f} GB free on the disk of {base}"
+    for folder in (base / "runs", base / "figures"):
+        if not os.access(folder if folder.exists() else base, os.W_OK):
+            yield False, f"{folder} cannot be written: nothing can be reproduced here"
+
+
+def _data(data: str) -> Iterator[tuple[bool, str]]:
+    yield True, "photographs for profile quick are inside scikit-image"
+    if not os.path.exists(data):
+        yield True, f"no CelebA at {data}: the profiles cpu and paper need --data"
+        return
+    try:
+        images = load_images(data, limit=1)
+        yield True, f"images at {data}, the first is {images.names[0]}"
+    except (UserError, OSError) as error:
+        yield False, str(error)
+
+
+def expected_methods(weights: Path) -> list[str]:
+    """All methods, less what others added and did neither train nor tune in that folder."""
+    stored = set()
+    for folder in (RELEASED, weights):
+        stored |= {path.stem for path in folder.glob("*.safetensors")}
+        with contextlib.suppress(UserError):
+            stored |= Tuning.load(folder / "tuning.json").chosen.keys()
+    own = {name: method.behind or method for name, method in METHODS.items()}
+    return [name for name, method in own.items()
+            if method.name in stored or method.candidates(0.01, 1) == [{}]]
+
+
+def _weights(weights: Path) -> Iterator[tuple[bool, str]]:
+    usable = []
+    for name in expected_methods(weights):
+        try:
+            make_methods([name], weights, torch.device("cpu"))
+        except (UserError, OSError) as error:
+            yield False, f"method {name}: {error}"
+        else:
+            usable.append(name)
+    yield bool(usable), f"weights in {weights}: {', '.join(usable) or 'none'}"

@@ -1,0 +1,454 @@
+"""Run the five notebooks through papermill, in order, skipping what is already done.
+
+A step is done when its marker says so: a small file, written last and atomically, with the key of
+everything the step depends on and the hash of everything it wrote. An output notebook alone
+proves nothing: it exists as soon as its run starts.
+"""
+
+import ast
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import re
+import reprlib
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import nbformat
+from filelock import FileLock, Timeout
+from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
+
+from jfbnb.common import (
+    CHECK_FAILED,
+    UserError,
+    atomic_write,
+    describe_device,
+    parse_yaml,
+    pick_device,
+    printable,
+    remove_unfinished,
+)
+from jfbnb.datasets import fingerprint
+from jfbnb.methods import METHODS, RELEASED, plugin_files
+from jfbnb.networks import pick_bf16
+from jfbnb.operators import get_protocol
+from jfbnb.suite import checkout
+
+PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
+            "jupyterlab")
+TRAINED = [name for name, method in METHODS.items() if method.trainable]
+RIVALS = [name for name in TRAINED if name != "jfb"]  # notebook 5 trains them
+SMALLEST = sys.float_info.min  # all numbers among the parameters are positive, except:
+LEAST = {"depth": 2, "seed": 0, "penalty": 0, "power_iterations": 0, "unconverged_limit": 0}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A notebook, the artefacts that later ones read (runs/), its figures, tables and long data.
+
+    `reads`: files in the package, besides code, that its results depend on.
+    """
+
+    name: str
+    artefacts: tuple[str, ...]
+    figures: tuple[str, ...]
+    tables: tuple[str, ...] = ()
+    data: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+
+    @property
+    def notebook(self) -> Path:
+        return checkout.ROOT / "notebooks" / f"{self.name}.ipynb"
+
+    def outputs(self, folder: str) -> list[Path]:
+        """All files the step writes, relative to the folder of runs/ and figures/."""
+        runs, figures = Path("runs", folder), Path("figures", folder)
+        return [runs / f"{self.name}.ipynb", *(runs / a for a in self.artefacts),
+                *(figures / f"{f}{s}" for f in self.figures for s in (".png", ".pdf")),
+                *(figures / f"{t}{s}" for t in self.tables for s in (".csv", ".md", ".tex")),
+                *(figures / f"{d}.csv" for d in self.data)]
+
+
+STEPS = (
+    Step("01_problem_setup_and_direct_inverse", (),
+         ("nb1_spectrum", "blog1_direct_inverse")),
+    Step("02_tikhonov_gradient_descent", ("classical.json",),
+         ("nb2_semi_convergence", "nb2_lambda_sweep", "nb2_filter_factors",
+          "nb2_total_variation", "blog2_gradient_descent")),
+    Step("03_dncnn_pretraining", ("denoiser.safetensors", "denoiser.json"),
+         ("nb3_training_loss", "nb3_denoised", "nb3_receptive_field")),
+    Step("04_jfb_training",
+         ("jfb.safetensors", "jfb.json", "tuning_jfb.json", "jfb_history.csv"),
+         ("nb4_maps", "nb4_gradient_angle", "nb4_cost", "fig1_training_loss"),
+         ("nb4_cost", "nb4_certificate")),
+    Step("05_evaluation_and_figures",
+         ("tuning.json", *(f"{name}{suffix}" for name in RIVALS
+                           for suffix in (".safetensors", ".json"))),
+         ("table1_reconstructions", "nb5_per_image", "nb5_training", "nb5_conditions"),
+         ("table2_comparison", "rivals", "conditions", "other_protocol", "psnr_scales",
+          "released"),
+         ("metrics", "rivals_history"),
+         ("published_table2.csv", "weights/tuning.json",
+          *(f"weights/{name}.safetensors" for name in TRAINED
+            if (RELEASED / f"{name}.safetensors").is_file()))),
+)
+
+
+# --- parameters ---------------------------------------------------------------------------------
+
+
+def notebook_parameters(path: Path) -> dict[str, Any]:
+    """The names and literal values in a notebook's cell tagged `parameters`."""
+    notebook = nbformat.read(path, as_version=4)
+    cells = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise UserError(f"{path.name} has {len(cells)} cells tagged parameters, not one")
+    return {node.targets[0].id: ast.literal_eval(node.value)
+            for node in ast.parse(cells[0].source).body if isinstance(node, ast.Assign)}
+
+
+def load_profile(name: str) -> dict[str, Any]:
+    """The parameters in notebooks/profiles/NAME.yaml.
+
+    Raises:
+        UserError: for an unknown name, or a file that does not map names to values.
+    """
+    folder = checkout.ROOT / "notebooks" / "profiles"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise UserError(f"unknown profile {name!r}: choose one of {', '.join(known)}")
+    path = folder / f"{name}.yaml"
+    values = parse_yaml(path.read_bytes(), str(path))
+    if not isinstance(values, dict | None):
+        raise UserError(f"{path} is no profile: it maps names of parameters to values")
+    return {**(values or {}), "profile": name}
+
+
+def step_parameters(steps: tuple[Step, ...], given: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """For each step its notebook's parameters, the given ones in the place of its own.
+
+    Raises:
+        UserError: for whatever of the given can be seen to be wrong before anything runs.
+    """
+    check_parameters(given, known_parameters())
+    get_protocol(given.get("protocol", "paper"))
+    pick_bf16(given.get("bf16", "auto"), pick_device(given.get("device", "auto")))
+    given = given | {k: checkout.find_path(given[k]) for k in ("data", "weights") if k in given}
+    return {step.name: {k: given.get(k, v) for k, v in notebook_parameters(step.notebook).items()}
+            for step in steps}
+
+
+def known_parameters() -> dict[str, Any]:
+    """All parameters of the suite's notebooks, and a value of each."""
+    return {name: value for step in STEPS
+            for name, value in notebook_parameters(step.notebook).items()}
+
+
+def check_parameters(given: dict[str, Any], known: dict[str, Any]) -> None:
+    """Raise UserError for a parameter that is not known, of another type, or out of range."""
+    for name, value in given.items():
+        if name not in known:
+            raise UserError(f"unknown parameter {name!r}: the notebooks have "
+                            f"{', '.join(sorted(known))}")
+        if not _is_like(value, known[name]):
+            raise UserError(f"parameter {name} takes a value like {known[name]!r}, not "
+                            f"{reprlib.repr(value)}")
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if type(number) in (int, float) and number < LEAST.get(name, SMALLEST):
+                raise UserError(f"parameter {name} must be "
+                                f"{f'at least {LEAST[name]}' if name in LEAST else 'positive'}, "
+                                f"not {number}")
+        if name == "effort" and (strange := [key for key in value if key not in RIVALS]):
+            raise UserError(f"parameter effort: notebook 5 trains no {strange[0]!r}: choose from "
+                            f"{', '.join(RIVALS)}")
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """True if the value has the example's type, and can be stored; an integer will do for a float.
+
+    A list has any number of entries, a dictionary any names, each with a number.
+    """
+    if isinstance(example, dict):
+        return isinstance(value, dict) and all(
+            _is_like(k, "") and _is_like(v, 1.0) for k, v in value.items())
+    if isinstance(example, list):
+        return isinstance(value, list) and all(_is_like(v, example[0]) for v in value)
+    if type(value) is float:
+        return type(example) is float and math.isfinite(value)
+    if type(value) is int:
+        return type(example) in (int, float)
+    return type(value) is type(example) and (type(value) is not str or value.isprintable())
+
+
+# --- what a step depends on ---------------------------------------------------------------------
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str, str]:
+    """Hashes of all that decides a step's result: code, data, and what earlier steps made."""
+    notebook = nbformat.read(step.notebook, as_version=4)
+    code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    stored = json.dumps(checkout.without_places(parameters), sort_keys=True)
+    hashes = {
+        "notebook": hashlib.sha256(code.encode()).hexdigest(),
+        "package": hashlib.sha256(b"".join(
+            path.read_bytes() for path in package_files(code))).hexdigest(),
+        "parameters": hashlib.sha256(stored.encode()).hexdigest(),
+    }
+    if parameters.get("data", "bundled") != "bundled":
+        hashes["data"] = fingerprint(parameters["data"])
+    hashes |= {name: file_hash(checkout.ROOT / "jfbnb" / name) for name in step.reads}
+    hashes |= weights_taken(step, parameters)
+    for earlier in STEPS[:STEPS.index(step)]:
+        for artefact in earlier.artefacts:
+            path = runs / artefact
+            if not path.exists():
+                raise UserError(f"step {step.name[:2]} needs {artefact} of step "
+                                f"{earlier.name[:2]}: run that one first")
+            hashes[artefact] = file_hash(path)
+    return hashes
+
+
+def package_files(code: str) -> list[Path]:
+    """The package's files that the code imports, those that these import, and so on.
+
+    Where methods are among them, the files that others' methods come from are too.
+    """
+    package = checkout.ROOT / "jfbnb"
+    found, todo = set(), [code]
+    try:
+        while todo:
+            for name in _imported(todo.pop()):
+                base = checkout.ROOT.joinpath(*name.split("."))
+                for path in {base.with_suffix(".py"), base / "__init__.py"} - found:
+                    if path.is_file():
+                        found.add(path)
+                        todo.append(path.read_text(encoding="utf-8"))
+    except SyntaxError:  # such as a %magic, which may import anything
+        found = set(package.rglob("*.py"))
+    return [*sorted(found), *(plugin_files() if package / "methods.py" in found else ())]
+
+
+def _imported(code: str) -> Iterator[str]:
+    """The modules of the package that are named in imports, and the packages that hold them."""
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+            for alias in node.names:
+                parts = f"{prefix}{alias.name}".split(".")
+                if parts[0] == "jfbnb":
+                    yield from (".".join(parts[:i + 1]) for i in range(len(parts)))
+
+
+def weights_taken(step: Step, parameters: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the stored networks that the step takes in the place of training.
+
+    Raises:
+        UserError: if one is missing.
+    """
+    if not parameters.get("weights"):
+        return {}
+    folder = Path(parameters["weights"])
+    hashes = {}
+    for name in (a for a in step.artefacts if a.endswith(".safetensors")):
+        if not (folder / name).is_file():
+            raise UserError(f"no {name} in the weights folder {folder}: leave the "
+                            "parameter `weights` empty to train")
+        hashes[f"weights/{name}"] = file_hash(folder / name)
+    return hashes
+
+
+def read_marker(marker: Path) -> dict[str, Any]:
+    """A step's marker, or an empty one where it is missing or damaged."""
+    found = _read_dict(marker)
+    return found if found.keys() == {"inputs", "outputs", "parameters", "seconds"} else {}
+
+
+def _read_dict(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_done(marker: dict[str, Any], inputs: dict[str, str], outputs: list[Path],
+            base: Path) -> bool:
+    """True if the marker's inputs are today's and every output is there, unchanged."""
+    return marker.get("inputs") == inputs and all(
+        (base / path).is_file() and file_hash(base / path) == marker["outputs"].get(str(path))
+        for path in outputs
+    )
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def reproduce(profile: str, overrides: dict[str, Any], only: str | None = None,
+              force: bool = False, log: Callable[[str], None] = print,
+              folder: str | None = None) -> list[Path]:
+    """Run the profile's notebooks; return the figures and tables written, then provenance.json.
+
+    Args:
+        overrides: parameter values that replace the profile's.
+        only: a notebook's number, e.g. "04": run that step alone.
+        force: run steps even if they are done, and train from scratch.
+        folder: of runs/ and figures/ to write to, if not the profile's own.
+
+    Raises:
+        UserError: for bad input, or where a notebook stops with an error.
+    """
+    steps = tuple(s for s in STEPS if only is None or s.name.startswith(only))
+    if not steps:
+        raise UserError(f"no notebook {only!r}: choose 01 to 0{len(STEPS)}")
+    if "profile" in overrides:
+        raise UserError("the parameter profile names the output folder: use --folder")
+    folder = folder or profile
+    if Path(folder).is_absolute() or folder == "." or ".." in Path(folder).parts \
+            or not folder.isprintable():
+        raise UserError(f"--folder {printable(folder)}: give the name of a folder inside runs/ "
+                        "and figures/")
+    given = load_profile(profile) | {"profile": folder} | overrides
+    parameters = step_parameters(steps, given)
+    data = parameters[steps[0].name].get("data", "bundled")
+    if data != "bundled":
+        fingerprint(data)  # fails here, before hours of work, if there is no such data
+    for step in steps:
+        weights_taken(step, parameters[step.name])  # so does this
+    runs, figures = checkout.workplace(folder)
+    with alone(runs):
+        for place in (runs, figures):
+            remove_unfinished(place)
+        if force:
+            shutil.rmtree(runs / "checkpoints", ignore_errors=True)
+        _run_steps(steps, parameters, folder, force, log)
+        write_provenance(folder, given.get("device", "auto"))
+    written = [checkout.work() / path for step in steps for path in step.outputs(folder)]
+    return [path for path in written if path.parent == figures] + [figures / "provenance.json"]
+
+
+@contextlib.contextmanager
+def alone(runs: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system takes back from a process that dies."""
+    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(runs / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise UserError(f"another run is writing {runs}: wait until it has ended, or choose "
+                        "another --folder") from None
+
+
+def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], folder: str,
+               force: bool, log: Callable[[str], None]) -> None:
+    base, (runs, figures) = checkout.work(), checkout.workplace(folder)
+    check_kernel()
+    earlier = _read_dict(figures / "provenance.json").get("steps", {})
+    clock = time.perf_counter()
+    for number, step in enumerate(steps, 1):
+        title = f"[{number}/{len(steps)}] {step.name}"
+        marker_file, outputs = runs / "markers" / f"{step.name}.json", step.outputs(folder)
+        inputs = input_hashes(step, parameters[step.name], runs)
+        if not force and is_done(read_marker(marker_file), inputs, outputs, base):
+            log(f"{title}: unchanged, skipped")
+            continue
+        log(f"{title}: expected " + (f"{earlier[step.name]['seconds']:.0f} s"
+                                     if step.name in earlier else "time unknown"))
+        marker_file.unlink(missing_ok=True)
+        seconds = run_notebook(step, parameters[step.name], runs)
+        if missing := [str(path) for path in outputs if not (base / path).is_file()]:
+            raise UserError(f"{step.name} finished without writing {', '.join(missing)}")
+        marker = {"inputs": inputs, "outputs": {str(p): file_hash(base / p) for p in outputs},
+                  "parameters": parameters[step.name], "seconds": seconds}
+        atomic_write(marker_file, json.dumps(marker, indent=2))
+        log(f"{title}: took {seconds:.0f} s, elapsed {time.perf_counter() - clock:.0f} s")
+        for line in (runs / f"{step.name}.log").read_text().splitlines():
+            if line.startswith(CHECK_FAILED):
+                log(f"    {line}")
+
+
+def check_kernel() -> Path:
+    """The package that notebooks import. Raises UserError if it is not the checkout's own."""
+    own = checkout.ROOT / "jfbnb"
+    try:
+        kernel = KernelSpecManager().get_kernel_spec("python3")
+    except NoSuchKernel:
+        raise UserError("no Jupyter kernel python3: `make reproduce` installs ipykernel, which "
+                        "has one") from None
+    # Jupyter takes its own interpreter where the kernel names no certain one.
+    bare = re.fullmatch(r"python3?(\.\d+)?", kernel.argv[0])
+    python = sys.executable if bare else kernel.argv[0]
+    here = own.parent / "notebooks"
+    try:
+        found = subprocess.run([python, "-c", "import jfbnb; print(jfbnb.__path__[0])"],
+                               cwd=here if here.is_dir() else None, text=True, check=False,
+                               env={**os.environ, **kernel.env}, capture_output=True).stdout.strip()
+    except OSError:  # no such interpreter
+        found = ""
+    if os.path.realpath(found or os.devnull) != os.path.realpath(own):
+        raise UserError(f"the Jupyter kernel python3 ({python}) would run the notebooks with "
+                        f"{f'the package in {found}' if found else 'no package jfbnb'}, not with "
+                        f"that in {own}: install the latter for it")
+    return own
+
+
+def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
+    """Execute one notebook into `runs`; return the seconds. Its prints also go to a .log there."""
+    import papermill  # slow to import, and needed here only
+    from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
+
+    runs.mkdir(parents=True, exist_ok=True)
+    os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the kernel warns of frozen modules
+    executed = runs / f"{step.name}.ipynb"
+    clock = time.perf_counter()
+    try:
+        with open(runs / f"{step.name}.log", "w", encoding="utf-8") as stream:
+            papermill.execute_notebook(
+                str(step.notebook), str(executed), parameters=parameters,
+                cwd=str(step.notebook.parent), kernel_name="python3", progress_bar=False,
+                stdout_file=stream, stderr_file=stream,
+                # Kernels warn, on our terminal, of connections that are not encrypted.
+                config=Config(KernelManager={"transport_encryption": "auto"}),
+            )
+    except PapermillExecutionError as error:
+        raise UserError(f"{step.name} stopped: {error.ename}: {error.evalue} (see "
+                        f"{executed.relative_to(checkout.work())})") from error
+    except RuntimeError as error:  # nbclient's DeadKernelError is one
+        raise UserError(f"{step.name} stopped: {error}; if memory ran out, lower batch_size or "
+                        "n_train") from error
+    return time.perf_counter() - clock
+
+
+def write_provenance(folder: str, device: str) -> None:
+    """figures/FOLDER/provenance.json: how its figures and tables came about."""
+    runs, figures = checkout.workplace(folder)
+    steps = {}
+    for step in STEPS:
+        if marker := read_marker(runs / "markers" / f"{step.name}.json"):
+            steps[step.name] = marker | {
+                "seconds": round(marker["seconds"], 1),
+                "parameters": checkout.without_places(marker["parameters"])}
+    record = {
+        "profile": folder,
+        "device": describe_device(pick_device(device)),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "steps": steps,
+    }
+    atomic_write(figures / "provenance.json", json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,215 @@
+"""What others add from outside the package, in at most 15 lines each, runs through all of it."""
+
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from jfbnb.datasets import Splits, bundled_photos
+from jfbnb.evaluation import certify, evaluate
+from jfbnb.fixed_point import solve
+from jfbnb.maps import SplittingMap, WeightedMap
+from jfbnb.methods import METHODS, RELEASED, Tuning, make_methods
+from jfbnb.models import Equilibrium
+from jfbnb.networks import Denoiser, load_denoiser
+from jfbnb.operators import LinearOperator, Protocol, measure
+from jfbnb.recipes import Run, pose, prepare, train_denoiser, train_method
+from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig
+
+CPU = torch.device("cpu")
+BRIEF = TrainingConfig(epochs=6, batch_size=4, crop=16, learning_rate=2e-4, seed=0,
+                       unconverged_limit=1.0)
+LOSSES = LossSettings(0.01, tolerance=1e-2, max_iterations=6)
+MOST = 15  # lines
+
+
+# --- what is added ------------------------------------------------------------------------------
+
+
+class Means(LinearOperator):
+    """The mean of every 2 x 2 pixels: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
+
+    def forward(self, x):
+        return F.avg_pool2d(x, 2)
+
+    def adjoint(self, d):
+        return d.repeat_interleave(2, dim=-1).repeat_interleave(2, dim=-2) / 4
+
+
+class Relaxed(WeightedMap):
+    """The splitting, of which each step goes half of the way."""
+
+    name, colour = "relaxed", "#123456"
+
+    def forward(self, z, d):
+        return 0.5 * z + 0.5 * self.D(self.data_step(z, d))
+
+
+def two_terms(T, x_star):
+    """Two terms of the Neumann series, by backpropagation through two applications."""
+    return T(T(x_star.detach()))
+
+
+NETWORK = '''
+import torch
+from torch import nn
+
+class Shrinking(nn.Module):
+    """A denoiser of one convolution in each direction."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width
+        self.there, self.back = nn.Conv2d(3, width, 5, padding=2), nn.Conv2d(width, 3, 5, padding=2)
+
+    def forward(self, x, sigma):
+        return 0.1 * self.back(torch.tanh(self.there(x)))
+'''
+METHOD = '''
+from jfbnb.maps import SplittingMap
+from jfbnb.methods import Method, prior
+from jfbnb.models import Unrolled
+from jfbnb.training import ExplicitLoss
+
+METHOD = Method(
+    name="mine", label="My own", colour="#ABCDEF", candidates=prior, effort=0.1,
+    model=lambda A, D, s: Unrolled(SplittingMap(A, D, s["tau"]), 2), loss=ExplicitLoss)
+'''
+
+
+@pytest.mark.parametrize("text", [*map(inspect.getsource, (Means, Relaxed, two_terms)), NETWORK,
+                                  METHOD])
+def test_none_of_it_is_long(text):
+    assert len(text.strip().splitlines()) <= MOST
+
+
+# --- and what becomes of it ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def splits() -> Splits:
+    photos = bundled_photos("validation", 32)
+    return Splits(photos[:8], photos[8:10], photos[10:12], "photographs")
+
+
+def trained(method, network, settings, problem):
+    """Train it for a moment: the loss on the same crops and the same noise must fall."""
+    x = problem.splits.train.as_float()[..., 8:24, 8:24]
+    before = prepare(method, network, settings, problem.setup.operator(16), LOSSES)[1]
+    model, history = train_method(method, network, settings, problem, BRIEF, LOSSES,
+                                  Run(CPU, log=str.encode))
+    first, last = (loss(x, (9,), range(len(x)))[0].mean().item()
+                   for loss in (before, method.loss(model, LOSSES)))
+    assert last < first, method.name
+    return model, history
+
+
+def test_an_operator(splits):
+    """Restored by every method but the direct inverse, trained with, certified."""
+    assert Means().check_adjoint(3, 8, 8) < 1e-12
+    setup = Protocol("means", 32, lambda size: Means(), 0.01)
+    problem = pose(setup, splits, 2, 0, CPU)
+    assert problem.d.shape == (2, 3, 16, 16)
+    names = [name for name in METHODS if name != "direct-inverse"]
+    table = evaluate(make_methods(names, RELEASED, CPU), problem.A, problem.x, problem.d, 0.01,
+                     ["a", "b"])
+    psnr = table.groupby("method").psnr.mean()
+    assert set(psnr.index) == set(names) and psnr["jfb"] > psnr["measurement"] + 3
+    tuning = Tuning.load(RELEASED / "tuning.json")
+    network = load_denoiser(RELEASED / "denoiser.safetensors").network
+    for name in ("jfb", "unrolled", "feedforward-tikhonov"):
+        trained(METHODS[name], network, tuning.settings(METHODS[name]), problem)
+    T = METHODS["jfb"].build(problem.A, network, tuning.settings(METHODS["jfb"])).T
+    found = certify(T, problem.x, problem.d, ["a", "b"], further=20)
+    assert found.radius.between(0, 1.5).all()
+
+
+def test_a_network(splits, tmp_path):
+    """Trained, saved, loaded in a fresh process, certified."""
+    (tmp_path / "shrinking.py").write_text(NETWORK)
+    spec = importlib.util.spec_from_file_location("shrinking", tmp_path / "shrinking.py")
+    sys.modules["shrinking"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(0)
+    network = module.Shrinking(4)
+    config = replace(BRIEF, learning_rate=1e-2)
+    _, history = train_denoiser(network, splits, config, 0.1, False,
+                                Run(CPU, tmp_path, log=str.encode))
+    assert history.loss.iloc[-1] < history.loss.iloc[0]
+    x = splits.test.as_float()
+    script = ("import sys, torch; from shrinking import Shrinking; "
+              "from jfbnb.networks import load_denoiser; "
+              f"D = load_denoiser({str(tmp_path / 'denoiser.safetensors')!r}, [Shrinking]); "
+              "print(D.network(torch.ones(1, 3, 4, 4), 0.1).sum().item())")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          check=False, env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(network(torch.ones(1, 3, 4, 4), 0.1).sum().item(),
+                                               abs=1e-5)
+    A = Means()
+    T = Relaxed(A, Denoiser(network, 0.05), 0.1)
+    assert certify(T, x, A(x), ["a", "b"], further=20).norm.notna().all()
+
+
+def test_a_map_and_a_gradient(splits):
+    """A method made of both is trained, and the trained map is solved and certified."""
+    method = replace(METHODS["jfb"], name="relaxed", colour="#123456", head=False,
+                     model=lambda A, D, s: Equilibrium(Relaxed(A, D, s["tau"])),
+                     loss=lambda model, s: EquilibriumLoss(model, s, gradient=two_terms))
+    setup = Protocol("means", 32, lambda size: Means(), 0.01)
+    problem = pose(setup, splits, 2, 0, CPU)
+    network = load_denoiser(RELEASED / "denoiser.safetensors").network
+    model, history = trained(method, network, {"tau": 0.05, "sigma": 0.05}, problem)
+    assert {"iterations", "residual", "contraction", "validation_psnr"} <= set(history)
+    T = model.on(problem.A).T
+    assert certify(T, problem.x, problem.d, ["a", "b"], further=20).radius.notna().all()
+    state, info = solve(T.double(), problem.d.double(), 1e-8, 2000)
+    splitting = SplittingMap(T.A, T.D, T.tau.item()).double()
+    same, _ = solve(splitting, problem.d.double(), 1e-8, 2000)
+    assert info.converged.all()
+    torch.testing.assert_close(state, same, rtol=0, atol=1e-4)  # relaxing moves no fixed point
+
+
+SMALL = ("candidates=1", "search_images=1", "max_steps=20", "depth=2", "width=4",
+         "pretrain_epochs=1", "pretrain_crop=16", "epochs=1", "batch_size=64", "crop=16",
+         "unconverged_limit=1", "further_iterations=5", "condition_images=1", "released_images=1",
+         "effort={deq: 0.1, unrolled: 0.1, feedforward-tikhonov: 0.1}")
+
+
+def test_a_method(tmp_path):
+    """One entry of an installed package: tuned, trained, evaluated, drawn, by `jfbnb reproduce`."""
+    (tmp_path / "my_package.py").write_text(METHOD)
+    metadata = tmp_path / "my_package-1.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
+    (metadata / "entry_points.txt").write_text('[jfbnb.methods]\nmine = my_package:METHOD\n')
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JFBNB_WORK": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "jfbnb", "reproduce",
+         *(word for text in SMALL for word in ("-p", text))],
+        capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + done.stdout
+    figures, runs = tmp_path / "figures" / "quick", tmp_path / "runs" / "quick"
+    assert "My own" in (figures / "table2_comparison.md").read_text()
+    for table in ("metrics", "rivals_history", "conditions", "other_protocol"):
+        assert "mine" in set(pd.read_csv(figures / f"{table}.csv").method), table
+    assert "My own" in set(pd.read_csv(figures / "rivals.csv").Method)
+    tuning = json.loads((runs / "tuning.json").read_text())
+    assert tuning["searches"]["mine"][0]["psnr"] > 10 and (runs / "mine.safetensors").exists()
+    listed = subprocess.run([sys.executable, "-m", "jfbnb", "deblur", "--help"],
+                            capture_output=True, text=True, check=True, env=environment)
+    assert "mine" in listed.stdout and "mine" not in METHODS
+
+
+def test_measurements_have_the_operators_shape():
+    x = torch.rand(2, 3, 8, 8)
+    d = measure(Means(), x, 0.1, 0, [0, 1])
+    assert d.shape == (2, 3, 4, 4) and (d - Means()(x)).std() == pytest.approx(0.1, rel=0.3)

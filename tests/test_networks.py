@@ -1,0 +1,249 @@
+"""The networks, their precision, and what a weights file is refused for."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from jfbnb import networks
+from jfbnb.common import UserError
+from jfbnb.methods import METHODS, load_model
+from jfbnb.networks import (
+    Denoiser,
+    DnCNN,
+    load_denoiser,
+    load_weights,
+    pick_bf16,
+    precision,
+    save_weights,
+)
+
+
+class Tent(torch.nn.Module):
+    """A network of one's own: R(x) = gain * x / reach."""
+
+    def __init__(self, reach: int, steep: bool = False):
+        super().__init__()
+        self.reach, self.steep = reach, steep
+        self.gain = torch.nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x, sigma):
+        return self.gain * x / self.reach
+
+
+class Forgetful(Tent):
+    """It does not keep all that its constructor is given."""
+
+    def __init__(self, reach, factor):
+        super().__init__(reach)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "x.safetensors"
+
+
+def forge(file, descriptions, tensors=None) -> None:
+    save_file(tensors or {"w": torch.zeros(3)}, file,
+              metadata={"networks": json.dumps(descriptions)})
+
+
+def dncnn(**arguments) -> dict:
+    return {"class": "jfbnb.networks.DnCNN",
+            "arguments": {"depth": 2, "width": 4, "channels": 3} | arguments}
+
+
+def refusal(file, match: str, load=load_denoiser, **more) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        load(file, **more)
+    assert "\n" not in str(caught.value)
+
+
+# --- the networks -------------------------------------------------------------------------------
+
+
+def test_network_starts_as_the_identity():
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(Denoiser(DnCNN(3, 8), 0.0)(x), x)
+
+
+def test_network_sees_its_receptive_field_and_no_more():
+    torch.manual_seed(0)
+    network = DnCNN(4, 8)
+    torch.nn.init.normal_(network.layers[-1].weight)
+    x = torch.rand(1, 3, 31, 31, requires_grad=True)
+    network(x, 0.1)[0, :, 15, 15].sum().backward()
+    rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
+    assert rows.min() >= 15 - 4 and rows.max() <= 15 + 4
+    assert len(rows) > 5
+
+
+def test_precision_is_of_all_networks_that_know_it_and_ends_with_its_block():
+    first, second = DnCNN(2, 4), DnCNN(2, 4)
+    second.bf16 = True
+    both = torch.nn.ModuleList([first, torch.nn.ModuleList([second]), Tent(1)])
+    with pytest.raises(ZeroDivisionError), precision(both, True) as put:
+        assert first.bf16 and second.bf16
+        put(False)
+        assert not first.bf16 and not second.bf16
+        raise ZeroDivisionError
+    assert not first.bf16 and second.bf16 and not hasattr(both[2], "bf16")
+
+
+def test_bfloat16_is_picked_where_the_processor_computes_in_it(monkeypatch):
+    cpu = torch.device("cpu")
+    for found, answer in (({}, False), ({"avx512_bf16": False, "amx_bf16": False}, False),
+                          ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
+        assert pick_bf16("auto", cpu) is answer
+        assert pick_bf16("always", cpu) is True and pick_bf16("never", cpu) is False
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert pick_bf16("auto", cpu) is False
+    for word in ("yes", "", "Auto", "true"):
+        with pytest.raises(UserError, match=f"bf16='{word}': choose auto, always or never"):
+            pick_bf16(word, cpu)
+
+
+# --- weights ------------------------------------------------------------------------------------
+
+
+def test_weights_round_trip(weights, file):
+    torch.manual_seed(0)
+    D = Denoiser(DnCNN(3, 6), 0.03)
+    torch.nn.init.normal_(D.network.layers[-1].weight)
+    save_weights(file, D, {"protocol": "paper"})
+    loaded = load_denoiser(file)
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(loaded(x), D(x)) and not torch.equal(D(x), x)
+    card = json.loads(file.with_suffix(".json").read_text())
+    assert card["protocol"] == "paper" and card["networks"] == [dncnn(depth=3, width=6)]
+    assert card["numbers"] == {"sigma": pytest.approx(0.03)}
+    assert card["weights"] == sum(value.numel() for value in D.state_dict().values())
+
+
+def test_a_model_round_trips_with_its_head_and_without_its_operator(weights):
+    settings = {"tau": 9.0, "sigma": 0.5}  # not those that are stored
+    model = load_model(METHODS["jfb"], settings, weights)
+    stored = load_file(weights / "jfb.safetensors")
+    assert model.T.A is None and model.H is not None
+    assert model.T.tau.item() == pytest.approx(0.05) and model.T.D.sigma.item() == \
+        pytest.approx(0.04)
+    assert stored.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
+
+
+def test_a_network_of_ones_own_is_loaded_by_those_that_give_its_class(file, monkeypatch):
+    D = Denoiser(Tent(3, steep=True), 0.1)
+    save_weights(file, D, {})
+    refusal(file, r"of the class test_networks.Tent, which is none of jfbnb.networks.DnCNN: "
+                  "import it yourself and give it by `networks`")
+    loaded = load_denoiser(file, networks=[Tent])
+    x = torch.rand(1, 3, 4, 4)
+    assert torch.equal(loaded(x), D(x))
+    assert (loaded.network.reach, loaded.network.steep) == (3, True)
+    monkeypatch.setattr(networks, "NETWORKS", [DnCNN, Tent])
+    assert torch.equal(load_denoiser(file)(x), D(x))
+
+
+def test_nothing_that_a_file_names_is_imported(file, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    forge(file, [{"class": "evil.Network", "arguments": {}}])
+    refusal(file, "of the class evil.Network, which is none of")
+
+
+def test_a_network_that_forgets_what_it_is_made_of_cannot_be_saved(file):
+    with pytest.raises(UserError, match="Forgetful does not keep factor of its constructor: set "
+                                        r"self\.NAME = NAME for each"):
+        save_weights(file, Denoiser(Forgetful(1, 2), 0.1), {})
+    assert not file.exists() and not file.with_suffix(".json").exists()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:64], lambda b: b"", lambda b: b[:-10]])
+def test_truncated_weights(weights, damage):
+    path = weights / "denoiser.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    refusal(path, r"weights .*denoiser\.safetensors are damaged")
+
+
+@pytest.mark.parametrize("metadata", [
+    None, {"architecture": '{"depth": 2, "width": 4, "channels": 3, "head": false}'}])
+def test_weights_of_an_earlier_release(file, metadata):
+    save_file({"w": torch.zeros(3)}, file, metadata=metadata)
+    refusal(file, "do not say of which networks they are: those of an earlier release must be "
+                  "fetched again")
+
+
+@pytest.mark.parametrize("descriptions", [
+    [dncnn(depth=[2])], [dncnn(width=10**9)], [dncnn(width=float("nan"))], [dncnn() | {"code": 1}],
+    [{"class": 3, "arguments": {}}], ["DnCNN"], {}, 3])
+def test_descriptions_that_are_none(file, descriptions):
+    forge(file, descriptions)
+    refusal(file, "do not say of which networks they are")
+
+
+@pytest.mark.parametrize("descriptions", [
+    [dncnn(depth=2.0)], [dncnn(extra=1)], [dncnn(width=-1)], [dncnn(channels="3")],
+    [dncnn(width=None)], [], [dncnn(), dncnn()]])
+def test_descriptions_that_make_nothing(file, descriptions):
+    forge(file, descriptions)
+    refusal(file, "are of something else")
+
+
+@pytest.mark.parametrize("descriptions", [
+    [dncnn()], [dncnn(depth=True)], [dncnn(channels=1)], [dncnn(depth=-3)]])
+def test_tensors_that_are_not_those_of_the_networks(file, descriptions):
+    forge(file, descriptions)
+    refusal(file, "do not fit the networks that they name")
+
+
+def test_tensors_of_another_type_or_shape_or_one_too_many(file):
+    D = Denoiser(DnCNN(2, 4), 0.1)
+    tensors = {name: value.contiguous() for name, value in D.state_dict().items()}
+    for change in ({"sigma": torch.tensor(0.1, dtype=torch.float64)}, {"sigma": torch.zeros(1)},
+                   {"more": torch.zeros(1)}):
+        forge(file, [dncnn()], tensors | change)
+        refusal(file, "do not fit the networks that they name")
+    forge(file, [dncnn()], tensors)
+    assert load_denoiser(file).sigma.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("claim", [{"width": 4096}, {"depth": 600, "width": 4096}])
+def test_a_small_file_that_claims_a_large_network_gets_no_memory(file, claim, monkeypatch):
+    """The first would take 600 MB of memory a layer, the other 360 GB."""
+    made = []
+
+    class Watched(DnCNN):
+        def __init__(self, depth, width, channels):
+            super().__init__(depth, width, channels)
+            made.append({parameter.device.type for parameter in self.parameters()})
+
+    monkeypatch.setattr(networks, "NETWORKS", [Watched])
+    forge(file, [dncnn(**{"depth": 4, **claim}) | {"class": networks._full_name(Watched)}])
+    refusal(file, "do not fit the networks that they name")
+    assert made == [{"meta"}]
+
+
+@pytest.mark.parametrize("name", ["T.log_tau", "T.D.network.layers.0.bias", "T.D.sigma"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(weights, name, value):
+    path = weights / "unrolled.safetensors"
+    with safe_open(path, "pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(path)
+    tensors[name].fill_(value)
+    save_file(tensors, path, metadata=metadata)
+    with pytest.raises(UserError, match="not all finite"):
+        load_model(METHODS["unrolled"], {"tau": 1.0, "iterations": 2}, weights)
+
+
+def test_what_is_built_of_the_networks_may_be_anything(file):
+    """Also several denoisers, in their order."""
+    pair = torch.nn.ModuleList([Denoiser(DnCNN(2, 4), 0.1), Denoiser(Tent(2), 0.2)])
+    save_weights(file, pair, {})
+    loaded = load_weights(file, lambda a, b: torch.nn.ModuleList(
+        [Denoiser(a, 0.0), Denoiser(b, 0.0)]), [Tent])
+    assert isinstance(loaded[0].network, DnCNN) and isinstance(loaded[1].network, Tent)
+    assert loaded[1].sigma.item() == pytest.approx(0.2)
