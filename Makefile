@@ -43,8 +43,8 @@ book: $(INSTALLED)
 	$(BIN)/python tools/book.py
 
 fuzz: $(INSTALLED)
-	JFBNB_FUZZ=$${JFBNB_FUZZ:-1000} $(BIN)/python -m pytest tests/test_fuzz.py --hypothesis-show-statistics \
-	  --junitxml build/fuzz.xml $(ARGS)
+	JFBNB_FUZZ=$${JFBNB_FUZZ:-1000} $(BIN)/python -m pytest tests/test_fuzz.py \
+	  --hypothesis-show-statistics --junitxml build/fuzz.xml $(ARGS)
 
 faults: $(INSTALLED)
 	JFBNB_KILLS=$${JFBNB_KILLS:-75} $(BIN)/python -m pytest tests/test_faults.py \

@@ -9,90 +9,43 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from contenders import (
-    CONTENDERS,
-    GRADIENTS,
-    PARTS,
-    SAME_ITERATES,
-    Contender,
-    Size,
-    available,
-    solve_problem,
-)
-from measurements import (
-    calibrate,
-    prepare_growth,
-    prepare_limit,
-    prepare_reconstruction,
-    prepare_step,
-)
+from contenders import RECONSTRUCTIONS, ROOT, STEPS, Contender, Size, available, solve_problem
+from measurements import calibrate, prepare, prepare_growth, prepare_limit
 from processes import Worker, alone, in_turns
-from quality import pretrain, train_method
-from report import bars, exponent, growth_curves, quality_curves, time_parts, verdicts, with_ratio
+from quality import pretrain, train
+from report import bars, exponent, quality_curves, verdicts, with_ratio
 
-from jfbnb.common import ROOT, UserError, atomic_write
+from jfbnb.common import UserError, atomic_write
+from jfbnb.evaluation import reference_table2
 from jfbnb.figures import save_figure, save_table
 
 PEERS = ("deepinv", "torchdeq")
-RELEASED_SIZE = (8, 32)  # of the network that calibration uses
+GRADIENTS = tuple(dict.fromkeys(contender.gradient for contender in STEPS))
 RIVALS = ("jfb", "deq", "unrolled", "feedforward-tikhonov")  # in time to quality
+Bench = argparse.Namespace  # what a run measures: `parse` has it
 
 
-@dataclass
-class Bench:
-    """What a run measures, and what its sections share. The defaults are the full benchmark.
+def problem(bench: Bench, size: Size) -> Path:
+    """The file with the problem's images and equilibrium."""
+    file = bench.scratch / f"{size}.safetensors"
+    if not file.exists():
+        alone(solve_problem, file, size)
+    return file
 
-    Args:
-        problems, reconstructions, limits: of the sections step, reconstruction and limit.
-        targets: distances to x*.
-        growth: the values of each series.
-        seconds: of pretraining, and of each method's training after it.
-        epochs, watched: how often the PSNR is taken, and on how many images.
-        calibrated: what `settings` has found.
-    """
 
-    contenders: list[Contender]
-    problems: list[Size]
-    rounds: int
-    data: str
-    seconds: float
-    out: Path
-    scratch: Path
-    reconstructions: tuple[Size, ...] = (Size(1, 128, 8, 32), Size(16, 64, 8, 32))
-    limits: tuple[Size, ...] = (Size(1, 128, 8, 32), Size(4, 128, 17, 64))
-    targets: tuple[float, ...] = (1e-2, 1e-3)
-    growth: dict[str, tuple[int, ...]] = field(default_factory=lambda: {
-        "K": (5, 10, 20, 40), "batch": (1, 2, 4, 8, 16), "side": (64, 128, 256, 512),
-        "width": (16, 32, 64, 128)})
-    epochs: int = 8
-    watched: int = 16
-    calibrated: dict[tuple, list[dict]] = field(default_factory=dict)
-
-    def solved(self, size: Size) -> Path:
-        """The file with the problem's images and equilibrium; the network's size is no matter."""
-        file = self.scratch / f"{size.batch}x{size.side}.safetensors"
-        if not file.exists():
-            alone(solve_problem, file, size.batch, size.side)
-        return file
-
-    def settings(self, size: Size, contender: Contender) -> list[dict]:
-        """`calibrate`, once for all contenders that solve alike, with the small network."""
-        if contender.change in SAME_ITERATES:
-            contender = replace(contender, change="")
-        key = (size.batch, size.side, contender.library, contender.map, contender.solvers,
-               contender.change)
-        if key not in self.calibrated:
-            print(f"  how far must {contender.name} iterate?", flush=True)
-            self.calibrated[key] = alone(calibrate, self.solved(size), contender, self.targets)
-        return self.calibrated[key]
+def settings(bench: Bench, size: Size, contender: Contender) -> list[dict]:
+    """`calibrate`, once for all contenders that solve alike."""
+    key = size, contender.iterates
+    if key not in bench.calibrated:
+        print(f"  how far must {contender.name} iterate?", flush=True)
+        bench.calibrated[key] = alone(calibrate, problem(bench, size), contender, bench.targets)
+    return bench.calibrated[key]
 
 
 # --- the sections -------------------------------------------------------------------------------
@@ -103,28 +56,17 @@ def step(bench: Bench) -> None:
     rows: list[dict] = []
     for size in bench.problems:
         for target in bench.targets:
-            rows += compare(bench, size, bench.contenders, target, prepare_step)
+            rows += compare(bench, size, bench.steps, target, training=True)
             table = with_ratio(pd.DataFrame(rows))
             save_table(table, bench.out / "step", f"One training step; {bench.rounds} runs each.")
             save_figure(bars(table, "seconds per training step"), bench.out / "step")
 
 
-def parts(bench: Bench) -> None:
-    """One training step of ours with one thing changed."""
-    rows = compare(bench, bench.problems[0], PARTS, min(bench.targets), prepare_step)
-    table = with_ratio(pd.DataFrame(rows))
-    save_table(table, bench.out / "parts", "One training step of ours, and with one thing "
-               f"changed; {bench.rounds} runs each.")
-    save_figure(bars(table, "seconds per training step"), bench.out / "parts")
-
-
 def reconstruction(bench: Bench) -> None:
     """The image, without a gradient."""
-    rows = []
-    for size in bench.reconstructions:
-        rows += compare(bench, size, [c for c in bench.contenders if c.gradient == "jfb"],
-                        min(bench.targets), prepare_reconstruction)
-    table = with_ratio(pd.DataFrame(rows))
+    table = with_ratio(pd.DataFrame([
+        row for size in bench.images
+        for row in compare(bench, size, bench.reconstructions, min(bench.targets), False)]))
     images = table.problem.str.split("x").str[0].astype(int)
     table["images per second"] = images / table.seconds
     save_table(table, bench.out / "reconstruction",
@@ -133,42 +75,38 @@ def reconstruction(bench: Bench) -> None:
 
 
 def compare(bench: Bench, size: Size, contenders: list[Contender], target: float,
-            prepare: Callable) -> list[dict]:
+            training: bool) -> list[dict]:
     """The contenders side by side, to one distance: one record for each."""
-    found = {c: next(s for s in bench.settings(size, c) if s["target"] == target)
+    found = {c: next(s for s in settings(bench, size, c) if s["target"] == target)
              for c in contenders}
     print(f"  {size}, to a distance of {target:.0e}", flush=True)
     workers = {}
     for c, s in found.items():
         if s["reached"]:
             try:
-                workers[c] = Worker(prepare, bench.solved(size), size, c, s["solver"],
-                                    s["effort"])
+                workers[c] = Worker(prepare, problem(bench, size), c, s["solver"], s["effort"],
+                                    training)
             except RuntimeError as error:  # a peer's solver, in the backward pass
                 print(f"  {c.name} failed: {error}")
-                found[c] = {**s, "reached": False, "distance": np.nan, "seconds": np.nan}
-    runs: dict[Contender, list[dict]] = {c: [] for c in contenders}
-    for c, record in in_turns(workers, bench.rounds):
-        runs[c].append(record)
-    return [_row(size, c, found[c], runs[c]) for c in contenders]
+                found[c] = {**s, "distance": np.nan, "seconds": np.nan}
+    runs = in_turns(workers, bench.rounds)
+    return [_row(size, c, found[c], pd.DataFrame([record for who, record in runs if who == c]))
+            for c in contenders]
 
 
-def _row(size: Size, contender: Contender, setting: dict, runs: list[dict]) -> dict:
+def _row(size: Size, contender: Contender, setting: dict, runs: pd.DataFrame) -> dict:
     """The median and the spread of a contender's runs, or how far it came."""
     stop = (f"residual {setting['effort']:.1e}" if contender.by_residual
-            else f"{setting.get('effort', setting.get('iterations'))} iterations")
+            else f"{setting['effort']} iterations")
     row = {"problem": str(size), "to distance": f"{setting['target']:.0e}",
            "contender": contender.name, "solver": setting["solver"]}
-    if not runs:  # what it spent without arriving is the least that it would have taken
-        known = (size.depth, size.width) == RELEASED_SIZE
+    if runs.empty:  # what it spent without arriving is the least that it would have taken
         return {**row, "stops at": f"given up at {stop}", "reached": "no",
-                "came to": f"{setting['distance']:.1e}",
-                "seconds": setting["seconds"] if known else np.nan}
-    seconds = [run["seconds"] for run in runs]
-    return {**row, "stops at": stop, "reached": "yes", "came to": f"{runs[0]['distance']:.1e}",
-            "seconds": np.median(seconds), "least seconds": min(seconds),
-            "most seconds": max(seconds), "evaluations": runs[0]["evaluations"],
-            "process MB": max(run["process MB"] for run in runs)}
+                "came to": f"{setting['distance']:.1e}", "seconds": setting["seconds"]}
+    return {**row, "stops at": stop, "reached": "yes", "came to": f"{runs.distance[0]:.1e}",
+            "seconds": runs.seconds.median(), "least seconds": runs.seconds.min(),
+            "most seconds": runs.seconds.max(), "evaluations": runs.evaluations[0],
+            "process MB": runs["process MB"].max()}
 
 
 def limit(bench: Bench) -> None:
@@ -180,28 +118,24 @@ def limit(bench: Bench) -> None:
     table = runs.groupby(["problem", "type"], sort=False).median().reset_index()
     save_table(table, bench.out / "limit", "The convolutions against the best matrix product; "
                f"medians of {bench.rounds} runs.")
-    save_figure(time_parts(table), bench.out / "limit")
 
 
 def growth(bench: Bench) -> None:
     """Seconds and memory of a step as one thing grows."""
-    workers = {name: Worker(prepare_growth, name, values)
-               for name, values in bench.growth.items()}
-    runs = pd.DataFrame([record for _, records in in_turns(workers, bench.rounds)
-                         for record in records])
+    workers = {name: Worker(prepare_growth, name, v) for name, v in bench.growth.items()}
+    runs = pd.DataFrame([r for _, own in in_turns(workers, bench.rounds) for r in own])
     table = (runs.groupby(["series", "value", "gradient"], sort=False)[["seconds", "MB"]]
              .median().reset_index())
     save_table(table, bench.out / "growth",
                f"One training step as one thing grows; medians of {bench.rounds} runs.")
-    fits = pd.DataFrame([
+    save_table(pd.DataFrame([
         {"series": series, "gradient": gradient,
          "exponent of time": exponent(own.value, own.seconds),
-         "exponent of memory": exponent(own.value, own.MB), "most over least MB":
-         own.MB.max() / own.MB.min()}
-        for (series, gradient), own in table.groupby(["series", "gradient"], sort=False)])
-    save_table(fits, bench.out / "growth_exponents",
-               "y grows like x to the power of the exponent; least squares on logarithms.")
-    save_figure(growth_curves(table, fits), bench.out / "growth")
+         "exponent of memory": exponent(own.value, own.MB),
+         "most over least MB": own.MB.max() / own.MB.min()}
+        for (series, gradient), own in table.groupby(["series", "gradient"], sort=False)]),
+        bench.out / "growth_exponents",
+        "y grows like x to the power of the exponent; least squares on logarithms.")
 
 
 def quality(bench: Bench) -> None:
@@ -211,13 +145,13 @@ def quality(bench: Bench) -> None:
     curves: list[dict] = []
     for method in RIVALS:
         print(f"  {method}", flush=True)
-        curves += alone(train_method, method, bench.data, bench.seconds, bench.epochs,
-                        bench.watched, denoiser)
+        curves += alone(train, method, bench.data, bench.seconds, bench.epochs, bench.watched,
+                        denoiser)
         table = pd.DataFrame(curves)
         table["time (s)"] = spent + table.pop("seconds")
         save_table(table, bench.out / "quality",
                    f"Of validation images, {source}; {spent:.0f} s of pretraining included.")
-        goal = published_deq()
+        goal = float(reference_table2().set_index("method").psnr["deq"])
         save_table(pd.DataFrame([
             {"method": name, "images": source, "pretraining (s)": spent,
              f"to {goal} dB (s)": first_at(own, goal),
@@ -234,82 +168,69 @@ def first_at(curve: pd.DataFrame, goal: float) -> float:
     return curve["time (s)"][curve.psnr >= goal].min()
 
 
-def published_deq() -> float:
-    """Table 2's PSNR of the deep equilibrium model."""
-    table = pd.read_csv(ROOT / "data" / "published_table2.csv", comment="#", index_col="method")
-    return float(table.psnr["deq"])
-
-
 SECTIONS = {section.__name__: section for section in
-            (step, parts, reconstruction, limit, growth, quality)}
+            (step, reconstruction, limit, growth, quality)}
 
 
 # --- the command --------------------------------------------------------------------------------
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse(arguments)
-    args.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(args.out / "machine.json", json.dumps(machine(), indent=2) + "\n")
+    bench = parse(arguments)
+    bench.out.mkdir(parents=True, exist_ok=True)
+    atomic_write(bench.out / "machine.json", json.dumps(machine(), indent=2) + "\n")
     with tempfile.TemporaryDirectory() as scratch:
-        bench = make_bench(args, Path(scratch))
-        for name in args.sections:
+        bench.scratch = Path(scratch)
+        for name in bench.sections:
             print(name, flush=True)
             try:
                 SECTIONS[name](bench)
             except UserError as error:
                 print(f"{name} is left out: {error}")
-            table = verdicts(args.out)
+            table = verdicts(bench.out)
             table.measured = table.measured.map("{:.3g}".format)
-            save_table(table, args.out / "targets", "What was promised, and what was measured.")
+            save_table(table, bench.out / "targets", "What was promised, and what was measured.")
     print(table.to_string(index=False))
     return 0
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    def size(name: str) -> Size:
-        try:
-            return Size.parse(name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
+def parse(arguments: list[str] | None) -> Bench:
+    """What to measure: the full benchmark, or less of it."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
-    parser.add_argument("--problems", nargs="+", type=size, metavar="BATCHxSIDE-DEPTHxWIDTH",
-                        default=[Size(16, 64, 8, 32), Size(4, 128, 8, 32)],
-                        help="of the section step; the paper's network is 17x64")
+    parser.add_argument("--problems", nargs="+", type=Size.parse, metavar="BATCHxSIDE",
+                        default=[Size(16, 64), Size(4, 128)], help="of the section step")
     parser.add_argument("--gradients", nargs="+", default=list(GRADIENTS), choices=GRADIENTS,
                         help="in the section step; jfb is always there")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
     parser.add_argument("--data", default="bundled",
-                        help="of the section quality: CelebA's folder, tar or zip; without it the "
-                             "photographs inside scikit-image")
+                        help="of the section quality: CelebA's folder, tar or zip")
     parser.add_argument("--seconds", type=float, default=60,
                         help="of pretraining, and of each method's training after it")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     parser.add_argument("--quick", action="store_true",
-                        help="tiny problems, one round, into build/bench: to see that all of it "
-                             "runs")
-    args = parser.parse_args(arguments)
-    args.out = args.out or ROOT / ("build/bench" if args.quick else "benchmarks/results")
-    return args
-
-
-def make_bench(args: argparse.Namespace, scratch: Path) -> Bench:
+                        help="tiny problems, one round, into build/bench: to see that all runs")
+    bench = parser.parse_args(arguments, Bench(
+        targets=(1e-2, 1e-3),  # distances to x*
+        images=[Size(1, 128), Size(16, 64)],  # of the section reconstruction
+        limits=[Size(1, 128), Size(4, 128, 17, 64)],
+        growth={"K": (5, 10, 20, 40), "batch": (1, 2, 4, 8, 16), "side": (64, 128, 256, 512),
+                "width": (16, 32, 64, 128)},
+        epochs=8, watched=16,  # how often the PSNR is taken, and on how many images
+        calibrated={}))  # what `settings` has found
+    if bench.quick:
+        bench.problems = bench.images = bench.limits = [Size(2, 32)]
+        bench.targets, bench.rounds, bench.gradients = (3e-2,), 1, []
+        bench.growth = {"K": (2, 4), "width": (8, 16)}
+        bench.seconds, bench.epochs, bench.watched = 0.5, 1, 1
+    bench.out = bench.out or ROOT / ("build/bench" if bench.quick else "benchmarks/results")
     missing = [peer for peer in PEERS if not available(peer)]
     for peer in missing:
         print(f"{peer} is not installed and left out; to have it: "
               ".venv/bin/python -m pip install -e '.[bench]'")
-    contenders = [c for c in CONTENDERS
-                  if c.library not in missing and c.gradient in ("jfb", *args.gradients)]
-    bench = Bench(contenders, args.problems, args.rounds, args.data, args.seconds, args.out,
-                  scratch)
-    if args.quick:
-        bench.problems = bench.reconstructions = bench.limits = [Size(2, 32, *RELEASED_SIZE)]
-        bench.contenders = [c for c in contenders if c.gradient == "jfb"]
-        bench.targets, bench.rounds = (1e-2,), 1
-        bench.growth = {"K": (2, 4), "width": (8, 16)}
-        bench.seconds, bench.epochs, bench.watched = 0.5, 1, 1
+    bench.steps, bench.reconstructions = (
+        [c for c in group if c.library not in missing] for group in (STEPS, RECONSTRUCTIONS))
+    bench.steps = [c for c in bench.steps if c.gradient in ("jfb", *bench.gradients)]
     return bench
 
 

@@ -1,41 +1,38 @@
-"""Time to quality: trainings from scratch, each in a process of its own."""
+"""Time to quality: trainings from scratch by the package's recipes, each in its own process."""
 
 import time
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-import yaml
-from torch import Tensor
+from contenders import BF16, CPU, PAPER, profile
 
-from jfbnb.common import ROOT
 from jfbnb.datasets import Splits, load_splits, random_crops
-from jfbnb.evaluation import psnr
-from jfbnb.maps import SplittingMap
-from jfbnb.methods import RELEASED, Tuning, make_loss, make_regulariser, restore
-from jfbnb.networks import DnCNN, Regulariser, load_regulariser, precision, save_regulariser
-from jfbnb.operators import get_protocol, make_blur, measure
-from jfbnb.training import BatchLoss, DenoiserLoss, EquilibriumLoss, TrainingConfig, train
+from jfbnb.methods import METHODS, RELEASED, Tuning
+from jfbnb.networks import Denoiser, DnCNN, load_denoiser, save_weights
+from jfbnb.recipes import Run, pose, prepare, score, train_denoiser, train_method
+from jfbnb.training import BatchLoss, DenoiserLoss, LossSettings, TrainingConfig
 
 IMAGES = 2000  # more than a short training can see; those watched are taken from them
+NOISE_MAX = 0.1  # that the denoiser learns to take out
+QUIET = Run(CPU, log=lambda line: None)
 
 
 def pretrain(data: str, seconds: float, watched: int, file: Path) -> tuple[float, str]:
     """Train a denoiser from scratch and write it; the seconds, and where the images come from."""
-    settings = _profile()
-    torch.manual_seed(settings["seed"])
-    S = Regulariser(DnCNN(settings["depth"], settings["width"]), tau=1.0, sigma=0.0)
-    S.log_tau.requires_grad_(False)
-    images = _splits(data, watched)
-    with precision(S, settings["bf16"]):
-        history = _train_for(seconds, 1, S, DenoiserLoss(S, 0.1), images.train.images,
-                             settings["pretrain_batch_size"], settings["pretrain_crop"], 1e-3)
-    save_regulariser(file, S, {})
-    return sum(record["seconds"] for record in history), images.source
+    p = profile()
+    torch.manual_seed(p["seed"])
+    network = DnCNN(p["depth"], p["width"])
+    config = TrainingConfig(1, p["pretrain_batch_size"], p["pretrain_crop"], 1e-3, p["seed"])
+    loss = DenoiserLoss(Denoiser(network, 0.0), NOISE_MAX, BF16)
+    config, splits = for_seconds(seconds, config, loss, data, watched)
+    D, history = train_denoiser(network, splits, config, NOISE_MAX, BF16, QUIET)
+    save_weights(file, D, {})
+    return history.seconds.sum(), splits.source
 
 
-def train_method(name: str, data: str, seconds: float, epochs: int, watched: int,
-                 denoiser: Path) -> list[dict]:
+def train(name: str, data: str, seconds: float, epochs: int, watched: int,
+          denoiser: Path) -> list[dict]:
     """Train a method from the denoiser; validation PSNR against the seconds of its own training.
 
     The settings are profile cpu's and notebook 4's; tau and sigma are those that were searched
@@ -44,53 +41,31 @@ def train_method(name: str, data: str, seconds: float, epochs: int, watched: int
     Args:
         epochs: how often the PSNR is taken on the way, on `watched` images and off the clock.
     """
-    settings, setup = _profile(), get_protocol("paper")
-    tuned = Tuning.load(RELEASED / "tuning.json").settings(name)
-    S = make_regulariser(load_regulariser(denoiser).network, tuned)
-    A_crop, A = make_blur(setup, settings["crop"]), make_blur(setup)
-    loss = make_loss(name, A_crop, S, tuned, EquilibriumLoss(
-        SplittingMap(A_crop, S), setup.noise_std, settings["tolerance"],
-        settings["max_iterations"], settings["power_iterations"], contraction=0.9, penalty=0.1,
-        bf16=settings["bf16"]))
-    images = _splits(data, watched)
-    x = images.validation.as_float()
-    d = measure(A, x, setup.noise_std, settings["seed"], images.validation.indices)
-
-    def validate() -> dict[str, float]:
-        restored = [restore(name, A, S, one, tuned)[0] for one in d.split(1)]
-        return {"validation_psnr": psnr(torch.cat(restored), x).mean().item()}
-
-    start = {"seconds": 0.0, **validate()}
-    history = _train_for(seconds, epochs, S, loss, images.train.images, settings["batch_size"],
-                         settings["crop"], settings["learning_rate"], validate)
-    records, clock = [], 0.0
-    for epoch in [start, *history]:
-        clock += epoch["seconds"]
-        records.append({"method": name, "seconds": clock, "psnr": epoch["validation_psnr"]})
-    return records
+    p, method, network = profile(), METHODS[name], load_denoiser(denoiser).network
+    settings = Tuning.load(RELEASED / "tuning.json").settings(method)
+    losses = LossSettings(PAPER.noise_std, p["tolerance"], p["max_iterations"],
+                          p["power_iterations"], bf16=BF16)
+    config = TrainingConfig(epochs, p["batch_size"], p["crop"], p["learning_rate"], p["seed"],
+                            unconverged_limit=1.0)
+    model, loss = prepare(method, network, settings, PAPER.operator(config.crop), losses)
+    config, splits = for_seconds(seconds, config, loss, data, watched)
+    problem = pose(PAPER, splits, watched, config.seed, CPU)
+    start = score(model.on(problem.A), problem)["psnr"]
+    _, history = train_method(method, network, settings, problem, config, losses, QUIET)
+    return [{"method": name, "seconds": clock, "psnr": psnr} for clock, psnr in zip(
+        [0.0, *history.seconds.cumsum()], [start, *history.validation_psnr], strict=True)]
 
 
-def _profile() -> dict:
-    return yaml.safe_load((ROOT / "notebooks" / "profiles" / "cpu.yaml").read_text())
-
-
-def _splits(data: str, watched: int) -> Splits:
-    images = load_splits(data, 128, n_train=IMAGES, n_validation=watched, n_test=1)
-    images.validation = images.validation[:watched]  # bundled photographs have their own split
-    return images
-
-
-def _train_for(seconds: float, epochs: int, S: Regulariser, loss: BatchLoss, images: Tensor,
-               batch_size: int, crop: int, learning_rate: float,
-               validate: Callable[[], dict[str, float]] | None = None) -> list[dict[str, float]]:
-    """`train` for about `seconds`: an epoch has as many images as `epochs` of them allow."""
-    x = random_crops(images[:batch_size], crop, 0)
+def for_seconds(seconds: float, config: TrainingConfig, loss: BatchLoss, data: str,
+                watched: int) -> tuple[TrainingConfig, Splits]:
+    """The training for about so long: an epoch has as many images as its epochs allow."""
+    splits = load_splits(data, PAPER.image_size, n_train=IMAGES, n_validation=watched, n_test=1)
+    size = config.batch_size
+    x = random_crops(splits.train.images[:size], config.crop, 0)
     for _ in range(3):  # the first are slower
         clock = time.perf_counter()
-        loss(x, (0,))[0].backward()
+        loss(x, (0,), range(len(x)))[0].mean().backward()
         per_batch = time.perf_counter() - clock
-    images = images[:batch_size * max(1, round(seconds / epochs / per_batch))]
-    epochs = max(1, round(seconds / per_batch * batch_size / len(images)))
-    config = TrainingConfig(epochs, batch_size, crop, learning_rate, seed=0, unconverged_limit=1.0)
-    return train(S, loss, images, config, torch.device("cpu"), validate=validate,
-                 log=lambda line: None)
+    train = splits.train[:size * max(1, round(seconds / config.epochs / per_batch))]
+    epochs = max(1, round(seconds / per_batch * size / len(train)))
+    return replace(config, epochs=epochs), replace(splits, train=train)

@@ -126,8 +126,8 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
         _store(method.name, model, history, problem.splits, config, run, {
             "what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
             "settings": settings, "loss": asdict(losses), "measured": {
-                "validation images": score(model.on(problem.A), problem),
-                "photographs": score(model.on(problem.A), others)}})
+                name: {"images": len(some.x), **score(model.on(some.A), some)} for name, some in (
+                    ("validation images", problem), ("photographs", others))}})
     return model, history
 
 
@@ -149,7 +149,7 @@ def score(model: Model, problem: Problem) -> dict[str, float]:
         found["psnr_head"] = psnr(model.predict(y, problem.d), problem.x).mean().item()
     if info is not None:
         found["converged"] = info.converged.float().mean().item()
-    return {"images": len(y), **found}
+    return found
 
 
 def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config: TrainingConfig,

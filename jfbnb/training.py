@@ -4,17 +4,12 @@ Every random draw depends on (seed, epoch, step, place in the batch) alone, so a
 stopped and resumed gives the same weights, bit for bit on one machine, as one that was not.
 """
 
-import functools
-import hashlib
-import inspect
 import json
 import math
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +23,7 @@ from jfbnb.gradients import implicit, jfb
 from jfbnb.models import Model, Unrolled
 from jfbnb.networks import Denoiser, fill, precision
 from jfbnb.operators import LinearOperator, measure
+from jfbnb.sources import digest
 
 # The loss of each of some crops x, (b,), and figures of each, given the keys that seed the draws
 # and the crops' places in their batch: whoever shares a batch out gets the same draws.
@@ -304,7 +300,8 @@ def train(
     history: list[dict[str, float]] = []
     file = None
     if checkpoints is not None:
-        file = checkpoints / f"{_training_key(module, batch_loss, images, config)}.safetensors"
+        key = digest(train, module, batch_loss, images, config)
+        file = checkpoints / f"{key[:16]}.safetensors"
         with processes.rank_0_first():  # the others read the one that it finds whole
             history = resume(file, module, optimizer, log)
         if history:
@@ -400,100 +397,3 @@ class _Means:
     def of(self, name: str, missing: float) -> float:
         total, count = self.totals.get(name, (missing, 1.0))
         return total / max(count, 1.0)
-
-
-# --- what a training depends on -----------------------------------------------------------------
-
-
-def _training_key(module: nn.Module, batch_loss: BatchLoss, images: Tensor,
-                  config: TrainingConfig) -> str:
-    """A name that changes with the settings, the code, the starting weights and the data.
-
-    The code is this module's and what it uses, and the source of every class and function in the
-    loss, whoever wrote it. The weights are all parameters and buffers, an operator's too.
-    """
-    used: list[Any] = [sys.modules[__name__]]
-    description = f"{config} {_described(batch_loss, used)}"
-    digest = hashlib.sha256(description.encode())
-    for text in sorted(_sources(used)):
-        digest.update(text.encode())
-    for part in (module, *(m for m in used if isinstance(m, nn.Module))):
-        for name, value in (*part.named_parameters(), *part.named_buffers()):
-            digest.update(name.encode() + value.detach().cpu().numpy().tobytes())
-    digest.update(images.contiguous().numpy())
-    return digest.hexdigest()[:16]
-
-
-def _described(value: Any, used: list[Any]) -> str:
-    """A value in words that are the same in every process; `used` gets what its code is of."""
-    def each(values: Iterable[Any]) -> list[str]:
-        return [_described(v, used) for v in values]
-
-    if isinstance(value, Tensor):
-        raw = value.detach().cpu().flatten().contiguous().view(torch.uint8)
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(raw.numpy()).hexdigest()}"
-    if isinstance(value, functools.partial):
-        return str(each((value.func, value.args, value.keywords)))
-    if isinstance(value, dict):
-        return str(each(value.items()))
-    if isinstance(value, tuple | list):
-        return str(each(value))
-    if isinstance(value, set | frozenset):
-        return str(sorted(each(value)))
-    if not (callable(value) or hasattr(value, "__dict__")):
-        return repr(value)
-    name = getattr(value, "__qualname__", type(value).__qualname__)
-    if any(value is known for known in used):  # the second time, perhaps inside itself
-        return name
-    used.append(value)
-    return f"{name} {each(_inside(value, used))}"
-
-
-def _inside(value: Any, used: list[Any]) -> list[Any]:
-    """What is in a function, by closure or default, or in an object, by its attributes."""
-    if inspect.ismodule(value) or inspect.isclass(value) or inspect.isbuiltin(value):
-        return []
-    if inspect.ismethod(value):
-        return [value.__self__, value.__func__]
-    if inspect.isfunction(value):
-        return [*(cell.cell_contents for cell in value.__closure__ or ()),
-                value.__defaults__, value.__kwdefaults__]
-    if isinstance(value, nn.Module):  # numbers that its parts keep beside weights are in no text
-        used += [type(m) for m in value.modules()]
-        return [str(value), [(k, v) for m in value.modules() for k, v in sorted(vars(m).items())
-                             if not k.startswith("_")]]
-    used.append(type(value))
-    return sorted(getattr(value, "__dict__", {"": repr(value)}).items())
-
-
-def _sources(used: Iterable[Any]) -> set[str]:
-    """The text of each object's module, or its own in a notebook; and of what the package's use."""
-    found: dict[Any, str] = {}
-    left = list(used)
-    while left:
-        value = left.pop()
-        if not (inspect.ismodule(value) or inspect.isclass(value) or inspect.isroutine(value)):
-            continue  # an object, whose class is here too
-        module = value if inspect.ismodule(value) else inspect.getmodule(value)
-        name = getattr(module, "__name__", "")
-        if name.split(".")[0] in ("torch", "builtins"):
-            continue
-        key = module if getattr(module, "__file__", None) else value
-        if key in found:
-            continue
-        found[key] = _source(key)
-        if name.split(".")[0] == __package__:
-            left += [sys.modules[v.__module__] for v in vars(module).values()
-                     if str(getattr(v, "__module__", "")).split(".")[0] == __package__]
-            left += [v for v in vars(module).values() if inspect.ismodule(v)
-                     and v.__name__.split(".")[0] == __package__]
-    return set(found.values())
-
-
-def _source(value: Any) -> str:
-    try:
-        return inspect.getsource(value)
-    except (OSError, TypeError):  # typed into an interpreter; of a notebook's class, its methods
-        parts = vars(value).values() if inspect.isclass(value) else ()
-        name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
-        return name + "".join(_source(part) for part in parts if inspect.isfunction(part))

@@ -3,24 +3,29 @@
 import functools
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
-from jfbnb.common import ROOT
 from jfbnb.datasets import ImageSet, Splits
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import bench
+import contenders
 import measurements
 import quality
-from contenders import PARTS, Contender, Size, grown, load_problem, make, solve_problem
+from contenders import KEYS, RECONSTRUCTIONS, STEPS, load_problem, ours, solve_problem
 from processes import Worker, alone, in_turns
 from report import exponent, verdicts
 
-from jfbnb.networks import DnCNN
+from jfbnb.methods import METHODS
+from jfbnb.recipes import prepare
+from jfbnb.training import EquilibriumLoss, ExplicitLoss, ImplicitLoss, LossSettings
+
+NAMED = {contender.name: contender for contender in (*STEPS, *RECONSTRUCTIONS)}
 
 
 class Inline:
@@ -42,38 +47,36 @@ def inline(monkeypatch):
 @pytest.fixture(scope="module")
 def problem_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("problem") / "1x32.safetensors"
-    solve_problem(file, 1, 32)
+    solve_problem(file, contenders.Size(1, 32))
     return file
 
 
-def test_quick_run_compares_and_writes(tmp_path, monkeypatch, inline, capsys):
+def test_quick_run_compares_and_writes(tmp_path, monkeypatch, inline):
     pytest.importorskip("torchdeq")
-    monkeypatch.setattr(bench, "CONTENDERS", [
-        Contender("jfbnb", "jfb"), Contender("torchdeq", "jfb"),
-        Contender("torchdeq", "jfb", "Eq. 4")])
-    monkeypatch.setattr(bench, "PARTS", [PARTS[0], Contender("jfbnb", "jfb", change="Picard")])
-    monkeypatch.setattr(measurements, "EVALUATIONS", 20)  # too few for Eq. 4
-    bench.main(["--quick", "--out", str(tmp_path), "--sections", "step", "parts",
-                "reconstruction"])
-    for name in ("step", "reconstruction"):
+    monkeypatch.setattr(bench, "STEPS", [NAMED[name] for name in (
+        "jfbnb jfb", "jfbnb jfb, as shipped", "torchdeq jfb, our map", "torchdeq jfb, Eq. 4")])
+    monkeypatch.setattr(bench, "RECONSTRUCTIONS", [NAMED[name] for name in (
+        "jfbnb", "torchdeq jfb, our map", "torchdeq jfb, Eq. 4")])
+    monkeypatch.setattr(measurements, "ITERATIONS", tuple(range(1, 21)))  # too few for Eq. 4
+    bench.main(["--quick", "--out", str(tmp_path), "--sections", "step", "reconstruction"])
+    for name, own in (("step", bench.STEPS), ("reconstruction", bench.RECONSTRUCTIONS)):
         assert (tmp_path / f"{name}.md").exists() and (tmp_path / f"{name}.png").exists()
         table = pd.read_csv(tmp_path / f"{name}.csv").set_index("contender")
-        assert table.reached.to_dict() == {"jfbnb jfb": "yes", "torchdeq jfb, our map": "yes",
-                                           "torchdeq jfb, Eq. 4": "no"}
-        assert (table["came to"][table.reached == "yes"] <= 1e-2).all()
-        assert table["came to"]["torchdeq jfb, Eq. 4"] > 1e-2
-        assert (table.seconds > 0).all() and table["times ours"]["jfbnb jfb"] == 1
-    changed = pd.read_csv(tmp_path / "parts.csv").set_index("contender")
-    assert changed.evaluations["jfbnb jfb, Picard"] > changed.evaluations["jfbnb jfb"]
-    assert (tmp_path / "parts.png").exists()
-    assert "a peer's JFB step with Eq. 4" in (tmp_path / "targets.md").read_text()
+        assert table.reached.to_dict() == {c.name: "no" if c.map == "Eq. 4" else "yes" for c in own}
+        assert (table["to distance"] == 3e-2).all()
+        assert ((table["came to"] <= 3e-2) == (table.reached == "yes")).all()
+        assert (table.seconds > 0).all() and table["times ours"][own[0].name] == 1
+    text = (tmp_path / "targets.md").read_text()
+    for ours_, name in (("jfbnb jfb", "Eq. 4"), ("jfbnb jfb", "our map"),
+                        ("jfbnb jfb, as shipped", "our map")):
+        assert any(ours_ + " takes" in line and name in line for line in text.splitlines())
     assert "torchdeq" in (tmp_path / "machine.json").read_text()
 
 
 def test_quick_run_of_what_needs_no_peer(tmp_path, monkeypatch, inline):
     images = torch.randint(256, (20, 3, 128, 128), dtype=torch.uint8)
     whole = ImageSet(images, list("abcdefghijklmnopqrst"), list(range(20)))
-    monkeypatch.setattr(quality, "_splits", lambda data, watched: Splits(
+    monkeypatch.setattr(quality, "load_splits", lambda data, *sizes, **more: Splits(
         whole[2:], whole[:1], whole[1:2], "noise"))
     monkeypatch.setattr(bench, "RIVALS", ("unrolled", "feedforward-tikhonov"))
     bench.main(["--quick", "--out", str(tmp_path), "--sections", "limit", "growth", "quality"])
@@ -87,63 +90,136 @@ def test_quick_run_of_what_needs_no_peer(tmp_path, monkeypatch, inline):
     curves = pd.read_csv(tmp_path / "quality.csv")
     assert set(curves.method) == {"unrolled", "feedforward-tikhonov"}
     assert (curves.groupby("method")["time (s)"].diff().dropna() > 0).all()
-    for name in ("limit", "growth", "quality"):
-        assert (tmp_path / f"{name}.png").exists()
+    assert (tmp_path / "quality.png").exists()
 
 
-def test_a_missing_peer_is_one_line_and_the_rest_runs(tmp_path, monkeypatch, capsys):
+def test_a_missing_peer_is_one_line_and_the_rest_runs(monkeypatch, capsys):
     monkeypatch.setattr(bench, "available", lambda library: library != "torchdeq")
-    made = bench.make_bench(bench.parse(["--quick"]), tmp_path)
+    made = bench.parse(["--quick"])
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("torchdeq is not installed") and "pip install -e '.[bench]'" in line
-    assert {c.library for c in made.contenders} == {"jfbnb", "deepinv"}
+    assert {c.library for c in made.steps} == {"jfbnb", "deepinv"}
+    assert {c.library for c in made.reconstructions} == {"jfbnb", "deepinv"}
 
 
-@pytest.mark.parametrize("name", ["16x64", "16x64-4x32", "16x64-8x16", "16 64 8 32"])
+@pytest.mark.parametrize("name", ["16", "16x64-8x32", "16x64x8x32", "16 64"])
 def test_a_malformed_problem_is_refused(name, capsys):
     with pytest.raises(SystemExit):
         bench.parse(["--problems", name])
-    assert "x" in capsys.readouterr().err.splitlines()[-1]
-    assert str(Size.parse("16x64-8x32")) == "16x64-8x32"
+    assert name in capsys.readouterr().err.splitlines()[-1]
+    assert str(contenders.Size.parse("16x64")) == "16x64-8x32"
+
+
+# --- what is timed is what ships ----------------------------------------------------------------
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    """All that `recipes.prepare` is asked to build for the contenders, and what it returned."""
+    calls = []
+
+    def recorded(*arguments):
+        calls.append((arguments, prepare(*arguments)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(contenders, "prepare", recorded)
+    return calls
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("jfb", EquilibriumLoss), ("neumann-5", EquilibriumLoss), ("implicit", ImplicitLoss),
+    ("unrolled", ExplicitLoss)])
+def test_the_timed_losses_are_the_packages_classes(problem_file, prepared, name, kind):
+    NAMED[f"jfbnb {name}"].make(load_problem(problem_file), "", 5)
+    ((_, (model, loss)),) = prepared
+    assert type(loss) is kind and loss.model is model
+    assert model.H is None and loss.settings.penalty == 0 and not loss.settings.bf16
+    assert name == "neumann-5" or kind is METHODS[{"implicit": "deq"}.get(name, name)].loss
+
+
+def test_the_step_as_shipped_is_that_of_a_training(problem_file, prepared):
+    """Class, value and gradient of what `recipes.prepare` builds for the method as it is."""
+    problem = load_problem(problem_file)
+    step = NAMED["jfbnb jfb, as shipped"].make(problem, "", 3e-3)
+    ((_, (_, timed)),) = prepared
+    losses = LossSettings(0.01, 3e-3, 50, power_iterations=6, contraction=0.9, penalty=0.1,
+                          bf16=contenders.BF16)
+    model, loss = prepare(METHODS["jfb"], problem.network, problem.settings, problem.A, losses)
+    assert type(timed) is type(loss) is METHODS["jfb"].loss
+    assert timed.settings == losses and timed.model.H is not None
+    value, mine = loss(problem.x, KEYS, range(1))[0].mean(), step.loss()
+    assert value.item() == mine.item()
+    value.backward()
+    mine.backward()
+    for own, other in zip(step.trained.parameters(), model.parameters(), strict=True):
+        assert torch.equal(own.grad, other.grad) and own.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", [c.name for c in STEPS if c.library == "jfbnb"])
+def test_the_judged_image_is_the_one_in_the_timed_loss(problem_file, prepared, name):
+    problem = load_problem(problem_file)
+    step = NAMED[name].make(problem, "", 1e-3 if NAMED[name].by_residual else 5)
+    ((_, (_, loss)),) = prepared
+    image = step.image(problem.d)
+    assert image.requires_grad
+    _, figures = loss(problem.x, KEYS, range(1))
+    torch.testing.assert_close(figures["mse"], (image - problem.x).square().mean()[None])
+    assert torch.equal(problem.draw(), problem.d)
+    if not NAMED[name].name.endswith("as shipped"):
+        assert step.loss().item() == pytest.approx(figures["mse"].item(), rel=1e-6)
 
 
 def test_contenders_meet_at_the_equilibrium(problem_file):
     pytest.importorskip("torchdeq")
     pytest.importorskip("deepinv")
-    for contender, solver, effort in (
-            *((part, "float32", 1e-5) for part in PARTS if part.map == "our map"),
-            (PARTS[0], "bf16 first", 1e-5),
-            (Contender("jfbnb", "unrolled"), "Picard", 60),
-            (Contender("torchdeq", "jfb"), "Anderson", 25),
-            (Contender("deepinv", "jfb"), "Anderson", 25)):
-        problem = load_problem(problem_file, 9, 40)  # anew, as a change may stay
-        output = make(problem, contender, solver, effort)()
-        assert problem.distance("our map", output.detach()) < 1e-3, contender.name
-        assert output.requires_grad
+    problem = load_problem(problem_file)
+    for name, solver, effort in (
+            *((c.name, "Anderson", 1e-5) for c in NAMED.values() if c.by_residual),
+            ("jfbnb unrolled", "Picard", 60),
+            ("torchdeq jfb, our map", "Anderson", 25), ("deepinv jfb, our map", "Anderson", 25)):
+        run = NAMED[name].make(problem, solver, effort)
+        assert problem.distance("our map", run.image(problem.d).detach()) < 1e-3, name
     assert problem.distance("our map", problem.d) > 0.1
+
+
+def test_gradients_like_for_like_are_the_peers(problem_file):
+    """Ours in float32, without head and penalty, against torchdeq's own on the same map."""
+    pytest.importorskip("torchdeq")
+    problem = load_problem(problem_file)
+    for name in ("jfb", "implicit"):
+        gradients = []
+        for contender, effort in ((NAMED[f"jfbnb {name}"], 1e-5),
+                                  (NAMED[f"torchdeq {name}, our map"], 30)):
+            run = contender.make(problem, "Anderson", effort)
+            run.loss().backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in run.trained.parameters()]))
+            run.trained.zero_grad()
+        mine, theirs = gradients
+        assert (mine - theirs).norm() < 0.02 * theirs.norm(), name
 
 
 def test_a_gradient_in_bfloat16_is_near_that_in_float32(problem_file):
     gradients = []
-    for solver in ("float32", "bf16 first"):
-        problem = load_problem(problem_file)
-        output = make(problem, PARTS[0], solver, 1e-5)()
-        (output - problem.x).square().mean().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in problem.S.parameters()]))
+    for bf16 in (False, True):
+        run = ours("jfb", bf16=bf16).make(load_problem(problem_file), "", 1e-5)
+        run.loss().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in run.trained.parameters()]))
     exact, rounded = gradients
     assert not torch.equal(exact, rounded)
     assert torch.cosine_similarity(exact, rounded, dim=0) > 0.99
     assert rounded.norm() / exact.norm() == pytest.approx(1, abs=0.05)
 
 
-def test_a_grown_network_computes_the_same():
-    torch.manual_seed(0)
-    small = DnCNN(3, 4)
-    torch.nn.init.normal_(small.layers[-1].weight)
-    large = grown(small, 5, 7)
-    assert (large.depth, large.width) == (5, 7)
-    x = torch.rand(2, 3, 8, 8)
-    torch.testing.assert_close(large(x, 0.1), small(x, 0.1))
+def test_the_least_effort_is_found(problem_file):
+    """One that arrives, while the one before it does not."""
+    problem, contender = load_problem(problem_file), NAMED["jfbnb unrolled"]
+    found = measurements.least_effort(problem, contender, "Picard", 1e-2)
+    before = measurements.attempt(problem, contender, "Picard", found["effort"] - 1, 1e-2)
+    assert found["reached"] and found["distance"] <= 1e-2 < before["distance"]
+    assert not measurements.least_effort(problem, contender, "Picard", 1e-9)["reached"]
+
+
+# --- workers, tables ----------------------------------------------------------------------------
 
 
 def test_a_worker_is_one_process_that_keeps_what_it_prepared():
@@ -189,8 +265,16 @@ def test_first_time_at_the_goal():
 
 def test_verdicts_are_read_from_the_tables(tmp_path):
     assert verdicts(tmp_path).empty
-    pd.DataFrame({"contender": ["jfbnb jfb", "torchdeq jfb, Eq. 4", "deepinv jfb, our map"],
-                  "to distance": ["1e-02"] * 3, "times ours": [1.0, 6.0, 1.2]}
-                 ).to_csv(tmp_path / "step.csv", index=False)
+    step = pd.DataFrame([
+        (name, "1e-02", problem, seconds, reached)
+        for problem, slow in (("16x64-8x32", 1.0), ("4x128-8x32", 1.2))
+        for name, seconds, reached in (
+            ("jfbnb jfb", slow, "yes"), ("jfbnb jfb, bf16", 0.7, "yes"),
+            ("jfbnb jfb, as shipped", 0.1, "no"), ("torchdeq jfb, Eq. 4", 6.0, "no"),
+            ("torchdeq jfb, our map", 1.4, "yes"), ("deepinv jfb, our map", 1.25, "yes"),
+            ("deepinv implicit, our map", 0.1, "yes"))],
+        columns=["contender", "to distance", "problem", "seconds", "reached"])
+    step.to_csv(tmp_path / "step.csv", index=False)
     table = verdicts(tmp_path)
-    assert table.measured.tolist() == [6.0, 1.2] and table.met.tolist() == ["yes", "no"]
+    assert table.measured.tolist() == pytest.approx([0.2, 0.96, 0.56, np.nan], nan_ok=True)
+    assert table.met.tolist() == ["yes", "no", "yes", "no"]  # who does not arrive has not met it

@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from jfbnb.common import ROOT
-from jfbnb.networks import DnCNN, Regulariser
+from jfbnb.maps import SplittingMap
+from jfbnb.networks import Denoiser, DnCNN
 from jfbnb.operators import Blur
+from jfbnb.suite.checkout import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +50,9 @@ def test_comparison_is_in_its_page(book):
 
 
 def test_names_in_the_glossary_exist():
-    """Of a module of the package, of the blur, of the regulariser, or a word of the code."""
-    known = {"A": Blur(8, 3, 1.0), "S": Regulariser(DnCNN(2, 2), 1.0, 0.0)}
+    """Of a module of the package, of the blur, of the map, or a word of the code."""
+    A = Blur(8, 3, 1.0)
+    known = {"A": A, "T": SplittingMap(A, Denoiser(DnCNN(2, 2), 0.0), 1.0)}
     source = "".join(path.read_text(encoding="utf-8") for path in (
         *(ROOT / "jfbnb").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")))
     names = []

@@ -1,55 +1,497 @@
-"""A few hundred of the cases that `make fuzz` tries by the thousand."""
+"""Odd input by every way in: files, folders, values and command lines that hypothesis draws.
 
-import importlib.util
+A case may succeed or end in a `UserError`, for the command in one line and exit status 2. Anything
+else fails: another exception, more than SECONDS or MEMORY, something written outside the case's
+folder, a program started, a pickle opened. `make fuzz` tries many cases, the ordinary tests a few.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import struct
 import sys
+import tarfile
+import tempfile
 import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
 
+import numpy as np
+import psutil
 import pytest
+import skimage.data
+import torch
+import torchvision  # noqa: F401  as `doctor` does; importing it makes a folder
+import yaml
+from conftest import make_tuning
+from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+from PIL import Image
+from safetensors.torch import save_file
 
-from jfbnb.common import ROOT, UserError
+from jfbnb import checkpoints, datasets, methods, networks
+from jfbnb.common import UserError
+from jfbnb.operators import Blur
+from jfbnb.suite import checkout, cli, reproduce, sweep, train
 
-spec = importlib.util.spec_from_file_location("fuzz", ROOT / "tools" / "fuzz.py")
-fuzz = importlib.util.module_from_spec(spec)
-sys.modules["fuzz"] = fuzz  # dataclasses look their module up
-spec.loader.exec_module(fuzz)
+resource = pytest.importorskip("resource", reason="measures the way of Unix")
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SECONDS = 20.0  # of one case, on a busy machine; most take milliseconds
+MEMORY = 2_000_000_000  # bytes by which one case may raise the process's peak
+CASES = os.environ.get("JFBNB_FUZZ")  # how many of each way in
+set_hypothesis_home_dir(Path(tempfile.gettempdir(), "hypothesis"))  # not in the checkout
+fuzz = settings(max_examples=int(CASES or 30), derandomize=CASES is None, deadline=None,
+                database=None, print_blob=True, suppress_health_check=list(HealthCheck))
+
+# --- what a case may do ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", fuzz.WAYS_IN, ids=lambda way: way.name)
-@pytest.mark.filterwarnings("ignore")
-def test_no_surprises(way, monkeypatch):
+class Hang(BaseException):
+    """Raised by the alarm; no handler for errors stops it."""
+
+
+class Watch:
+    """Notes writes outside a folder, and programs started, by Python's audit events."""
+
+    WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    CHANGES = ("os.rename", "os.link", "os.symlink", "os.mkdir", "os.remove", "os.rmdir",
+               "os.truncate", "os.chmod", "shutil.rmtree")
+    PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork",
+                "pickle.find_class", "socket.connect")
+
+    def __init__(self) -> None:
+        self.folder = ""
+        self.found: list[str] = []
+        sys.addaudithook(self.hear)
+
+    def hear(self, event: str, args: tuple) -> None:
+        if not self.folder:
+            return
+        if event in self.PROGRAMS:
+            self.found.append(f"{event} {args[:2]}")
+        elif event == "open" and isinstance(args[2], int) and args[2] & self.WRITES:
+            self.judge(event, args[:1])
+        elif event in self.CHANGES:
+            self.judge(event, args[1:2] if event in ("os.symlink", "os.link") else args[:2])
+
+    def judge(self, event: str, paths: tuple) -> None:
+        for path in paths:
+            if isinstance(path, str | bytes | os.PathLike):
+                real = os.path.realpath(os.fsdecode(path))
+                if not f"{real}{os.sep}".startswith(self.folder + os.sep) and real != os.devnull:
+                    self.found.append(f"{event} of {real}")
+
+
+WATCH = Watch()
+
+
+@contextlib.contextmanager
+def trial() -> Iterator[Path]:
+    """One case, in an empty folder that is all it may write to. It may end in a UserError."""
+    def ring(*_: object) -> None:
+        raise Hang
+
+    before, outcome = peak(), "taken"
+    signal.signal(signal.SIGALRM, ring)
+    with (tempfile.TemporaryDirectory() as text, contextlib.chdir(text),
+          mock.patch.object(datasets, "CACHE", Path(text, "cache")),
+          mock.patch.dict(os.environ, JFBNB_WORK=text)):
+        most = psutil.Process().memory_info().vms + 2 * MEMORY  # or the system would kill us
+        resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
+        WATCH.folder, WATCH.found = os.path.realpath(text), []
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        try:
+            yield Path(text)
+        except UserError:
+            outcome = "refused"
+        except Hang:
+            raise AssertionError(f"over {SECONDS:.0f} s") from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
+            WATCH.folder = ""
+    assert not WATCH.found, f"outside: {WATCH.found}"
+    assert peak() - before < MEMORY, f"over {MEMORY / 1e9:.0f} GB"
+    if currently_in_test_context():
+        event(outcome)  # pytest --hypothesis-show-statistics has the shares
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def command(*argv: str) -> None:
+    """Run the command line as a terminal would. Raises UserError where it refuses."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors=errors)
+                for errors in ("strict", "backslashreplace"))
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main(argv)
+        except SystemExit as stop:  # argparse's own refusals
+            status = stop.code
+        out.flush()
+    err.seek(0)
+    said = err.read()
+    if status == 2 and "error:" in said and "Traceback" not in said:
+        raise UserError(said)
+    assert status == 0, f"status {status}: {said[-200:]}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_long(monkeypatch):
+    """No notebook is run, nothing trained or downloaded, and Python itself writes no file."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    outcomes = fuzz.campaign(way, 30, 0)
-    assert set(outcomes) <= {"ok", "refused"} and outcomes.total() >= 20
+    monkeypatch.setattr(reproduce, "check_kernel", lambda: checkout.ROOT)
+    monkeypatch.setattr(reproduce, "notebook_parameters", read_once)
+    for module, name in ((reproduce, "run_notebook"), (train, "train_network"), (sweep, "sweep"),
+                         (datasets, "download_celeba")):
+        monkeypatch.setattr(module, name, mock.Mock(side_effect=UserError("not here")))
+    platform.platform()  # starts a program, once
 
 
-def hang(case, folder):
+read_once = functools.cache(reproduce.notebook_parameters)
+
+
+def hang() -> None:
     while True:
         time.sleep(0.01)
 
 
-def refuse(case, folder):
-    raise UserError("no")
-
-
-@pytest.mark.parametrize(("run", "outcome"), [
-    (lambda case, folder: None, "ok"),
-    (refuse, "refused"),
-    (lambda case, folder: case["x"], "KeyError: \"'x'\""),
-    (lambda case, folder: (folder.parent / "evil").write_text("x"), "outside: open of"),
-    (lambda case, folder: (folder / "fine").write_text("x"), "ok"),
+@pytest.mark.parametrize(("deed", "complaint"), [
+    (lambda: {}["x"], "x"),
+    (lambda: Path("../evil").touch(), "outside: .*open of"),
+    (lambda: Path("fine").rename("../evil"), "outside: .*rename of"),
+    (lambda: os.system("true"), "outside: .*os.system"),
+    (lambda: torch.save(Blur(8, 3, 1.0), "a") or torch.load("a", weights_only=False),
+     "outside: .*pickle"),
     (hang, "over 0 s"),
-    (lambda case, folder: fuzz.command(["data", "celeba"]), "ok"),
-    (lambda case, folder: fuzz.command(["nope"]), "refused"),
+    (lambda: None, "over 2 GB"),
+    (lambda: command("data", "celeba", "--out", "x"), ""),
+    (lambda: command("nope"), ""),
 ])
-def test_what_it_takes_for_a_surprise(tmp_path, monkeypatch, run, outcome):
-    monkeypatch.setattr(fuzz, "SECONDS", 0.3)
-    (tmp_path / "own").mkdir()
-    assert fuzz.attempt(run, {}, tmp_path / "own").startswith(outcome)
+def test_what_fails(monkeypatch, tmp_path, deed, complaint):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setitem(globals(), "SECONDS", 0.3)
+    if "GB" in complaint:
+        monkeypatch.setitem(globals(), "peak", iter((0, 2 * MEMORY)).__next__)
+    with pytest.raises((AssertionError, KeyError), match=complaint) if complaint \
+            else contextlib.nullcontext(), trial():
+        Path("fine").touch()
+        deed()
 
 
-@pytest.mark.parametrize(("edit", "expected"), [
-    ("flip", b"1123456789"), ("cut", b""), ("drop", b"23456789"),
-    ("insert", b"\x01\x020123456789"), ("overwrite", b"\x01\x0223456789"),
-    ("repeat", b"01234567890123456789")])
-def test_edits(edit, expected):
-    assert fuzz.mutate(b"0123456789", [(edit, 0.0, 1, b"\x01\x02")]) == expected
+# --- odd values -----------------------------------------------------------------------------------
+
+NUMBERS = ("0", "-1", "1", "3", "1e400", "nan", "-inf", "1e-320", "0x10", "", "5.0", "٣", "1e-5",
+           "8193", "2", "0.01", "0.5", "1e308", "-0.0")
+NAMES = ("a.jpg", "../../evil.jpg", "/evil.png", "..\\evil.jpg", "C:\\evil.png", "x\n.jpg", ".jpg",
+         "\x1b[31m.png", "é.png", "a/b.jpg", "dir.jpg/", "a.jpg/a.jpg", " .bmp", "n" * 240 + ".jpg",
+         "A.JPEG", "a.txt", "\udcff.jpg", "...png", "-p.webp")
+YAMLS = ("!!python/object/apply:os.system ['true']", "[" * 4000, "2024-13-99", "!!int ''",
+         "!!timestamp x", "!!bool x", "? [1]\n: 2", "\0", "\xff", "<<: 3", "{1: 2, a: 3}", "- 1",
+         "!!binary x", "1:99:99", ".nan", "-.inf", "1e5", "!!set {a}", "2024-01-01", "~", "'",
+         "a: b: c", "%YAML 9.9", "@", "{", "!!float x", "--- 1\n--- 2", "\ufeff", "\t", "=",
+         "!!omap [a: 1]", "yes")
+JSONS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+                     lambda inner: st.lists(inner, max_size=4)
+                     | st.dictionaries(st.text(max_size=9), inner, max_size=4), max_leaves=8)
+WORDS = st.sampled_from((*NUMBERS, *NAMES, "nope", "[", "~", "/dev/null", "..", ".", "/", "a" * 300)
+                        ) | st.text(st.characters(exclude_characters="\0",
+                                                  exclude_categories=("Cs",)), max_size=12)
+PARAMETERS = st.sampled_from(("seed", "data", "effort", "learning_rate", "table1_methods", "bf16",
+                              "weights", "profile", "depth", "nope", ""))
+TEXTS = st.sampled_from(YAMLS) | WORDS | JSONS.map(lambda v: yaml.safe_dump(v, allow_unicode=True))
+
+FRACTIONS = st.floats(0, 1, exclude_max=True)
+EDITS = st.just([]) | st.lists(st.tuples(
+    FRACTIONS | FRACTIONS.map(lambda w: w**4), st.sampled_from((0, 1, 4, 12, 10**9)),
+    st.binary(max_size=12) | st.sampled_from(
+        (b"\xff" * 4, b"\0" * 8, b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x80" + b"\0" * 7))),
+    max_size=5)
+
+
+def damaged(content: bytes, edits: list[tuple[float, int, bytes]]) -> bytes:
+    """The content with some bytes at some places, often near its head, replaced by others."""
+    for where, gone, put in edits:
+        i = int(where * len(content))
+        content = content[:i] + put + content[i + gone:]
+    return content
+
+
+def test_damaged():
+    assert damaged(b"0123456789", [(0.2, 3, b"xy"), (0.5, 10**9, b"")]) == b"01xy"
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def pictures() -> dict[str, bytes]:
+    """A small picture in every format and mode that a file may bring."""
+    photo = Image.fromarray(skimage.data.astronaut()).resize((24, 20))
+    exif = photo.getexif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(np.arange(480, dtype=np.uint16).reshape(20, 24) * 100)
+    grey, moving = photo.convert("L"), {"save_all": True, "append_images": [photo.rotate(9)]}
+    wanted = {
+        "a.jpg": (photo, {"exif": exif}), "cmyk.jpg": (photo.convert("CMYK"), {}),
+        "a.png": (photo, {}), "grey.png": (grey, {}), "alpha.png": (photo.convert("RGBA"), {}),
+        "palette.png": (photo.quantize(8), {"transparency": 0}), "bit.png": (grey.convert("1"), {}),
+        "deep.png": (deep, {}), "one.png": (photo.resize((1, 1)), {}), "a.webp": (photo, {}),
+        "anim.webp": (photo, moving), "anim.png": (photo, moving),
+        "anim.gif": (photo.quantize(8), {**moving, "append_images": [photo.quantize(4)]}),
+        "a.bmp": (photo, {}), "a.tif": (photo, {"compression": "tiff_lzw"}),
+        "deep.tif": (deep, {}), "float.tif": (grey.convert("F"), {}), "a.ppm": (photo, {}),
+        "lab.tif": (Image.new("LAB", (9, 9)), {}), "a.jp2": (photo, {}), "a.eps": (photo, {}),
+        "wide.gif": (Image.new("P", (8200, 8200)), {}),
+        "bomb.png": (Image.new("1", (20_000, 20_000)), {}),
+    }
+    kinds, files = Image.registered_extensions(), {}
+    for name, (image, options) in wanted.items():
+        buffer = io.BytesIO()
+        image.save(buffer, kinds[Path(name).suffix], **options)
+        files[name] = buffer.getvalue()
+    return files
+
+
+CONTENTS = st.sampled_from(("a.jpg", "grey.png", "bomb.png", "a.eps")).map(
+    lambda name: pictures()[name]) | st.binary(max_size=9)
+
+
+@fuzz
+@given(st.deferred(lambda: st.sampled_from(sorted(pictures()))), EDITS)
+def test_image_files(name, edits):
+    with trial() as folder:
+        file = folder / name
+        file.write_bytes(damaged(pictures()[name], edits))
+        try:
+            pixels = datasets.decode(file, 16)
+        except ValueError as error:  # its contract; who calls it makes a UserError of it
+            raise UserError(str(error)) from error
+        assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
+
+
+@fuzz
+@given(st.lists(st.tuples(
+    st.sampled_from([n.strip("/") for n in NAMES if ".." not in n and not n.startswith("/")]),
+    st.sampled_from(("file", "folder", "pipe", "nowhere", ".", "/etc/passwd")), CONTENTS),
+    max_size=5))
+def test_data_folders(files):
+    with trial() as folder:
+        for name, kind, content in files:
+            path = folder / "data" / name
+            if os.path.lexists(path):
+                continue  # to write into a pipe would wait for ever
+            with contextlib.suppress(FileExistsError, NotADirectoryError):
+                path.parent.mkdir(exist_ok=True, parents=True)
+                if kind == "file":
+                    path.write_bytes(content)
+                elif kind == "folder":
+                    path.mkdir()
+                elif kind == "pipe":
+                    os.mkfifo(path)
+                else:
+                    path.symlink_to(path if kind == "." else kind)
+        datasets.load_images(folder / "data", 8, warn=str.encode)
+
+
+@fuzz
+@given(st.sampled_from(("zip", "tar", "tar.gz", "tar.xz")), st.lists(st.tuples(
+    st.sampled_from(NAMES), st.sampled_from(
+        (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE,
+         tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE)), CONTENTS), max_size=4), EDITS)
+def test_archives(kind, members, edits):
+    with trial() as folder:
+        file = folder / f"a.{kind}"
+        if kind == "zip":
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+                for name, _, content in members:
+                    archive.writestr(name.encode("utf-8", "replace").decode(), content)
+        else:
+            with tarfile.open(file, f"w:{kind[4:]}") as archive:
+                for name, flag, content in members:
+                    member = tarfile.TarInfo(name)
+                    member.type, member.linkname = flag, "/etc/passwd"
+                    member.size = len(content) if flag == tarfile.REGTYPE else 0
+                    archive.addfile(member, io.BytesIO(content))
+        file.write_bytes(damaged(file.read_bytes(), edits))
+        datasets.load_images(file, 8, warn=str.encode)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+DESCRIPTION = st.fixed_dictionaries({
+    "class": st.sampled_from(("jfbnb.networks.DnCNN",) * 4 + ("torch.nn.Linear", "os.system")),
+    "arguments": st.fixed_dictionaries({
+        "depth": st.sampled_from((2, 2, 2, 2.0, 10**9, 0, 64, True, None, "2", [2])),
+        "width": st.sampled_from((4, 4, 4, 4.0, -1, 1024, 10**9)),
+        "channels": st.sampled_from((3, 3, 3, 1, 3.0, 64))})})
+DESCRIPTIONS = DESCRIPTION.map(lambda d: [d]) | st.lists(DESCRIPTION, max_size=2) | JSONS
+HEADERS = st.dictionaries(st.sampled_from(
+    ("sigma", "network.layers.0.weight", "network.layers.2.bias", "module.network.layers.0.bias",
+     "adam.0.step", "adam.0.exp_avg", "adam.99.step", "adam.x.y", "adam.0", "x")),
+    st.fixed_dictionaries({
+        "dtype": st.sampled_from(("F32", "F32", "F64", "BF16", "I64", "BOOL", "F8_E4M3", "X")),
+        "shape": st.lists(st.sampled_from((0, 1, 2, 3, 4, 2**31, 2**62)), max_size=5),
+        "data_offsets": st.tuples(*[st.sampled_from((0, 4, 8, 300, 2**40, 2**63))] * 2)}) | JSONS,
+    max_size=4)
+LENGTHS = st.sampled_from((None, 0, 5, 2**40, 2**63))
+
+
+def raw_safetensors(header: dict, length: int | None) -> bytes:
+    text = json.dumps(header).encode("utf-8", "replace")
+    return struct.pack("<Q", len(text) if length is None else length) + text + bytes(400)
+
+
+def use(D: networks.Denoiser) -> None:
+    with torch.no_grad():
+        D(torch.zeros(1, 3, 8, 8))
+
+
+@fuzz
+@given(edits=EDITS)
+def test_damaged_weights(weights, edits):
+    with trial() as folder:
+        file = folder / "denoiser.safetensors"
+        file.write_bytes(damaged((weights / file.name).read_bytes(), edits))
+        use(networks.load_denoiser(file))
+
+
+@fuzz
+@given(DESCRIPTIONS, st.sampled_from((1.0, 1.0, math.nan, math.inf, 300.0)))
+def test_weights_that_say_odd_things_of_themselves(description, factor):
+    with trial() as folder:
+        tensors = networks.Denoiser(networks.DnCNN(2, 4), 0.04).state_dict()
+        tensors = {name: (factor * value).contiguous() for name, value in tensors.items()}
+        save_file(tensors, folder / "a", metadata={"networks": json.dumps(description)})
+        use(networks.load_denoiser(folder / "a"))
+
+
+@fuzz
+@given(HEADERS, DESCRIPTIONS, LENGTHS)
+def test_weights_with_an_odd_header(header, description, length):
+    with trial() as folder:
+        header["__metadata__"] = {"networks": json.dumps(description)}
+        (folder / "a").write_bytes(raw_safetensors(header, length))
+        use(networks.load_denoiser(folder / "a"))
+
+
+TUNING = json.dumps(vars(make_tuning()))
+TUNINGS = st.sampled_from(("0", "-1", "1e300", "NaN", "Infinity", '"1"', "null", "true", "[1]", "3",
+                           "1e-5", "1e5")).map(lambda value: re.sub(
+    r'("(lam|weight|tau|sigma|eta|step_size)": )[0-9.]+', rf"\g<1>{value}", TUNING))
+
+
+@fuzz
+@given(text=st.tuples(st.just(TUNING), EDITS)
+       | st.tuples(TUNINGS, st.just([])) | st.tuples(JSONS.map(json.dumps), st.just([])),
+       name=st.sampled_from(sorted(methods.METHODS)))
+def test_tuned_settings(weights, text, name):
+    with trial() as folder:
+        shutil.copytree(weights, folder, dirs_exist_ok=True)
+        (folder / "tuning.json").write_bytes(damaged(text[0].encode("utf-8", "replace"), text[1]))
+        method = methods.make_methods([name], folder, torch.device("cpu"))[name]
+        method(Blur(8, 5, 2.0), torch.zeros(1, 3, 8, 8), 0.01)
+
+
+@fuzz
+@given(st.tuples(HEADERS, LENGTHS).map(lambda drawn: raw_safetensors(*drawn)) | st.none(), EDITS)
+def test_checkpoints(other, edits):
+    """A damaged newest one, then the good one before it: that one is used."""
+    with trial() as folder:
+        file = folder / "k.safetensors"
+        D = networks.Denoiser(networks.DnCNN(2, 4), 0.04)
+        optimizer = torch.optim.Adam(D.parameters())
+        D(torch.zeros(1, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        for epochs in (1, 2):
+            history = [{"epoch": 1 + i} for i in range(epochs)]
+            checkpoints.save_checkpoint(file, D, optimizer, history)
+        good = file.read_bytes()
+        file.write_bytes(other or damaged(good, edits))
+        whole = file.read_bytes() == good
+        assert len(checkpoints.resume(file, D, optimizer, str.encode)) == 1 + whole
+        assert all(value.isfinite().all() for value in D.state_dict().values())
+        optimizer.step()
+
+
+# --- settings and commands ------------------------------------------------------------------------
+
+
+@fuzz
+@given(TEXTS | st.just("seed: 0\ndata: bundled\nepochs: 3\n"), EDITS)
+def test_profiles(text, edits):
+    known = reproduce.known_parameters()
+    with trial() as folder:
+        file = folder / "notebooks" / "profiles" / "quick.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(damaged(text.encode("utf-8", "replace"), edits))
+        with mock.patch.object(checkout, "ROOT", folder):
+            given = reproduce.load_profile("quick")
+        reproduce.check_parameters(given, known)
+
+
+@fuzz
+@given(st.sampled_from((["reproduce"], ["train", "jfb"])), PARAMETERS, TEXTS,
+       st.sampled_from(("=", "=", "=", "")))
+def test_parameters(words, name, text, equals):
+    with trial():
+        command(*words, "-p", f"{name}{equals}{text}".replace("\0", ""))
+
+
+@fuzz
+@given(st.just("profile: quick\nparameters:\n  seed: [0, 1]\n  protocol: [paper]\n") | TEXTS
+       | st.dictionaries(PARAMETERS, JSONS | st.lists(JSONS, max_size=3), max_size=3).map(
+           lambda v: yaml.safe_dump({"profile": "quick", "parameters": v})), EDITS)
+def test_sweep_files(text, edits):
+    with trial() as folder:
+        file = folder / "s.yaml"
+        file.write_bytes(damaged(text.encode("utf-8", "replace"), edits))
+        profile, parameters = sweep.load_sweep(file)
+        reproduce.load_profile(profile)
+        for values in sweep.points(parameters):
+            assert (folder / sweep.point_name(values)).parent == folder
+
+
+FILES = ("a.jpg", "grey.png", "one.png", "bomb.png", "a.eps", "deep.png", "nowhere.png", "text.png",
+         "pipe.png", "dir.png", ".", "a.jpg", "a.jpg")
+OPTIONS = st.sampled_from(("--kernel-size", "--kernel-std", "--noise-std", "--seed", "--limit",
+                           "--profile", "--folder", "--only", "--protocol", "--device", "--method",
+                           "--data", "--weights", "-p", "--frozen", "--force", "--help", "-", "--"))
+
+
+@fuzz
+@given(name=st.sampled_from(("blur", "blur", "deblur", "deblur", "evaluate", "reproduce", "train",
+                             "verify", "sweep", "data", "doctor", "nope", "")),
+       files=st.lists(st.sampled_from(FILES), min_size=1, max_size=2),
+       method=st.sampled_from(sorted(methods.METHODS)),
+       options=st.lists(st.tuples(OPTIONS, WORDS), max_size=3))
+def test_command_lines(weights, name, files, method, options):
+    with trial() as folder:
+        data, out = folder / "in", str(folder / "out")
+        (data / "dir.png").mkdir(parents=True)
+        os.mkfifo(data / "pipe.png")
+        for file, content in {**pictures(), "text.png": b"text"}.items():
+            if file in FILES or file == "text.png":
+                (data / file).write_bytes(content)
+        images, own = [str(data / f) for f in files], ["--weights", str(weights)]
+        words = {
+            "blur": [*images, "--out", out],
+            "deblur": [*images, "--out", out, "--method", method, *own],
+            "evaluate": ["--data", str(data), "--limit", "2", "--method", "tikhonov", "--json",
+                         f"{out}/{files[0]}", *own],
+            "train": ["denoiser"], "verify": ["quick"], "sweep": [images[0]], "data": ["celeba"],
+            "doctor": ["--data", str(data), *own],
+        }.get(name, [])
+        command(name, *words, *(word for option in options for word in option))

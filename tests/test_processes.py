@@ -192,6 +192,8 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path):
     released = json.loads((RELEASED / "jfb.json").read_text())
     assert set(cards[1]["history"][0]) == set(released["history"][0])
     assert set(cards[1]["loss"]) == set(released["loss"])
+    assert {name: set(found) for name, found in cards[1]["measured"].items()} == {
+        name: set(found) for name, found in released["measured"].items()}
     jfb = METHODS["jfb"]
     model = load_model(jfb, Tuning.load(weights / "tuning.json").settings(jfb), tmp_path / "one")
     history = train(model, None, IMAGES, TrainingConfig(**cards[1]["training"]), CPU,

@@ -21,6 +21,7 @@ from jfbnb.methods import METHODS, RELEASED, Tuning, load_model
 from jfbnb.models import Equilibrium, Feedforward, Unrolled
 from jfbnb.networks import Denoiser, DnCNN, save_weights
 from jfbnb.operators import Blur, get_protocol
+from jfbnb.sources import digest
 from jfbnb.training import (
     DenoiserLoss,
     EquilibriumLoss,
@@ -415,14 +416,14 @@ def test_bfloat16_changes_the_gradient_little_and_the_image_not_at_all():
 
 
 def key(loss, images, module=None) -> str:
-    return training._training_key(module or loss.model, loss, images, CONFIG)
+    return digest(train, module or loss.model, loss, images, CONFIG)
 
 
 def test_the_key_of_a_training_changes_with_all_that_it_depends_on(images):
     model, loss = make()
     keys = [key(loss, images), key(loss, images[1:]),
             key(replace(loss, settings=replace(LOSSES, noise_std=0.02)), images),
-            training._training_key(model, loss, images, replace(CONFIG, epochs=4))]
+            digest(train, model, loss, images, replace(CONFIG, epochs=4))]
     with torch.no_grad():
         model.T.D.network.layers[0].bias += 1
     keys.append(key(loss, images))
@@ -464,12 +465,12 @@ def test_the_key_changes_with_what_a_function_has_captured(images):
         return replace(loss, gradient=lambda T, x: neumann(T, x, terms))
 
     many = torch.zeros(2000)
-    keys = [training._training_key(model, given, images, CONFIG) for given in (
+    keys = [digest(train, model, given, images, CONFIG) for given in (
         loss, by(1), by(2), weighted(1.0), weighted(2.0), Weighted(1.0), Weighted(2.0),
         weighted(many), weighted(many.index_fill(0, torch.tensor([1000]), 1.0)),
         weighted({"b": 1}), weighted({"b": 2}))]
     assert len(set(keys)) == len(keys)
-    assert training._training_key(model, weighted(2.0), images, CONFIG) == keys[4]
+    assert digest(train, model, weighted(2.0), images, CONFIG) == keys[4]
 
 
 OUTSIDE = """
@@ -520,6 +521,8 @@ def test_the_key_is_the_same_in_every_process(tmp_path):
 import torch
 import outside
 from jfbnb import training
+from jfbnb.sources import digest
+from jfbnb.training import train
 from jfbnb.gradients import neumann
 from jfbnb.methods import METHODS
 from jfbnb.networks import DnCNN
@@ -537,10 +540,10 @@ for method in METHODS.values():
         model = method.build(None, DnCNN(2, 4), chosen, DnCNN(2, 4) if method.head else None)
         loss = method.loss(model, settings)
         for given in (loss, outside.Loss(loss), noting(loss, {"b", "a", "c"})):
-            print(method.name, training._training_key(model, given, images, config))
+            print(method.name, digest(train, model, given, images, config))
 terms = 3
 loss = training.EquilibriumLoss(model, settings, lambda T, x: neumann(T, x, terms))
-print(training._training_key(model, loss, images, config))
+print(digest(train, model, loss, images, config))
 """
     (tmp_path / "program.py").write_text(program)
     found = [subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True,

@@ -12,11 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from jfbnb import explorers, widgets
+from jfbnb import datasets, explorers, widgets
 from jfbnb.baselines import gradient_descent_iterate, tikhonov_gradient_descent
 from jfbnb.common import UserError
 from jfbnb.datasets import bundled_photos
-from jfbnb.evaluation import psnr
 from jfbnb.explorers import (
     BlurExplorer,
     DenoiserExplorer,
@@ -26,8 +25,9 @@ from jfbnb.explorers import (
     TikhonovExplorer,
     read_upload,
 )
-from jfbnb.methods import RELEASED
-from jfbnb.networks import load_regulariser
+from jfbnb.maps import SplittingMap
+from jfbnb.methods import METHODS, RELEASED, Tuning, load_model
+from jfbnb.metrics import psnr
 from jfbnb.operators import Blur
 from jfbnb.widgets import compare, to_png
 
@@ -37,14 +37,19 @@ def x() -> torch.Tensor:
     return bundled_photos("validation", 64)[:1].as_float()
 
 
+def released_map() -> SplittingMap:
+    """JFB's, on a blur of 64 x 64 pixels."""
+    settings = Tuning.load(RELEASED / "tuning.json").settings(METHODS["jfb"])
+    return load_model(METHODS["jfb"], settings, RELEASED).T.on(Blur(64, 5, 2.0))
+
+
 @pytest.fixture(scope="module")
 def make(x):
     """Every explorer but the last, on a small image."""
-    S = load_regulariser(RELEASED / "jfb.safetensors")
-    A = Blur(64, 5, 2.0)
-    return {"blur": lambda: BlurExplorer(x), "tikhonov": lambda: TikhonovExplorer(A, x, 0.01),
-            "denoiser": lambda: DenoiserExplorer(S.network, x),
-            "solver": lambda: SolverExplorer(A, S, x, 0.01), "gradient": GradientExplorer}
+    T = released_map()
+    return {"blur": lambda: BlurExplorer(x), "tikhonov": lambda: TikhonovExplorer(T.A, x, 0.01),
+            "denoiser": lambda: DenoiserExplorer(T.D.network, x),
+            "solver": lambda: SolverExplorer(T, x, 0.01), "gradient": GradientExplorer}
 
 
 # --- the swipe comparison -----------------------------------------------------------------------
@@ -159,10 +164,10 @@ def test_blur_explorer_says_when_an_eigenvalue_vanishes(std, size, said):
 
 
 def test_solver_explorer_says_that_it_diverges(x):
-    S = load_regulariser(RELEASED / "jfb.safetensors")
+    T = released_map()
     with torch.no_grad():
-        S.network.layers[-1].weight.mul_(-20)  # adds noise in the place of taking it away
-    explorer = SolverExplorer(Blur(64, 5, 2.0), S, x, 0.01)
+        T.D.network.layers[-1].weight.mul_(-20)  # adds noise in the place of taking it away
+    explorer = SolverExplorer(T, x, 0.01)
     explorer.controls["solver"].value = "Picard"
     assert "it diverges" in explorer.status.value
     explorer.controls["k"].value = explorer.MOST - 1
@@ -195,11 +200,10 @@ def test_toy_gradients_are_those_of_the_paper(kind, cosine):
 
     h = 1e-6 * torch.eye(2, dtype=torch.float64)
     numeric = torch.stack([(loss(theta + e) - loss(theta - e)) / 2e-6 for e in h])
-    degrees = 180 / torch.pi
-    exact = explorer.gradient("exact", 0.6, degrees, 1, theta)
+    gradients = explorer.gradients(0.6, 180 / torch.pi, terms=20)
+    exact = gradients["exact"](theta)
     torch.testing.assert_close(exact, numeric, rtol=1e-6, atol=1e-9)
-    found = explorer.gradient(kind, 0.6, degrees, 20, theta)
-    assert torch.cosine_similarity(found, exact, dim=0) > cosine
+    assert torch.cosine_similarity(gradients[kind](theta), exact, dim=0) > cosine
 
 
 def test_solver_explorer_shows_what_the_solver_did(make):
@@ -251,7 +255,7 @@ def test_methods_explorer_at_the_ends_of_its_sliders():
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "no readable image"), (b"not an image", "no readable image"),
-    (png(300, 200)[:200], "no readable image"), (png(9000, 5000), "too many")])
+    (png(300, 200)[:200], "no readable image"), (png(9000, 8000), "too many")])
 def test_bad_uploads_are_a_line(content, message):
     explorer = MethodsExplorer()
     shown = explorer.comparison.figures
@@ -266,7 +270,7 @@ def test_whatever_the_decoder_raises_is_a_line(monkeypatch):
     def fail(*_):
         raise struct.error("unpack requires a buffer of 4 bytes")
 
-    monkeypatch.setattr(explorers, "decode", fail)
+    monkeypatch.setattr(datasets, "_decode", fail)
     with pytest.raises(UserError, match="no readable image"):
         read_upload(png(30, 20), 32)
 

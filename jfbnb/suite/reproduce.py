@@ -42,6 +42,7 @@ from jfbnb.datasets import fingerprint
 from jfbnb.methods import METHODS, RELEASED, plugin_files
 from jfbnb.networks import pick_bf16
 from jfbnb.operators import get_protocol
+from jfbnb.sources import imported_files
 from jfbnb.suite import checkout
 
 PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
@@ -224,34 +225,9 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
 
 
 def package_files(code: str) -> list[Path]:
-    """The package's files that the code imports, those that these import, and so on.
-
-    Where methods are among them, the files that others' methods come from are too.
-    """
-    package = checkout.ROOT / "jfbnb"
-    found, todo = set(), [code]
-    try:
-        while todo:
-            for name in _imported(todo.pop()):
-                base = checkout.ROOT.joinpath(*name.split("."))
-                for path in {base.with_suffix(".py"), base / "__init__.py"} - found:
-                    if path.is_file():
-                        found.add(path)
-                        todo.append(path.read_text(encoding="utf-8"))
-    except SyntaxError:  # such as a %magic, which may import anything
-        found = set(package.rglob("*.py"))
-    return [*sorted(found), *(plugin_files() if package / "methods.py" in found else ())]
-
-
-def _imported(code: str) -> Iterator[str]:
-    """The modules of the package that are named in imports, and the packages that hold them."""
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
-            for alias in node.names:
-                parts = f"{prefix}{alias.name}".split(".")
-                if parts[0] == "jfbnb":
-                    yield from (".".join(parts[:i + 1]) for i in range(len(parts)))
+    """The package's files that the code imports; those of others' methods, where it has methods."""
+    files = imported_files(code, checkout.ROOT / "jfbnb")
+    return [*files, *(plugin_files() if any(f.stem == "methods" for f in files) else ())]
 
 
 def weights_taken(step: Step, parameters: dict[str, Any]) -> dict[str, str]:
