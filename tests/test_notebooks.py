@@ -8,9 +8,9 @@ from itertools import pairwise
 import nbformat
 import pytest
 
-from jfbnb.reproduce import NOTEBOOKS, STEPS, notebook_parameters
+from jfbnb.suite.reproduce import STEPS, notebook_parameters
 
-PATHS = [NOTEBOOKS / f"{step.name}.ipynb" for step in STEPS]
+PATHS = [step.notebook for step in STEPS]
 IDS = [path.stem for path in PATHS]
 
 

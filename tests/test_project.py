@@ -13,7 +13,8 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from jfbnb.common import ROOT
+from jfbnb.evaluation import reference_table2
+from jfbnb.suite.checkout import ROOT
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 PIP_ONLY = ("deepinv", "latex2mathml", "playwright", "torchdeq")  # by pip alone
@@ -130,8 +131,7 @@ def test_what_readme_says_of_speed_is_so():
     assert ratio["our map"].min() > 1 and ratio["our map"].max() < 2
     trained = pd.read_csv(io.StringIO(committed("benchmarks/results/time_to_quality.csv")))
     trained = trained.set_index("method")["last PSNR (dB)"]
-    published = pd.read_csv(ROOT / "data" / "published_table2.csv", comment="#",
-                            index_col="method").psnr["deq"]
+    published = reference_table2().set_index("method").psnr["deq"]
     assert "On a few validation images all four are past the published PSNR then, and the " \
         "network after Tikhonov, which solves nothing, is ahead" in words
     assert trained.idxmax() == "feedforward-tikhonov" and trained.min() > published

@@ -17,7 +17,7 @@ from urllib.parse import urlparse
 
 import pytest
 
-from jfbnb.common import ROOT
+from jfbnb.suite.checkout import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
