@@ -144,9 +144,12 @@ def total_variation(
         residual = torch.where(active, torch.maximum(
             primal / b.flatten(1).norm(dim=1), dual / x_new.flatten(1).norm(dim=1)), residual)
         residuals.append(residual)
-        moves = active[:, None, None, None]
-        x_bar = torch.where(moves, 2 * x_new - x, x_bar)
-        x, p = torch.where(moves, x_new, x), torch.where(moves, p_new, p)
+        if active.all():
+            x_bar, x, p = 2 * x_new - x, x_new, p_new
+        else:
+            moves = active[:, None, None, None]
+            x_bar = torch.where(moves, 2 * x_new - x, x_bar)
+            x, p = torch.where(moves, x_new, x), torch.where(moves, p_new, p)
         if (residual <= tolerance).all():
             break
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))
