@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from contenders import RECONSTRUCTIONS, ROOT, STEPS, Contender, Size, available, solve_problem
+from contenders import MAPS, RECONSTRUCTIONS, ROOT, STEPS, Contender, Size, available, solve_problem
 from measurements import calibrate, prepare, prepare_growth, prepare_limit
 from processes import Worker, alone, in_turns
 from quality import pretrain, train
@@ -202,6 +202,8 @@ def parse(arguments: list[str] | None) -> Bench:
                         default=[Size(16, 64), Size(4, 128)], help="of the section step")
     parser.add_argument("--gradients", nargs="+", default=list(GRADIENTS), choices=GRADIENTS,
                         help="in the section step; jfb is always there")
+    parser.add_argument("--maps", nargs="+", default=list(MAPS), choices=MAPS,
+                        help="that the peers are given; with Eq. 4 they iterate long")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
     parser.add_argument("--data", default="bundled",
                         help="of the section quality: CelebA's folder, tar or zip")
@@ -229,7 +231,8 @@ def parse(arguments: list[str] | None) -> Bench:
         print(f"{peer} is not installed and left out; to have it: "
               ".venv/bin/python -m pip install -e '.[bench]'")
     bench.steps, bench.reconstructions = (
-        [c for c in group if c.library not in missing] for group in (STEPS, RECONSTRUCTIONS))
+        [c for c in group if c.library not in missing and c.map in bench.maps]
+        for group in (STEPS, RECONSTRUCTIONS))
     bench.steps = [c for c in bench.steps if c.gradient in ("jfb", *bench.gradients)]
     return bench
 

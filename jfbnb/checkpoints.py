@@ -96,7 +96,7 @@ def load_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimi
             _, i, moment = name.split(".")
             state.setdefault(int(i), {})[moment] = value
     module.load_state_dict({name.removeprefix("module."): value for name, value in tensors.items()
-                            if name.startswith("module.")}, strict=False)  # `_check_list` was
+                            if name.startswith("module.")})
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return history
 

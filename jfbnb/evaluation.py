@@ -101,7 +101,7 @@ def evaluate_conditions(
     """`summarise` under each condition, for methods that are not retrained for it.
 
     Args:
-        conditions: for each name the blur that makes the measurement, the blur that the methods
+        conditions: for each name the operator that measures, the one that the methods
             are told, and the noise level, which they are told too.
 
     Returns:

@@ -228,7 +228,8 @@ def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
         for i, method in enumerate(methods):
             values = part[part.method == method].psnr
             if named:
-                places = [k + 0.12 * (i - (len(methods) - 1) / 2) for k in range(len(values))]
+                places = [k + 0.7 / len(methods) * (i - (len(methods) - 1) / 2)
+                          for k in range(len(values))]
                 labelled_line(ax, places, values, method, "o", "none")
             else:
                 labelled_line(ax, conditions, values, method, "o")
@@ -245,6 +246,5 @@ def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
             ax.set(xscale="log", xticks=conditions, xticklabels=conditions)
             ax.minorticks_off()
         ax.set(title=title, xlabel=xlabel, ylabel="PSNR (dB)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center",
-                  ncols=len(methods) + 1)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     return figure

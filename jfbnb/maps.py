@@ -34,6 +34,8 @@ class ImplicitMap(nn.Module):
     def on(self, A: LinearOperator, ratio: float = 1.0) -> Self:
         """The same map, with the same weights, for another operator.
 
+        It shares all but the operator: copy it deeply before you change its type or device.
+
         Args:
             ratio: how many times as much the prior weighs; where the map has a tau, it is
                 multiplied by this.
@@ -52,7 +54,7 @@ class ImplicitMap(nn.Module):
         return state
 
     def before_denoising(self, image: Tensor, d: Tensor) -> Tensor:
-        """What a head behind the map is given: an image that D has not had the last word on."""
+        """What a head behind the map is given: the image, or what D was given last."""
         return image
 
 

@@ -4,12 +4,12 @@ All that lists, tunes, trains, evaluates or draws methods goes through `METHODS`
 entry: here, or by `register` in a package of your own. A package that declares the entry point
 
     [project.entry-points."jfbnb.methods"]
-    mine = "my_package:METHOD"
+    mine = "my_package"
 
-is found wherever it is installed, by the command and in notebooks that papermill runs.
+is imported wherever it is installed, by the command and in notebooks that papermill runs, and may
+`register` its methods then.
 """
 
-import inspect
 import itertools
 import json
 import math
@@ -55,9 +55,11 @@ class Method:
         name: on the command line and in files; label and colour: in tables and figures.
         restore: (A, d, settings, ratio) -> (image, what its solver says or None). `ratio` is how
             many times as much the prior weighs as at the noise level of the tuning.
-        model: (A, D, settings) -> `Model`, for those that have a network.
-        loss: (model, settings) -> the loss that trains the model, as in `jfbnb.training`. Without
-            one the method uses the pretrained denoiser as it is.
+        model: (A, D, settings) -> `Model`, for those that have a network. A is None while weights
+            are loaded, so nothing may be derived from it here.
+        loss: (model, settings) -> the loss that trains the model, as in `jfbnb.training`; its
+            `evaluations` say what a step costs. Without one the method uses the pretrained
+            denoiser as it is.
         head: whether a second network is trained along.
         behind: the method whose second network this one is.
         candidates: (noise level, about how many) -> settings to choose from on validation images.
@@ -101,7 +103,8 @@ class Method:
               head: nn.Module | None = None) -> Model:
         """Its model, of a network and settings, on the network's device; with a head if given."""
         like = next(network.parameters(), torch.empty(()))
-        model = self.model(A, Denoiser(network, settings.get("sigma", 0.0)), settings).to(like)
+        model = self.model(A, Denoiser(network, settings.get("sigma", 0.0)), settings)
+        model.to(like.device)  # not of its type: an operator keeps its float64
         return model if head is None else model.add_head(head)
 
 
@@ -109,10 +112,14 @@ METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Make a method known. Raises UserError where another one has its name or its colour."""
+    """Make a method known. Raises UserError for a name, label or colour that is taken."""
+    if method.name == "denoiser" or not method.name.isprintable() or "/" in method.name:
+        raise UserError(f"method {method.name!r}: its name is that of a file; choose another")
     for other in METHODS.values():
-        if method.name == other.name or method.colour.lower() == other.colour.lower():
-            raise UserError(f"method {method.name!r}: {other.name!r} has the same name or colour")
+        if any(getattr(method, part).lower() == getattr(other, part).lower()
+               for part in ("name", "label", "colour")):
+            raise UserError(f"method {method.name!r}: {other.name!r} has the same name, label or "
+                            "colour")
     METHODS[method.name] = method
     return method
 
@@ -124,12 +131,9 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def plugin_files() -> list[Path]:
-    """The files outside the package that registered methods come from."""
-    parts = (part for m in METHODS.values() for part in (m.restore, m.model, m.loss) if part)
-    files = {Path(inspect.getfile(inspect.unwrap(part))) for part in parts
-             if hasattr(part, "__code__") or inspect.isclass(part)}
-    return sorted(file for file in files if not file.is_relative_to(Path(__file__).parent))
+def plugins() -> list[Method]:
+    """The methods that were registered from outside the package."""
+    return [method for name, method in METHODS.items() if name not in OWN]
 
 
 # --- the methods --------------------------------------------------------------------------------
@@ -245,7 +249,8 @@ class Tuning:
         """Score every candidate, keep them all, choose the one with the highest "psnr"."""
         tried = [{**candidate, **score(candidate)} for candidate in candidates]
         self.searches[method] = tried
-        best = max(range(len(tried)), key=lambda i: tried[i]["psnr"])
+        best = max(range(len(tried)), key=lambda i: (tried[i]["psnr"] == tried[i]["psnr"],
+                                                     tried[i]["psnr"]))  # NaN is worst
         self.chosen[method] = candidates[best]
         return candidates[best]
 
@@ -376,8 +381,9 @@ def load_model(method: Method, settings: Settings, weights: Path) -> Model:
     return model
 
 
+OWN = frozenset(METHODS)  # the names of those above
 for _found in entry_points(group="jfbnb.methods"):
     try:
-        register(_found.load())
+        _found.load()
     except Exception as _error:  # of somebody else's: the methods here work without it
         warnings.warn(f"the method {_found.value} cannot be used: {_error}", stacklevel=1)

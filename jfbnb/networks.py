@@ -80,9 +80,9 @@ class Denoiser(nn.Module):
         level = torch.as_tensor(sigma, dtype=torch.get_default_dtype())
         self.register_buffer("sigma", level.clone())
 
-    def residual(self, x: Tensor) -> Tensor:
-        """R(x; sigma), the noise in x."""
-        noise = self.network(x, self.sigma)
+    def residual(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """R(x; sigma), the noise in x, for the denoiser's own sigma or another."""
+        noise = self.network(x, self.sigma if sigma is None else sigma)
         if noise.shape != x.shape:
             raise UserError(f"{type(self.network).__name__} makes {tuple(noise.shape)} of images "
                             f"{tuple(x.shape)}: a denoiser keeps the shape")
@@ -179,8 +179,12 @@ def describe(network: nn.Module) -> dict:
     if missing:
         raise UserError(f"{kind.__name__} does not keep {', '.join(missing)} of its constructor: "
                         "set self.NAME = NAME for each, so that it can be saved and built again")
-    return {"class": _full_name(kind), "arguments": {name: getattr(network, name)
-                                                     for name in names}}
+    found = {"class": _full_name(kind), "arguments": {name: getattr(network, name)
+                                                      for name in names}}
+    if not _is_description(found):
+        raise UserError(f"{kind.__name__} cannot be stored: its constructor takes other than text, "
+                        f"flags and numbers up to {LARGEST}: {found['arguments']}")
+    return found
 
 
 def _full_name(kind: type) -> str:
@@ -236,7 +240,7 @@ def fill(path: Path, module: nn.Module) -> None:
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     if not all(value.isfinite().all() for value in tensors.values()):
         raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
-    module.load_state_dict(tensors, strict=False)  # an operator in it has buffers, but no weights
+    module.load_state_dict(tensors)
 
 
 @contextmanager

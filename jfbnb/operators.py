@@ -8,6 +8,7 @@ the border.
 """
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,10 +22,13 @@ from jfbnb.common import UserError, seeded_generator
 class LinearOperator(nn.Module):
     """A of Eq. 1, from images (B, *domain) to measurements (B, *range), the same for each image.
 
-    A subclass writes `forward`, A x, and `adjoint`, A' d. What follows from these two is here; a
-    class that knows a faster way overrides it. Buffers hold what an operator is made of. They are
-    given, not learned, so they are in no `state_dict`.
+    A subclass writes `forward`, A x, and `adjoint`, A' d, in the type of what they are given. What
+    follows from these two is here; a class that knows a faster way overrides it. Buffers hold what
+    an operator is made of. They are given, not learned, so they are in no `state_dict`.
     """
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = False) -> None:
+        super().register_buffer(name, tensor, persistent)
 
     def adjoint(self, d: Tensor) -> Tensor:
         """A' d, with <A x, d> = <x, A' d>: (B, *range) -> (B, *domain)."""
@@ -52,9 +56,10 @@ class LinearOperator(nn.Module):
             UserError: if that is over the tolerance.
         """
         generator = torch.Generator().manual_seed(0)
-        u = torch.randn(2, *domain, dtype=torch.float64, generator=generator)
+        device = next(self.buffers(), torch.empty(())).device
+        u = torch.randn(2, *domain, dtype=torch.float64, generator=generator).to(device)
         Au = self(u)
-        v = torch.randn(Au.shape, dtype=torch.float64, generator=generator)
+        v = torch.randn(Au.shape, dtype=torch.float64, generator=generator).to(device)
         left, right = (Au * v).sum().item(), (u * self.adjoint(v)).sum().item()
         apart = abs(left - right) / (Au.norm() * v.norm()).item()
         if not apart <= tolerance:
@@ -62,9 +67,6 @@ class LinearOperator(nn.Module):
                             f"<A u, v> = {left:.6g} and <u, A' v> = {right:.6g}, apart by "
                             f"{apart:.1e} of |A u| |v|")
         return apart
-
-    def state_dict(self, *_: object, destination: dict | None = None, **__: object) -> dict:
-        return {} if destination is None else destination
 
 
 class _SolveNormal(torch.autograd.Function):
@@ -113,6 +115,9 @@ def conjugate_gradients(
         x, r = x + alpha * p, r - alpha * Mp
         rr, rr_old = dot(r, r), rr
         p = r + rr / rr_old.clamp_min(torch.finfo(b.dtype).tiny) * p
+    else:
+        warnings.warn(f"conjugate gradients stopped after {max_iterations} iterations at "
+                      f"{(rr / goal).max().sqrt().item():.1g} times their tolerance", stacklevel=2)
     return x
 
 

@@ -18,7 +18,7 @@ from jfbnb.datasets import ImageSet, Splits, bundled_photos
 from jfbnb.methods import Method, Settings
 from jfbnb.metrics import psnr
 from jfbnb.models import Model
-from jfbnb.networks import Denoiser, save_weights
+from jfbnb.networks import Denoiser, describe, save_weights
 from jfbnb.operators import LinearOperator, Protocol, measure
 from jfbnb.training import BatchLoss, DenoiserLoss, LossSettings, TrainingConfig, train
 
@@ -38,15 +38,16 @@ class Problem:
 def pose(setup: Protocol, splits: Splits, images: int, seed: int, device: torch.device) -> Problem:
     """Measure the first so many validation images, on a device."""
     A = setup.operator().to(device)
-    return Problem(setup, splits, A, *measured(A, splits.validation[:images], setup, seed), seed)
+    x = splits.validation[:images].as_float().to(device)
+    d = measure(A, x, setup.noise_std, seed, splits.validation.indices[:images])
+    return Problem(setup, splits, A, x, d, seed)
 
 
-def measured(A: LinearOperator, images: ImageSet, setup: Protocol,
-             seed: int) -> tuple[Tensor, Tensor]:
-    """Some images and their measurements, on the device of A."""
-    like = next(A.buffers(), torch.empty(()))
-    x = images.as_float().to(like.device)
-    return x, measure(A, x, setup.noise_std, seed, images.indices)
+def measured(problem: Problem, images: ImageSet) -> Problem:
+    """The same on other images."""
+    x = images.as_float().to(problem.x.device)
+    d = measure(problem.A, x, problem.setup.noise_std, problem.seed, images.indices)
+    return replace(problem, x=x, d=d)
 
 
 def middle(problem: Problem, crop: int, images: int = 4) -> Problem:
@@ -121,8 +122,7 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
     history = _train(method.name, model, loss, problem.splits, config, run, validate)
     if run.out is not None:
         photographs = bundled_photos("validation", problem.setup.image_size)[:4]
-        others = replace(problem, **dict(zip("xd", measured(
-            problem.A, photographs, problem.setup, problem.seed), strict=True)))
+        others = measured(problem, photographs)
         _store(method.name, model, history, problem.splits, config, run, {
             "what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
             "settings": settings, "loss": asdict(losses), "measured": {
@@ -154,6 +154,8 @@ def score(model: Model, problem: Problem) -> dict[str, float]:
 
 def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config: TrainingConfig,
            run: Run, validate: Callable[[], dict[str, float]] | None) -> pd.DataFrame:
+    for D in (part for part in module.modules() if isinstance(part, Denoiser)):
+        describe(D.network)  # one that cannot be stored is refused before hours of work
     return pd.DataFrame(train(
         module, loss, splits.train.images, config, run.device,
         run.out / "checkpoints" if run.out else None, validate, run.log,

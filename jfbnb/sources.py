@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def digest(*values: Any) -> str:
 
     It changes with numbers and tensors in them, a module's weights and buffers too, and with the
     source of every class and function in them, what these captured, and what of the package they
-    use.
+    use. What of other files of yours they import it does not see.
     """
     found = hashlib.sha256()
     texts: dict[str, None] = {}
@@ -60,7 +61,7 @@ def digest(*values: Any) -> str:
     return found.hexdigest()
 
 
-def _parts(value: Any, texts: dict[str, None], seen: set[int]) -> Iterator[bytes]:
+def _parts(value: Any, texts: dict[str, None], seen: set[int]) -> Iterator[bytes | np.ndarray]:
     """The bytes that tell a value from another one; `texts` gets the source that it needs."""
     def each(*parts: Any) -> Iterator[bytes]:
         for part in parts:
@@ -71,11 +72,12 @@ def _parts(value: Any, texts: dict[str, None], seen: set[int]) -> Iterator[bytes
     yield type(value).__qualname__.encode()
     if isinstance(value, torch.Tensor):
         raw = value.detach().cpu().flatten().contiguous().view(torch.uint8)
-        yield f"{value.dtype} {tuple(value.shape)}".encode() + raw.numpy().tobytes()
+        yield f"{value.dtype} {tuple(value.shape)} {value.requires_grad}".encode()
+        yield raw.numpy()
     elif isinstance(value, dict):
-        yield from each(*(part for item in value.items() for part in item))
+        yield from each(len(value), *(part for item in value.items() for part in item))
     elif isinstance(value, list | tuple):
-        yield from each(*value)
+        yield from each(len(value), *value)
     elif isinstance(value, set | frozenset):
         yield from each(*sorted(value, key=repr))
     elif id(value) in seen or (type(value).__module__ == "builtins" and not callable(value)):
@@ -90,6 +92,7 @@ def _parts(value: Any, texts: dict[str, None], seen: set[int]) -> Iterator[bytes
         yield f"{name}.{getattr(value, '__qualname__', '')}".encode()
         if name.split(".")[0] not in LIBRARIES:
             texts[_source(value)] = None
+            yield from each(*getattr(value, "__bases__", ()))
         yield from each(*(cell.cell_contents for cell in getattr(value, "__closure__", None) or ()))
         yield from each(*(getattr(value, k, None) for k in ("__defaults__", "__kwdefaults__")))
     else:
@@ -104,5 +107,5 @@ def _source(value: Any) -> str:
         return inspect.getsource(module if getattr(module, "__file__", None) else value)
     except (OSError, TypeError):  # a class in a notebook: its methods
         parts = vars(value).values() if isinstance(value, type) else ()
-        return "\n\n".join(inspect.cleandoc(_source(part)) for part in parts
+        return "\n\n".join(textwrap.dedent(_source(part)) for part in parts
                            if inspect.isfunction(part))

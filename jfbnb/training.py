@@ -56,12 +56,13 @@ class LossSettings:
         noise_std: of the measurements, on images in [0, 1].
         tolerance, max_iterations: of the solve for x*, by Anderson without gradient, and of the
             adjoint equation's.
-        power_iterations: of the contraction estimate, on every fourth crop.
+        power_iterations: of the contraction estimate, on every fourth crop, which then counts four
+            times.
         contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`; a penalty of 0
             leaves the estimate out.
-        bf16: for the first evaluations of a solve and for the gradient. The rest is in float32: a
-            solve in bfloat16 stalls at a residual of about 3e-3, and the contraction estimate's
-            differences would drown in the rounding.
+        bf16: for the first evaluations of a solve, the tracked application and the head; of an
+            explicit model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
+            of about 3e-3, and the contraction estimate's differences would drown in the rounding.
     """
 
     noise_std: float
@@ -97,7 +98,7 @@ class DenoiserLoss:
         sigma = sigma.to(x)
         noisy = x + sigma * noise.to(x)
         with precision(self.D, self.bf16):
-            denoised = noisy - self.D.network(noisy, sigma)
+            denoised = noisy - self.D.residual(noisy, sigma)
         return _mean_square(denoised - x), {}
 
 
@@ -194,7 +195,9 @@ class ImplicitLoss(EquilibriumLoss):
         def report(adjoint: SolveInfo) -> None:  # called in the backward pass
             figures["adjoint_residual"] = adjoint.residual
 
-        return implicit(T, x_star, self.settings.tolerance, self.settings.max_iterations, report)
+        with precision(self.model, False):  # its own solve, too, would stall in bfloat16
+            return implicit(T, x_star, self.settings.tolerance, self.settings.max_iterations,
+                            report)
 
 
 def _mean_square(error: Tensor) -> Tensor:
@@ -300,10 +303,14 @@ def train(
     history: list[dict[str, float]] = []
     file = None
     if checkpoints is not None:
-        key = digest(train, module, batch_loss, images, config)
+        key = processes.gather(digest(train, module, batch_loss, images, config))[0]
         file = checkpoints / f"{key[:16]}.safetensors"
         with processes.rank_0_first():  # the others read the one that it finds whole
             history = resume(file, module, optimizer, log)
+            others = len(list(checkpoints.glob("*.safetensors"))) if not history else 0
+        if others:
+            log(f"no checkpoint of this very training among the {others} in {checkpoints}: "
+                "starting afresh")
         if history:
             log(f"resumed after epoch {len(history)} of {config.epochs}")
     for epoch in range(len(history) + 1, config.epochs + 1):

@@ -75,13 +75,13 @@ class Shrinking(nn.Module):
 '''
 METHOD = '''
 from jfbnb.maps import SplittingMap
-from jfbnb.methods import Method, prior
+from jfbnb.methods import Method, prior, register
 from jfbnb.models import Unrolled
 from jfbnb.training import ExplicitLoss
 
-METHOD = Method(
+register(Method(
     name="mine", label="My own", colour="#ABCDEF", candidates=prior, effort=0.1,
-    model=lambda A, D, s: Unrolled(SplittingMap(A, D, s["tau"]), 2), loss=ExplicitLoss)
+    model=lambda A, D, s: Unrolled(SplittingMap(A, D, s["tau"]), 2), loss=ExplicitLoss))
 '''
 
 
@@ -190,7 +190,7 @@ def test_a_method(tmp_path):
     metadata = tmp_path / "my_package-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text('[jfbnb.methods]\nmine = my_package:METHOD\n')
+    (metadata / "entry_points.txt").write_text('[jfbnb.methods]\nmine = my_package\n')
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JFBNB_WORK": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "jfbnb", "reproduce",
@@ -204,9 +204,12 @@ def test_a_method(tmp_path):
     assert "My own" in set(pd.read_csv(figures / "rivals.csv").Method)
     tuning = json.loads((runs / "tuning.json").read_text())
     assert tuning["searches"]["mine"][0]["psnr"] > 10 and (runs / "mine.safetensors").exists()
-    listed = subprocess.run([sys.executable, "-m", "jfbnb", "deblur", "--help"],
-                            capture_output=True, text=True, check=True, env=environment)
-    assert "mine" in listed.stdout and "mine" not in METHODS
+    first = "import my_package; from jfbnb.methods import METHODS; print(list(METHODS))"
+    for words in (["-m", "jfbnb", "deblur", "--help"], ["-c", first]):  # whichever comes first
+        listed = subprocess.run([sys.executable, *words], capture_output=True, text=True,
+                                check=True, env=environment)
+        assert "mine" in listed.stdout and "cannot be used" not in listed.stderr
+    assert "mine" not in METHODS
 
 
 def test_measurements_have_the_operators_shape():

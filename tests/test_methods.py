@@ -65,13 +65,14 @@ def test_a_name_and_a_colour_are_given_once(monkeypatch):
     monkeypatch.setattr(methods, "METHODS", dict(METHODS))
 
     def mine(name, colour):
-        return Method(name=name, label="Mine", colour=colour, restore=lambda A, d, s, r: (d, None))
+        return Method(name=name, label=f"{name} {colour}", colour=colour,
+                      restore=lambda A, d, s, r: (d, None))
 
     added = register(mine("mine", "#123456"))
     assert methods.get_method("mine") is added and "mine" not in METHODS
     for name, colour in (("mine", "#654321"), ("jfb", "#654321"), ("other", "#123456"),
                          ("other", JFB.colour.lower())):
-        with pytest.raises(UserError, match=f"'{name}': '.*' has the same name or colour"):
+        with pytest.raises(UserError, match=f"'{name}': '.*' has the same name, label or colour"):
             register(mine(name, colour))
 
 
@@ -127,6 +128,7 @@ def test_explicit_networks(problem):
     T = make_map(SplittingMap, A, D)
     assert torch.equal(Unrolled(T, 2)(d)[0], T(T(d, d), d))
     model = METHODS["unrolled"].build(A, D.network, {"tau": 0.3, "sigma": 0.05, "iterations": 2})
+    model.double()
     torch.testing.assert_close(model(d)[0], T(T(d, d), d), rtol=0, atol=1e-12)
 
 
@@ -329,3 +331,9 @@ def test_a_tau_that_is_not_finite(weights):
     save_file(load_file(path) | {"T.log_tau": torch.tensor(300.0)}, path, metadata=metadata)
     with pytest.raises(UserError, match="have a tau that is not finite"):
         make_methods(["unrolled"], weights, CPU)
+
+
+def test_building_a_model_leaves_the_operator_in_float64():
+    A = Blur(16, 5, 2.0)
+    METHODS["jfb"].build(A, DnCNN(2, 3), {"tau": 0.1, "sigma": 0.1})
+    assert A.K_h.dtype == torch.float64

@@ -121,23 +121,23 @@ def test_what_readme_says_of_the_released_networks_is_so():
 def test_what_readme_says_of_speed_is_so():
     words = " ".join(committed("README.md").split())
     step = pd.read_csv(io.StringIO(committed("benchmarks/results/step.csv")))
-    peers = step[step.contender.str.match("(torchdeq|deepinv) jfb,")]
-    ratio = {name: peers["times ours"][peers.contender.str.endswith(name)]
-             for name in ("Eq. 4", "our map")}
-    assert "On Eq. 4's the peers take several times as long, where they arrive at all" in words
-    assert ratio["Eq. 4"].min() > 4
-    assert set(peers.reached[peers.contender.str.endswith("Eq. 4")]) == {"yes", "no"}
-    assert "Given our map they need little more than we do" in words
-    assert ratio["our map"].min() > 1 and ratio["our map"].max() < 2
+    keys = ["problem", "to distance"]
+    peers = step[step.contender.str.endswith(" jfb, our map")].groupby(keys).seconds.min()
+    share = {name: (own.set_index(keys).seconds / peers) for name, own in step.groupby("contender")}
+    assert "In float32 our step, the one that the notebooks train with, takes less than theirs; " \
+        "where the processor computes in bfloat16 it does so for its first evaluations, and " \
+        "takes less again" in words
+    assert (share["jfbnb jfb"] < 1).all()
+    assert (share["jfbnb jfb, bf16"] < share["jfbnb jfb"]).all()
+    assert "a second network and the penalty that watches stability, costs about what that saves" \
+        in words
+    assert (share["jfbnb jfb, as shipped"] / share["jfbnb jfb"]).between(0.9, 1.15).all()
     trained = pd.read_csv(io.StringIO(committed("benchmarks/results/time_to_quality.csv")))
     trained = trained.set_index("method")["last PSNR (dB)"]
     published = reference_table2().set_index("method").psnr["deq"]
     assert "On a few validation images all four are past the published PSNR then, and the " \
         "network after Tikhonov, which solves nothing, is ahead" in words
     assert trained.idxmax() == "feedforward-tikhonov" and trained.min() > published
-    limit = pd.read_csv(io.StringIO(committed("benchmarks/results/limit.csv")))
-    assert "as most of the time is the network's convolutions" in words
-    assert (limit["ms network"] > 0.7 * limit["ms per evaluation"]).all()
 
 
 def test_notebook_times_are_those_of_the_stored_run(publish):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 from jfbnb.common import CHECK_FAILED, UNFINISHED, UserError, check, parse_yaml
 from jfbnb.methods import METHODS, RELEASED
+from jfbnb.sources import imported_files
 from jfbnb.suite import checkout
 from jfbnb.suite import reproduce as runner
 from jfbnb.suite.cli import main
@@ -373,7 +375,8 @@ def test_notebook_5_trains_every_method_that_has_a_loss():
 
 def test_what_code_imports_is_followed(suite):
     def names(code: str) -> set[str]:
-        return {path.relative_to(suite / "jfbnb").as_posix() for path in runner.package_files(code)}
+        return {path.relative_to(suite / "jfbnb").as_posix()
+                for path in imported_files(code, suite / "jfbnb")}
 
     assert names("import torch") == set()
     assert names("import jfbnb.operators") == {"__init__.py", "operators.py", "kernels.py"}
@@ -389,10 +392,19 @@ def test_no_import_of_the_package_is_relative():
         assert "from ." not in path.read_text(encoding="utf-8"), path
 
 
-def test_files_of_others_methods_count_where_methods_are_used(suite, monkeypatch):
-    monkeypatch.setattr(runner, "plugin_files", lambda: [suite / "mine.py"])
-    assert suite / "mine.py" in runner.package_files("from jfbnb.methods import METHODS")
-    assert suite / "mine.py" not in runner.package_files("from jfbnb.operators import Blur")
+def test_methods_of_others_count_where_methods_are_used(suite, monkeypatch):
+    def hashes(**changes) -> dict[str, str]:
+        other = replace(METHODS["tikhonov"], name="mine", **changes)
+        monkeypatch.setattr(runner, "plugins", lambda: [other])
+        return runner.input_hashes(step, {}, suite)
+
+    step = runner.STEPS[0]
+    assert "methods of others" not in hashes()
+    notebook = nbformat.read(step.notebook, 4)
+    notebook.cells[-1].source = "from jfbnb.methods import METHODS"
+    nbformat.write(notebook, step.notebook)
+    assert hashes() == hashes() != hashes(noise_power=1.0)
+    assert hashes() != hashes(restore=lambda A, d, s, ratio: (d, None))
 
 
 @pytest.mark.parametrize("argv", [[sys.executable], ["python"], ["python3"]])

@@ -80,7 +80,6 @@ def readme_blocks(read: Read) -> dict[str, str]:
         if profile != RUN:
             blocks[f"equilibrium {profile}"] = equilibrium(read, profile)
             blocks[f"training {profile}"] = read(f"figures/{profile}/rivals.md").strip()
-    blocks["seeds"] = read("figures/sweep-seeds/summary.md").strip()
     blocks["bench"] = bench(read)
     return blocks
 

@@ -100,8 +100,8 @@ def expected_methods(weights: Path) -> list[str]:
         with contextlib.suppress(UserError):
             stored |= Tuning.load(folder / "tuning.json").chosen.keys()
     own = {name: method.behind or method for name, method in METHODS.items()}
-    return [name for name, method in own.items()
-            if method.name in stored or method.candidates(0.01, 1) == [{}]]
+    return [name for name, m in own.items()
+            if m.name in stored or (not m.trainable and m.candidates(0.01, 1) == [{}])]
 
 
 def _weights(weights: Path) -> Iterator[tuple[bool, str]]:

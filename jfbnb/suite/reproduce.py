@@ -39,10 +39,10 @@ from jfbnb.common import (
     remove_unfinished,
 )
 from jfbnb.datasets import fingerprint
-from jfbnb.methods import METHODS, RELEASED, plugin_files
+from jfbnb.methods import METHODS, RELEASED, plugins
 from jfbnb.networks import pick_bf16
 from jfbnb.operators import get_protocol
-from jfbnb.sources import imported_files
+from jfbnb.sources import digest, imported_files
 from jfbnb.suite import checkout
 
 PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
@@ -203,13 +203,16 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
     """Hashes of all that decides a step's result: code, data, and what earlier steps made."""
     notebook = nbformat.read(step.notebook, as_version=4)
     code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
+    files = imported_files(code, checkout.ROOT / "jfbnb")
     stored = json.dumps(checkout.without_places(parameters), sort_keys=True)
     hashes = {
         "notebook": hashlib.sha256(code.encode()).hexdigest(),
         "package": hashlib.sha256(b"".join(
-            path.read_bytes() for path in package_files(code))).hexdigest(),
+            path.read_bytes() for path in files)).hexdigest(),
         "parameters": hashlib.sha256(stored.encode()).hexdigest(),
     }
+    if plugins() and any(file.stem == "methods" for file in files):
+        hashes["methods of others"] = digest(*plugins())
     if parameters.get("data", "bundled") != "bundled":
         hashes["data"] = fingerprint(parameters["data"])
     hashes |= {name: file_hash(checkout.ROOT / "jfbnb" / name) for name in step.reads}
@@ -222,12 +225,6 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
                                 f"{earlier.name[:2]}: run that one first")
             hashes[artefact] = file_hash(path)
     return hashes
-
-
-def package_files(code: str) -> list[Path]:
-    """The package's files that the code imports; those of others' methods, where it has methods."""
-    files = imported_files(code, checkout.ROOT / "jfbnb")
-    return [*files, *(plugin_files() if any(f.stem == "methods" for f in files) else ())]
 
 
 def weights_taken(step: Step, parameters: dict[str, Any]) -> dict[str, str]:
