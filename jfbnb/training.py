@@ -307,10 +307,6 @@ def train(
         file = checkpoints / f"{key[:16]}.safetensors"
         with processes.rank_0_first():  # the others read the one that it finds whole
             history = resume(file, module, optimizer, log)
-            others = len(list(checkpoints.glob("*.safetensors"))) if not history else 0
-        if others:
-            log(f"no checkpoint of this very training among the {others} in {checkpoints}: "
-                "starting afresh")
         if history:
             log(f"resumed after epoch {len(history)} of {config.epochs}")
     for epoch in range(len(history) + 1, config.epochs + 1):
