@@ -44,7 +44,7 @@ def bars(table: pd.DataFrame, label: str) -> Figure:
         drawn = ax.barh(part.contender, part.seconds, color=colours)
         for bar, reached, ratio in zip(drawn, part.reached, part["times ours"], strict=True):
             bar.set_alpha(1 if reached == "yes" else 0.3)
-            ax.annotate(f"{ratio:.1f}" if reached == "yes" else f"not there at {ratio:.1f}",
+            ax.annotate(f"{ratio:.2f}" if reached == "yes" else f"not there at {ratio:.2f}",
                         (bar.get_width(), bar.get_y() + bar.get_height() / 2), (4, 0),
                         textcoords="offset points", va="center", fontsize=10)
         ax.set(xlabel=f"{label} (numbers: over ours)", title=f"{problem}, distance {distance}")
