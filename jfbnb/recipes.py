@@ -4,6 +4,7 @@ What comes out is stored with a model card, so that anyone can measure it again.
 """
 
 import copy
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbnb import processes
-from jfbnb.common import atomic_write, describe_device
+from jfbnb.common import atomic_path, atomic_write, describe_device
 from jfbnb.datasets import ImageSet, Splits, bundled_photos
 from jfbnb.methods import Method, Settings
 from jfbnb.metrics import psnr
@@ -166,9 +167,14 @@ def _store(name: str, module: nn.Module, history: pd.DataFrame, splits: Splits,
            config: TrainingConfig, run: Run, card: dict) -> None:
     if run.out is None or processes.rank() > 0:
         return
+    atomic_write(run.out / f"{name}_history.csv", history.to_csv(index=False))
+    if run.weights:  # another run's, with what it says of them
+        for suffix in (".safetensors", ".json"):
+            with atomic_path(run.out / f"{name}{suffix}") as temporary:
+                shutil.copyfile(Path(run.weights) / f"{name}{suffix}", temporary)
+        return
     save_weights(run.out / f"{name}.safetensors", module, {
         **card, "training data": splits.source, "training images": len(splits.train),
         "training": asdict(config), "history": history.to_dict(orient="records"),
         "training seconds": round(history.seconds.sum()), "device": describe_device(run.device),
         "processes": processes.world_size(), "command": run.command, "torch": torch.__version__})
-    atomic_write(run.out / f"{name}_history.csv", history.to_csv(index=False))

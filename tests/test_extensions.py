@@ -144,6 +144,10 @@ def test_a_network(splits, tmp_path):
     _, history = train_denoiser(network, splits, config, 0.1, False,
                                 Run(CPU, tmp_path, log=str.encode))
     assert history.loss.iloc[-1] < history.loss.iloc[0]
+    again = Run(CPU, tmp_path / "again", weights=tmp_path, log=str.encode)
+    train_denoiser(module.Shrinking(4), splits, config, 0.1, False, again)
+    for name in ("denoiser.safetensors", "denoiser.json"):  # taken as they are, card and all
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
     x = splits.test.as_float()
     script = ("import sys, torch; from shrinking import Shrinking; "
               "from jfbnb.networks import load_denoiser; "
@@ -178,13 +182,14 @@ def test_a_map_and_a_gradient(splits):
     torch.testing.assert_close(state, same, rtol=0, atol=1e-4)  # relaxing moves no fixed point
 
 
-SMALL = ("candidates=1", "search_images=1", "max_steps=20", "depth=2", "width=4",
-         "pretrain_epochs=1", "pretrain_crop=16", "epochs=1", "batch_size=64", "crop=16",
-         "unconverged_limit=1", "further_iterations=5", "condition_images=1", "released_images=1",
+SMALL = ("n_train=4", "n_validation=1", "n_test=2", "candidates=1", "search_images=1",
+         "max_steps=20", "depth=2", "width=4", "pretrain_epochs=1", "pretrain_crop=16", "epochs=1",
+         "batch_size=4", "crop=16", "unconverged_limit=1", "further_iterations=5",
+         "condition_images=1", "released_images=1",
          "effort={deq: 0.1, unrolled: 0.1, feedforward-tikhonov: 0.1}")
 
 
-def test_a_method(tmp_path):
+def test_a_method(image_folder, tmp_path):
     """One entry of an installed package: tuned, trained, evaluated, drawn, by `jfbnb reproduce`."""
     (tmp_path / "my_package.py").write_text(METHOD)
     metadata = tmp_path / "my_package-1.dist-info"
@@ -193,7 +198,7 @@ def test_a_method(tmp_path):
     (metadata / "entry_points.txt").write_text('[jfbnb.methods]\nmine = my_package\n')
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JFBNB_WORK": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "jfbnb", "reproduce",
+        [sys.executable, "-m", "jfbnb", "reproduce", "--data", str(image_folder),
          *(word for text in SMALL for word in ("-p", text))],
         capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr + done.stdout
