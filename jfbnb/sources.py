@@ -89,7 +89,7 @@ def _parts(value: Any, texts: dict[str, None], seen: set[int]) -> Iterator[bytes
     elif isinstance(value, type) or inspect.isroutine(value) or inspect.ismodule(value):
         seen.add(id(value))
         name = getattr(value, "__module__", None) or value.__name__
-        yield f"{name}.{getattr(value, '__qualname__', '')}".encode()
+        yield getattr(value, "__qualname__", name).encode()  # its module may be __main__ elsewhere
         if name.split(".")[0] not in LIBRARIES:
             texts[_source(value)] = None
             yield from each(*getattr(value, "__bases__", ()))
