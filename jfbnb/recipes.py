@@ -121,14 +121,15 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
         return {**found, **(watch(model) if watch else {})}
 
     history = _train(method.name, model, loss, problem.splits, config, run, validate)
-    if run.out is not None:
+    card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
+            "settings": settings, "loss": asdict(losses)}
+    if run.out and not run.weights:  # those that are taken have been measured
         photographs = bundled_photos("validation", problem.setup.image_size)[:4]
         others = measured(problem, photographs)
-        _store(method.name, model, history, problem.splits, config, run, {
-            "what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
-            "settings": settings, "loss": asdict(losses), "measured": {
-                name: {"images": len(some.x), **score(model.on(some.A), some)} for name, some in (
-                    ("validation images", problem), ("photographs", others))}})
+        card["measured"] = {
+            name: {"images": len(some.x), **score(model.on(some.A), some)} for name, some in (
+                ("validation images", problem), ("photographs", others))}
+    _store(method.name, model, history, problem.splits, config, run, card)
     return model, history
 
 
