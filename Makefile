@@ -1,4 +1,4 @@
-# make reproduce   run the five notebooks, regenerate every figure and table
+# make reproduce   run the six notebooks, regenerate every figure and table
 # make test        lint, unit tests, the notebooks against their stored outputs, and in a browser
 # make book        the executed notebooks as pages that open from disk, in build/book/
 # make fuzz        thousands of bad inputs of every kind: docs/robustness.md

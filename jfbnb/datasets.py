@@ -3,12 +3,15 @@
 Decoded images are kept as uint8 (N, 3, H, W), a quarter of the memory; `as_float` makes a batch.
 """
 
+import errno
 import hashlib
 import io
 import itertools
+import os
+import stat
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +27,13 @@ from jfbnb.common import UserError, atomic_path, printable, seeded_generator
 
 CACHE = user_cache_path("jfbnb")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tbz2", ".tar.bz2", ".txz", ".tar.xz")
 # What Pillow may try. Its others include PostScript, which it has another program run.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # of an image, before it is decoded: 8192 x 8192
 MAX_BYTES = 2**28  # of an image file in an archive, unpacked
 MAX_RATIO = 100  # of a larger archive's size unpacked to its own; images hardly shrink at all
+BROKEN = -1  # stands for the size of a file where a link leads nowhere
 
 
 @dataclass
@@ -149,16 +154,17 @@ def load_images(
 ) -> ImageSet:
     """The first `limit` images, in file order, of a folder, tar or zip; resized to size x size.
 
-    A file that cannot be decoded is named through `warn`, skipped and counted. Its place stays
-    empty, so the other images keep their indices. The decoded images are cached. Nothing is
-    unpacked to disk.
+    Linked folders in a folder are followed. A file that cannot be decoded and a broken link are
+    named through `warn`, skipped and counted. Their place stays empty, so the other images keep
+    their indices. The decoded images are cached. Nothing is unpacked to disk.
 
     Raises:
-        UserError: if there is no such path, no readable image in it, or a damaged archive.
+        UserError: if there is no such path, no readable image in it, a folder in it that cannot be
+            read, or an incomplete or damaged archive.
         OSError: if one of its files cannot be read, which says nothing of what is in it.
     """
     path = Path(path)
-    listing = _list_images(path)[:limit]
+    listing = _list_images(path, warn)[:limit]
     stored = _cache_file(path, listing, size)
     cached = _read_cache(stored)
     images, good = cached or _decode_all(path, listing, size)
@@ -173,7 +179,8 @@ def load_images(
     names = [printable(name) for name, *_ in listing]
     skipped = len(listing) - len(places)
     for i in np.flatnonzero(~good):
-        warn(f"warning: skipped {names[i]}: no readable image")
+        broken = listing[i][1] == BROKEN
+        warn(f"warning: skipped {names[i]}: {'a broken link' if broken else 'no readable image'}")
     if skipped:
         warn(f"warning: skipped {skipped} unreadable of {len(listing)} images in {path}")
     return ImageSet(torch.from_numpy(images), [names[i] for i in places], places, skipped)
@@ -184,34 +191,113 @@ def fingerprint(path: str | Path) -> str:
     return hashlib.sha256(repr(_list_images(Path(path))).encode()).hexdigest()
 
 
-def _list_images(path: Path) -> list[tuple[str, int, float]]:
+def _list_images(
+    path: Path, warn: Callable[[str], None] = lambda line: None
+) -> list[tuple[str, int, float]]:
     """(name, size, time) of each image, sorted by name. Raises UserError where there is none."""
+    # Of a name that an archive has twice the last one counts, as where it is unpacked.
+    found = {f[0]: f for f in _list_files(path) if not Path(f[0]).name.startswith(".")}.values()
+    images = sorted(f for f in found if f[0].lower().endswith(SUFFIXES))
+    _warn_of_names(found, images, warn)
+    if not images:
+        inner = sorted(f[0] for f in found if f[0].lower().endswith(ARCHIVES))
+        if not inner:
+            raise UserError(f"no images in {path}: it must hold {', '.join(SUFFIXES)} files")
+        what_to_do = "" if path.is_dir() else f"unpack {path} and "
+        raise UserError(f"no images in {path}, but an archive: {what_to_do}give the "
+                        f"{printable(inner[0])} in it")
+    return images
+
+
+def _list_files(path: Path) -> list[tuple[str, int, float]]:
     if not path.exists():
         raise UserError(f"no data at {path}: give a folder, tar or zip of images (CelebA: see "
                         "`jfbnb data celeba`)")
     try:
         if path.is_dir():
-            found = [(p.relative_to(path).as_posix(), p.stat().st_size, p.stat().st_mtime)
-                     for p in path.rglob("*") if p.is_file()]
-        elif path.is_file() and zipfile.is_zipfile(path):
+            return list(_walk(path))
+        if path.is_file() and _is_tar(path):  # first: one that ends in a zip looks like a zip
+            with tarfile.open(path) as archive:
+                return [_tar_entry(m) for m in _members(archive, path) if m.isfile()]
+        if path.is_file() and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 members = [m for m in archive.infolist() if not m.is_dir()]
             _check_ratio(path, sum(m.file_size for m in members))
-            found = [(m.filename, m.file_size, m.CRC) for m in members]
-        elif path.is_file() and _is_tar(path):
-            with tarfile.open(path) as archive:
-                found = [(m.name, m.size, m.mtime) for m in _members(archive, path) if m.isfile()]
-        else:
-            raise UserError(f"{path} is no folder, tar or zip of images")
+            return [(m.filename, m.file_size, m.CRC) for m in members]
+        raise UserError(_why_no_archive(path))
     except UserError:
         raise
     except Exception as error:  # damaged archives raise all sorts
-        raise UserError(f"cannot read {path}: {printable(str(error))}") from error
-    images = sorted(f for f in found if f[0].lower().endswith(SUFFIXES)
-                    and not Path(f[0]).name.startswith("."))
-    if not images:
-        raise UserError(f"no images in {path}: it must hold {', '.join(SUFFIXES)} files")
-    return images
+        reason = printable(str(error)) or type(error).__name__
+        if path.is_dir() or getattr(error, "errno", None) is not None:
+            raise UserError(f"cannot read {path}: {reason}") from error
+        raise UserError(_why_no_archive(path, reason)) from error
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, int, float]]:
+    """(name, size, time) of each file below a folder; links are followed, except into a loop."""
+    below = [("", frozenset())]  # the folders still to be read, each with those that it is in
+    while below:
+        prefix, above = below.pop()
+        here = folder / prefix
+        try:
+            own = here.stat()
+            own = own.st_dev, own.st_ino
+            entries = [] if own in above else [(e.name, _status(e)) for e in os.scandir(here)]
+        except OSError as error:
+            raise UserError(f"cannot read the folder {printable(str(here))} ({error.strerror}): "
+                            "make it readable, or take it out of the data") from error
+        for name, status in entries:
+            if status is None:
+                yield prefix + name, BROKEN, 0.0
+            elif stat.S_ISDIR(status.st_mode):
+                below.append((f"{prefix}{name}/", above | {own}))
+            elif stat.S_ISREG(status.st_mode):
+                yield prefix + name, status.st_size, status.st_mtime
+
+
+def _status(entry: os.DirEntry) -> os.stat_result | None:
+    """That of the file which a link leads to; None where it leads nowhere."""
+    try:
+        return os.stat(entry)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return None
+        raise
+
+
+def _tar_entry(member: tarfile.TarInfo) -> tuple[str, int, float]:
+    return member.name, member.size, member.mtime
+
+
+def _warn_of_names(found: Iterable, images: list, warn: Callable[[str], None]) -> None:
+    """Name broken links, of which an image's is named later, and names that differ in case only."""
+    for name in sorted({f[0] for f in found if f[1] == BROKEN} - {f[0] for f in images}):
+        warn(f"warning: skipped {printable(name)}: a broken link")
+    seen: dict[str, str] = {}
+    for name, *_ in images:
+        twin = seen.setdefault(name.casefold(), name)
+        if twin != name:
+            warn(f"warning: {printable(twin)} and {printable(name)} differ in case only: on some "
+                 "systems one replaces the other, so rename one")
+            break  # there may be thousands
+
+
+def _why_no_archive(path: Path, reason: str = "") -> str:
+    """One line on a file that is no archive, or none that can be read, and what to do."""
+    no_archive = f"{path} is no folder, tar or zip of images"
+    if not path.is_file():
+        return no_archive  # a pipe would be waited for
+    with open(path, "rb") as file:
+        head = file.read(100)
+    if not (reason or path.name.lower().endswith(ARCHIVES) or head.startswith(b"PK\3\4")):
+        return no_archive
+    if head.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        return (f"{path} is an incomplete download: a web page in place of the archive; open its "
+                "address in a browser and do what the page asks")
+    detail = f" ({reason})" if reason else ""
+    return (f"{path} is an incomplete download, or damaged{detail}: compare its "
+            f"{path.stat().st_size} bytes with the size at its source, and fetch it again")
 
 
 def _is_tar(path: Path) -> bool:
@@ -261,22 +347,23 @@ def _decode_all(path: Path, listing: list, size: int) -> tuple[np.ndarray, np.nd
 def _sources(path: Path, listing: list) -> Iterator[tuple[int, Path | io.BytesIO]]:
     """Place and content of each image. One that is damaged or too large is left out."""
     if path.is_dir():
-        yield from ((i, path / name) for i, (name, *_) in enumerate(listing))
+        yield from ((i, path / name) for i, (name, length, _) in enumerate(listing)
+                    if length != BROKEN)
         return
-    places = {name: i for i, (name, length, _) in enumerate(listing) if length <= MAX_BYTES}
-    if zipfile.is_zipfile(path):
+    places = {entry: i for i, entry in enumerate(listing) if entry[1] <= MAX_BYTES}
+    if _is_tar(path):
+        with tarfile.open(path) as archive:
+            for member in archive:  # in archive order: a tar has no index to seek by
+                if member.isfile() and (entry := _tar_entry(member)) in places:
+                    yield places[entry], io.BytesIO(archive.extractfile(member).read())
+    else:
         with zipfile.ZipFile(path) as archive:
-            for name, i in places.items():
+            for (name, *_), i in places.items():
                 try:
                     content = archive.read(name)
                 except Exception:  # damaged, encrypted, packed in an unknown way
                     continue
                 yield i, io.BytesIO(content)
-    else:
-        with tarfile.open(path) as archive:
-            for member in archive:  # in archive order: a tar has no index to seek by
-                if member.isfile() and member.name in places:
-                    yield places[member.name], io.BytesIO(archive.extractfile(member).read())
 
 
 def _cache_file(path: Path, listing: list, size: int) -> Path:

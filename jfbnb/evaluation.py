@@ -36,7 +36,8 @@ def evaluate(
     """One row per method and image: PSNR, SSIM, and what the solver said.
 
     Args:
-        x, d: truths and measurements (N, C, H, W), on the device of A.
+        x, d: truths (N, C, H, W) and measurements of them, on the device of A. What counts is the
+            part of x that d shows.
         names: N image names.
         batch_size: images solved together, which take as long as the slowest of them. None is 1 on
             a CPU, where a batch gains nothing, and 50 on a GPU.
@@ -50,11 +51,12 @@ def evaluate(
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
         for name, (y, info, seconds) in _restore_all(methods, A, d[part], noise_std).items():
+            seen = A.visible(y), A.visible(x[part])
             parts.append(pd.DataFrame({
                 "method": name,
                 "image": names[part],
-                "psnr": psnr(y, x[part]).cpu(),
-                "ssim": ssim(y, x[part]),
+                "psnr": psnr(*seen).cpu(),
+                "ssim": ssim(*seen),
                 "iterations": info.iterations.cpu() if info else np.nan,
                 "residual": info.residual.cpu() if info else np.nan,
                 "converged": info.converged.cpu().double() if info else np.nan,
@@ -133,6 +135,10 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
     """
     size = _batch_size(x)
     parts = []
+
+    def quality(state: Tensor, part: slice) -> Tensor:
+        return psnr(T.A.visible(T.image(state)), T.A.visible(x[part])).cpu()
+
     for start in range(0, len(x), size):
         part = slice(start, start + size)
 
@@ -147,8 +153,8 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
                         for measured in (spectral_radius, jacobian_norm))
         parts.append(pd.DataFrame({
             "image": names[part], "evaluations": evaluations.cpu(),
-            "residual": info.residual.cpu(), "psnr": psnr(T.image(state), x[part]).cpu(),
-            "further": rest.iterations.cpu(), "psnr_later": psnr(T.image(later), x[part]).cpu(),
+            "residual": info.residual.cpu(), "psnr": quality(state, part),
+            "further": rest.iterations.cpu(), "psnr_later": quality(later, part),
             "radius": radius, "norm": norm}))
     return pd.concat(parts, ignore_index=True)
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from jfbnb.baselines import direct_inverse, gradient_descent_iterate
 from jfbnb.common import UserError
-from jfbnb.datasets import as_float, bundled_photos, decode
+from jfbnb.datasets import bundled_photos
 from jfbnb.figures import GRADIENT_COLOURS, MAPS, new_figure, show
 from jfbnb.fixed_point import anderson, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann
+from jfbnb.images import read_pictures
 from jfbnb.maps import SplittingMap
 from jfbnb.methods import METHODS, RELEASED, Restorer, make_methods
 from jfbnb.metrics import psnr
@@ -30,6 +31,7 @@ from jfbnb.operators import Blur, LinearOperator, get_protocol, measure
 from jfbnb.widgets import Comparison
 
 WITHOUT_KERNEL = "An explorer: run the notebook to use it."
+ACCEPTED = "image/*,.tif,.tiff"  # of a browser's files
 SOLVERS = {"Picard": picard, "Anderson": anderson}
 BAD, HOPELESS = 1e6, 1e12  # condition numbers: from the second on float64 knows no inverse
 
@@ -74,7 +76,7 @@ class Explorer(w.VBox):
 
     def complain(self, message: str) -> None:
         """Say what is wrong; the picture stays."""
-        self.status.value = f'<span style="color:#b00020">{_escaped(message)}</span>'
+        self.status.value = f'<span style="color:#b00020">{escaped(message)}</span>'
 
     def reset(self) -> None:
         """All controls as they were."""
@@ -90,22 +92,25 @@ class Explorer(w.VBox):
                 "image/png": base64.b64encode(smaller.getvalue()).decode()}
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """The text as HTML."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
-def _slider(label: str, value: float, low: float, high: float, step: float) -> w.FloatSlider:
+def slider(label: str, value: float, low: float, high: float, step: float) -> w.FloatSlider:
+    """From low to high in steps."""
     return w.FloatSlider(value, min=low, max=high, step=step, description=label,
                          continuous_update=False)
 
 
-def _log_slider(label: str, value: float, low: int, high: int) -> w.FloatLogSlider:
+def log_slider(label: str, value: float, low: int, high: int) -> w.FloatLogSlider:
     """From 10^low to 10^high."""
     return w.FloatLogSlider(value, min=low, max=high, step=0.05, description=label,
                             continuous_update=False, readout_format=".2g")
 
 
-def _int_slider(label: str, value: int, low: int, high: int, step: int = 1) -> w.IntSlider:
+def int_slider(label: str, value: int, low: int, high: int, step: int = 1) -> w.IntSlider:
+    """From low to high in whole steps."""
     return w.IntSlider(value, min=low, max=high, step=step, description=label,
                        continuous_update=False)
 
@@ -126,9 +131,9 @@ class BlurExplorer(Explorer):
 
     def __init__(self, x: Tensor):
         self.x = x
-        super().__init__(std=_slider("kernel std", 5**0.5, 0.2, 6.0, 0.1),
-                         size=_int_slider("kernel size", 5, 1, 15, 2),
-                         noise=_log_slider("noise std", 0.01, -6, -1))
+        super().__init__(std=slider("kernel std", 5**0.5, 0.2, 6.0, 0.1),
+                         size=int_slider("kernel size", 5, 1, 15, 2),
+                         noise=log_slider("noise std", 0.01, -6, -1))
 
     def draw(self, std: float, size: int, noise: float) -> tuple[Figure, str]:
         A = Blur(tuple(self.x.shape[2:]), size, std)
@@ -166,9 +171,9 @@ class TikhonovExplorer(Explorer):
     def __init__(self, A: Blur, x: Tensor, noise_std: float):
         self.A, self.x = A, x
         self.d = measure(A, x, noise_std, 0, [0])
-        super().__init__(lam=_log_slider("λ", 0.01, -5, 0),
-                         step=_slider("step η", 1.0, 0.1, 2.2, 0.1),
-                         k=_int_slider("iteration k", 20, 0, 1000))
+        super().__init__(lam=log_slider("λ", 0.01, -5, 0),
+                         step=slider("step η", 1.0, 0.1, 2.2, 0.1),
+                         k=int_slider("iteration k", 20, 0, 1000))
 
     def draw(self, lam: float, step: float, k: int) -> tuple[Figure, str]:
         def at(count: int) -> Tensor:
@@ -202,8 +207,8 @@ class DenoiserExplorer(Explorer):
     def __init__(self, network: nn.Module, x: Tensor):
         self.network, self.x = network, x
         self.n = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
-        super().__init__(sigma=_slider("noise σ", 0.05, 0.0, 0.2, 0.005),
-                         told=_slider("σ it is told", 0.05, 0.0, 0.2, 0.005))
+        super().__init__(sigma=slider("noise σ", 0.05, 0.0, 0.2, 0.005),
+                         told=slider("σ it is told", 0.05, 0.0, 0.2, 0.005))
 
     def draw(self, sigma: float, told: float) -> tuple[Figure, str]:
         y = self.x + sigma * self.n
@@ -234,7 +239,7 @@ class SolverExplorer(Explorer):
         super().__init__(
             map_name=w.ToggleButtons(options=list(self.maps), value=SplittingMap.name),
             solver=w.ToggleButtons(options=list(SOLVERS), value="Anderson"),
-            k=_int_slider("iterate k", 5, 0, self.MOST - 1))
+            k=int_slider("iterate k", 5, 0, self.MOST - 1))
 
     def iterates(self, map_name: str, solver: str) -> tuple[list[Tensor], list[float]]:
         """All iterates and their residuals, computed once."""
@@ -291,11 +296,11 @@ class GradientExplorer(Explorer):
     START, GOAL = (-1.0, 0.9), (0.7, -0.4)
 
     def __init__(self) -> None:
-        super().__init__(gamma=_slider("contraction γ", 0.6, 0.0, 0.95, 0.05),
-                         degrees=_int_slider("J turns by (°)", 60, -180, 180, 15),
-                         terms=_int_slider("Neumann terms", 3, 1, 20),
-                         steps=_int_slider("steps", 0, 0, 40),
-                         rate=_slider("learning rate", 0.2, 0.05, 1.0, 0.05))
+        super().__init__(gamma=slider("contraction γ", 0.6, 0.0, 0.95, 0.05),
+                         degrees=int_slider("J turns by (°)", 60, -180, 180, 15),
+                         terms=int_slider("Neumann terms", 3, 1, 20),
+                         steps=int_slider("steps", 0, 0, 40),
+                         rate=slider("learning rate", 0.2, 0.05, 1.0, 0.05))
 
     def gradients(self, gamma: float, degrees: int, terms: int) -> dict[str, Callable]:
         """theta (2,) -> the loss's gradient there, by each of three methods."""
@@ -348,6 +353,8 @@ class MethodsExplorer(w.VBox):
     """Notebook 5: any methods on any image, an upload included, under one swipe handle.
 
     The image is blurred and made noisy as the controls say, then restored by each method chosen.
+    The photographs that are there are blurred as in the paper, black beyond their border. An upload
+    is measured as a camera does: its scene goes on beyond what is shown and compared.
 
     Args:
         weights: the folder of trained networks.
@@ -356,18 +363,20 @@ class MethodsExplorer(w.VBox):
     START = ("tikhonov", "jfb")
 
     def __init__(self, weights: Path = RELEASED):
-        self.setup = get_protocol("paper")
-        photos = bundled_photos("test", self.setup.image_size)
-        self.images = {name: photos[i:i + 1].as_float() for i, name in enumerate(photos.names)}
+        paper = get_protocol("paper")
+        photos = bundled_photos("test", paper.image_size)
+        self.scenes = {name: (paper, photos[i:i + 1].as_float())
+                       for i, name in enumerate(photos.names)}
         self.weights = weights
         self.loaded: dict[str, Restorer] = {}
         self.restored: dict[tuple, Tensor] = {}
         self.status = w.HTML()
-        self.image = w.Dropdown(options=list(self.images), description="image")
-        self.upload = w.FileUpload(accept="image/*", multiple=False, description="your own")
+        self.image = w.Dropdown(options=list(self.scenes), description="image")
+        self.upload = w.FileUpload(accept=ACCEPTED, description="your own",
+                                   tooltip="a picture, up to 10 MB")
         self.methods = w.SelectMultiple(options=[(m.label, m.name) for m in METHODS.values()],
                                         value=self.START, rows=6, description="methods")
-        self.noise = _log_slider("noise std", self.setup.noise_std, -3, -1)
+        self.noise = log_slider("noise std", paper.noise_std, -3, -1)
         self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})
         reset = w.Button(description="Reset", layout=w.Layout(width="80px"))
         reset.on_click(lambda _: self.reset())
@@ -384,43 +393,47 @@ class MethodsExplorer(w.VBox):
 
     def reset(self) -> None:
         """The first photograph, the methods and the noise as at the start."""
-        self.image.value = next(iter(self.images))
+        self.image.value = next(iter(self.scenes))
         self.methods.value = self.START
-        self.noise.value = self.setup.noise_std
+        self.noise.value = get_protocol("paper").noise_std
 
     def take_upload(self) -> None:
         """Add the uploaded file to the images and show it."""
+        camera = get_protocol("camera")
         for file in self.upload.value:
             try:
-                self.images[file["name"]] = read_upload(bytes(file["content"]),
-                                                        self.setup.image_size)
+                self.scenes[file["name"]] = camera, read_upload(bytes(file["content"]),
+                                                                camera.image_size)
             except UserError as error:
-                self.status.value = _escaped(f"{file['name']}: {error}")
+                self.status.value = escaped(f"{file['name']}: {error}")
                 return
             self.restored = {k: v for k, v in self.restored.items() if k[0] != file["name"]}
-            self.image.options = list(self.images)
+            self.image.options = list(self.scenes)
+            if self.image.value == file["name"]:  # another file of that name
+                self.refresh()
             self.image.value = file["name"]
 
     def refresh(self) -> None:
         """Restore what is not restored yet, and show it."""
-        x = self.images[self.image.value]
-        A = self.setup.operator(tuple(x.shape[2:]))
+        setup, x = self.scenes[self.image.value]
+        A = setup.operator()
         d = measure(A, x, self.noise.value, 0, [0])
-        shown, problem = {"Original": x[0], METHODS["measurement"].label: d[0]}, ""
+        shown, problem = {"Original": A.visible(x)[0], METHODS["measurement"].label: d[0]}, ""
         for name in self.methods.value:
             try:
                 shown[METHODS[name].label] = self._restore(name, A, d)[0]
             except UserError as error:  # the other methods are shown all the same
                 problem = str(error)
         self.comparison.show(shown, truth="Original")
-        self.status.value = _escaped(problem)
+        self.status.value = escaped(problem)
 
     def _restore(self, name: str, A: LinearOperator, d: Tensor) -> Tensor:
         key = (self.image.value, self.noise.value, name)
         if key not in self.restored:
             if name not in self.loaded:
                 self.loaded |= make_methods([name], self.weights, torch.device("cpu"))
-            self.restored[key], _ = self.loaded[name](A, d, self.noise.value)
+            image, _ = self.loaded[name](A, d, self.noise.value)
+            self.restored[key] = A.visible(image)
         return self.restored[key]
 
 
@@ -428,15 +441,12 @@ def read_upload(content: bytes, size: int) -> Tensor:
     """An uploaded file's middle square as an image (1, 3, size, size).
 
     Raises:
-        UserError: if it is no image that `decode` reads.
+        UserError: if it is no picture that `read_pictures` reads.
     """
-    try:
-        pixels = decode(io.BytesIO(content))
-    except ValueError as error:
-        raise UserError(f"this is {error}: give a PNG or JPEG") from error
+    pixels = read_pictures(io.BytesIO(content))[0].pixels.expand(3, -1, -1)
     side = min(pixels.shape[1:])
     top, left = ((n - side) // 2 for n in pixels.shape[1:])
-    square = as_float(pixels[:, top:top + side, left:left + side])[None]
+    square = pixels[None, :, top:top + side, left:left + side]
     resized = torch.nn.functional.interpolate(square, size=(size, size), mode="bilinear",
                                               antialias=True)
     return resized.clamp(0, 1)

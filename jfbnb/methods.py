@@ -300,7 +300,7 @@ def tune(method: Method, tuning: Tuning, A: LinearOperator, d: Tensor, x: Tensor
             model = method.build(A, network, settings)
             model.max_iterations = max_iterations
             y, info = model(d)
-        figures = {"psnr": psnr(y, x).mean().item()}
+        figures = {"psnr": psnr(A.visible(y), A.visible(x)).mean().item()}
         if info is not None:
             figures["converged"] = info.converged.float().mean().item()
         return figures

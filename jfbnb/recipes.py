@@ -145,10 +145,13 @@ def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOpe
 @torch.no_grad()
 def score(model: Model, problem: Problem) -> dict[str, float]:
     """Mean PSNR in dB on a problem's images, the head's too, and the share that converged."""
+    def quality(y: Tensor) -> float:
+        return psnr(problem.A.visible(y), problem.A.visible(problem.x)).mean().item()
+
     y, info = model(problem.d)
-    found = {"psnr": psnr(y, problem.x).mean().item()}
+    found = {"psnr": quality(y)}
     if model.H is not None:
-        found["psnr_head"] = psnr(model.predict(y, problem.d), problem.x).mean().item()
+        found["psnr_head"] = quality(model.predict(y, problem.d))
     if info is not None:
         found["converged"] = info.converged.float().mean().item()
     return found

@@ -207,12 +207,16 @@ def _mean_square(error: Tensor) -> Tensor:
 
 def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
             d: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The error of an image y, plus that of its head's: both are to be good; and the two."""
-    loss = _mean_square(y - x)
+    """The error of an image y, plus that of its head's: both are to be good; and the two.
+
+    It is that of the part which the measurement shows.
+    """
+    visible = model.T.A.visible
+    loss = _mean_square(visible(y - x))
     figures = {"mse": loss.detach()}
     if model.H is not None:
         with precision(model, settings.bf16):
-            head = _mean_square(model.predict(y, d) - x)
+            head = _mean_square(visible(model.predict(y, d) - x))
         figures["head_mse"] = head.detach()
         loss = loss + head
     return loss, figures

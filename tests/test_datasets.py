@@ -74,12 +74,152 @@ def test_corrupt_file_is_named_skipped_and_counted(image_folder):
     assert torch.equal(images.images[2], whole.images[3])
 
 
-@pytest.mark.parametrize("archive", ["tar", "zip"])
-def test_damaged_archive(tmp_path, archive):
-    path = tmp_path / f"a.{archive}"
-    path.write_bytes(b"PK\x03\x04 nothing more")
+def pack(folder, path):
+    """The files of a folder as an archive of the kind that the path's suffix says."""
+    if path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in folder.iterdir():
+                archive.write(file, file.name)
+    else:
+        with tarfile.open(path, f"w:{path.suffix[1:].replace('tar', '')}") as archive:
+            archive.add(folder, folder.name)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz"])
+def test_half_a_download(image_folder, tmp_path, kind):
+    path = pack(image_folder, tmp_path / f"a.{kind}")
+    assert len(load_images(path)) == 6
+    content = path.read_bytes()
+    for part in (content[:len(content) // 2], content[:100], b""):
+        path.write_bytes(part)
+        with pytest.raises(UserError, match=r"incomplete download.*fetch it again") as caught:
+            load_images(path)
+        assert f"{len(part)} bytes" in str(caught.value) and "\n" not in str(caught.value)
+    whole = pack(image_folder, tmp_path / "whole.zip").read_bytes()
+    (tmp_path / "a.part").write_bytes(whole[:-30])  # as a browser names it until it is complete
+    with pytest.raises(UserError, match="incomplete download"):
+        load_images(tmp_path / "a.part")
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar", "A.TAR.GZ"])
+def test_a_web_page_in_place_of_the_download(tmp_path, name):
+    (tmp_path / name).write_text("\ufeff\n <!DOCTYPE html>\n<title>Quota exceeded</title>" * 99)
+    with pytest.raises(UserError, match=r"incomplete download: a web page.*open its address"):
+        load_images(tmp_path / name)
+    (tmp_path / name).rename(tmp_path / "page.html")
     with pytest.raises(UserError, match="no folder, tar or zip"):
-        load_images(path)
+        load_images(tmp_path / "page.html")
+    os.mkfifo(tmp_path / "pipe.zip")
+    with pytest.raises(UserError, match="no folder, tar or zip"):  # and does not wait for it
+        load_images(tmp_path / "pipe.zip")
+
+
+def test_an_archive_in_an_archive_and_in_a_folder(image_folder, tmp_path):
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    pack(image_folder, outer / "Inner.ZIP")
+    with pytest.raises(UserError, match=r"no images in .*, but an archive: give the Inner\.ZIP"):
+        load_images(outer)
+    for kind in ("zip", "tar"):
+        path = pack(outer, tmp_path / f"a.{kind}")
+        with pytest.raises(UserError, match=rf"archive: unpack .*a\.{kind} and give .*Inner\.ZIP"):
+            load_images(path)
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:  # it now ends as a zip does
+        archive.add(image_folder / "000001.jpg", "only.jpg")
+        archive.add(outer / "Inner.ZIP", "Inner.ZIP")
+    assert load_images(tmp_path / "a.tar").names == ["only.jpg"]
+
+
+def test_linked_folders_are_followed_and_loops_are_not(image_folder, tmp_path):
+    data = tmp_path / "data"
+    (data / "a").mkdir(parents=True)
+    (data / "m.jpg").symlink_to(image_folder / "000001.jpg")
+    (data / "linked").symlink_to(image_folder)
+    (data / "again").symlink_to(data / "linked")
+    (data / "a" / "up").symlink_to("..")
+    (data / "a" / "other").symlink_to("../../side")
+    (tmp_path / "side").mkdir()
+    (tmp_path / "side" / "back").symlink_to(data)  # a loop through a folder outside
+    warnings = []
+    names = load_images(data, warn=warnings.append).names
+    photos = [path.name for path in sorted(image_folder.iterdir())]
+    assert names == [*(f"again/{p}" for p in photos), *(f"linked/{p}" for p in photos), "m.jpg"]
+    assert not warnings
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in names:
+            archive.write(data / name, name)
+    other = load_images(tmp_path / "a.zip")
+    assert other.names == names and torch.equal(other.images, load_images(data).images)
+    assert load_images(data / "linked").names == photos
+
+
+def test_a_changed_file_in_a_linked_folder_is_seen(image_folder, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "linked").symlink_to(image_folder)
+    first, before = load_images(data), datasets.fingerprint(data)
+    assert datasets.fingerprint(data) == before
+    Image.new("RGB", (178, 218), "red").save(image_folder / "000001.jpg")
+    assert datasets.fingerprint(data) != before
+    assert not torch.equal(load_images(data).images[0], first.images[0])
+
+
+def test_broken_links_are_named_skipped_and_keep_their_place(image_folder, tmp_path):
+    whole = load_images(image_folder)
+    (image_folder / "000003.jpg").rename(tmp_path / "away.jpg")
+    (image_folder / "000003.jpg").symlink_to("away.jpg")
+    (image_folder / "self.png").symlink_to("self.png")
+    (image_folder / "more").symlink_to(tmp_path / "unmounted")
+    (image_folder / ".#lock").symlink_to("user@host")  # an editor's
+    before, warnings = datasets.fingerprint(image_folder), []
+    images = load_images(image_folder, warn=warnings.append)
+    assert images.indices == [0, 1, 3, 4, 5] and images.skipped == 2
+    assert torch.equal(images.images[2], whole.images[3])
+    assert warnings == [*(f"warning: skipped {name}: a broken link"
+                          for name in ("more", "000003.jpg", "self.png")),
+                        f"warning: skipped 2 unreadable of 7 images in {image_folder}"]
+    (tmp_path / "away.jpg").rename(image_folder / "away.jpg")
+    assert datasets.fingerprint(image_folder) != before
+    assert load_images(image_folder, warn=warnings.append).names[2] == "000003.jpg"
+
+
+def test_a_folder_that_cannot_be_read_is_named(image_folder, monkeypatch):
+    (image_folder / "locked").mkdir()
+
+    def refuse(folder):  # as root, who runs many containers, nothing is refused
+        if folder.name == "locked":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot read the folder .*/locked \(Permission denied\)"):
+        load_images(image_folder)
+
+
+def test_names_that_differ_in_case_only(image_folder, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for name in ("x/a.jpg", "X/A.jpg", "x/b.JPG"):
+            archive.write(image_folder / "000001.jpg", name)
+    warnings = []
+    assert load_images(tmp_path / "a.zip", warn=warnings.append).names == [
+        "X/A.jpg", "x/a.jpg", "x/b.JPG"]
+    assert len(warnings) == 1 and "X/A.jpg and x/a.jpg differ in case only" in warnings[0]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_of_a_name_that_an_archive_has_twice_the_last_counts(image_folder, tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    with (zipfile.ZipFile if kind == "zip" else tarfile.open)(path, "w") as archive:
+        add = archive.write if kind == "zip" else archive.add
+        for file in ("000002.jpg", "000001.jpg", "000004.jpg"):
+            add(image_folder / file, "same.jpg")
+        add(image_folder / "000003.jpg", "z.jpg")
+    images = load_images(path)
+    assert images.names == ["same.jpg", "z.jpg"] and not images.skipped
+    assert torch.equal(images.images, load_images(image_folder).images[[3, 2]])
 
 
 def test_missing_empty_and_hopeless(tmp_path):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -20,7 +21,7 @@ from jfbnb.maps import SplittingMap, WeightedMap
 from jfbnb.methods import METHODS, RELEASED, Tuning, make_methods
 from jfbnb.models import Equilibrium
 from jfbnb.networks import Denoiser, load_denoiser
-from jfbnb.operators import LinearOperator, Protocol, measure
+from jfbnb.operators import Blur, LinearOperator, Protocol, measure
 from jfbnb.recipes import Run, pose, prepare, train_denoiser, train_method
 from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig
 
@@ -112,12 +113,16 @@ def trained(method, network, settings, problem):
     return model, history
 
 
-def test_an_operator(splits):
+@pytest.mark.parametrize("make, shape, to_train", [
+    (lambda size: Means(), (16, 16), ("jfb", "unrolled", "feedforward-tikhonov")),
+    (partial(Blur, kernel_size=5, kernel_std=5**0.5, border="unknown"), (28, 28), ("jfb",)),
+])
+def test_an_operator(splits, make, shape, to_train):
     """Restored by every method but the direct inverse, trained with, certified."""
-    assert Means().check_adjoint(3, 8, 8) < 1e-12
-    setup = Protocol("means", 32, lambda size: Means(), 0.01)
+    assert make(32).check_adjoint(3, 32, 32) < 1e-12
+    setup = Protocol("another", 32, make, 0.01)
     problem = pose(setup, splits, 2, 0, CPU)
-    assert problem.d.shape == (2, 3, 16, 16)
+    assert problem.d.shape == (2, 3, *shape)
     names = [name for name in METHODS if name != "direct-inverse"]
     table = evaluate(make_methods(names, RELEASED, CPU), problem.A, problem.x, problem.d, 0.01,
                      ["a", "b"])
@@ -125,7 +130,7 @@ def test_an_operator(splits):
     assert set(psnr.index) == set(names) and psnr["jfb"] > psnr["measurement"] + 3
     tuning = Tuning.load(RELEASED / "tuning.json")
     network = load_denoiser(RELEASED / "denoiser.safetensors").network
-    for name in ("jfb", "unrolled", "feedforward-tikhonov"):
+    for name in to_train:
         trained(METHODS[name], network, tuning.settings(METHODS[name]), problem)
     T = METHODS["jfb"].build(problem.A, network, tuning.settings(METHODS["jfb"])).T
     found = certify(T, problem.x, problem.d, ["a", "b"], further=20)

@@ -39,7 +39,7 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 from safetensors.torch import save_file
 
-from jfbnb import checkpoints, datasets, methods, networks
+from jfbnb import checkpoints, datasets, images, kernels, methods, networks
 from jfbnb.common import UserError
 from jfbnb.operators import Blur
 from jfbnb.suite import checkout, cli, reproduce, sweep, train
@@ -283,6 +283,49 @@ def test_image_files(name, edits):
 
 
 @fuzz
+@given(st.deferred(lambda: st.sampled_from(sorted({*pictures()} - {"wide.gif"}))), EDITS)
+def test_pictures_to_restore(name, edits):
+    with trial() as folder:
+        file = folder / name
+        file.write_bytes(damaged(pictures()[name], edits))
+        pages = images.read_pictures(file)
+        assert all(page.pixels.dim() == 3 and page.pixels.isfinite().all() for page in pages)
+        again = folder / f"out{pages[0].suffix}"
+        images.write_pictures(again, pages)
+        for page, other in zip(pages, images.read_pictures(again), strict=True):
+            assert torch.equal(page.pixels, other.pixels)
+
+
+@fuzz
+@given(st.sampled_from(("", "gaussian:", "motion:", "disk:", "box:", "./", "/dev/")),
+       st.text(max_size=6) | st.floats().map(str) | st.tuples(st.floats(), st.floats()).map(
+           lambda pair: f"{pair[0]},{pair[1]}"))
+def test_kernels_by_name(kind, numbers):
+    with trial():
+        kernel = kernels.parse(kind + numbers)
+        assert kernel.dim() == 2 and abs(kernel.sum() - 1) < 1e-9
+
+
+@fuzz
+@given(st.sampled_from((".npy", ".txt", ".csv", ".png", ".tif")), CONTENTS | st.text(
+    alphabet="0123456789.,- \ne", max_size=30).map(str.encode) | st.lists(st.lists(
+        st.floats(width=32), min_size=2, max_size=2), max_size=3).map(
+            lambda rows: npy(np.array(rows))), EDITS)
+def test_kernel_files(kind, content, edits):
+    with trial() as folder:
+        file = folder / f"kernel{kind}"
+        file.write_bytes(damaged(content, edits))
+        kernel = kernels.parse(str(file))
+        assert kernel.dim() == 2 and abs(kernel.sum() - 1) < 1e-9
+
+
+def npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+@fuzz
 @given(st.lists(st.tuples(
     st.sampled_from([n.strip("/") for n in NAMES if ".." not in n and not n.startswith("/")]),
     st.sampled_from(("file", "folder", "pipe", "nowhere", ".", "/etc/passwd")), CONTENTS),
@@ -466,7 +509,7 @@ def test_sweep_files(text, edits):
 
 FILES = ("a.jpg", "grey.png", "one.png", "bomb.png", "a.eps", "deep.png", "nowhere.png", "text.png",
          "pipe.png", "dir.png", ".", "a.jpg", "a.jpg")
-OPTIONS = st.sampled_from(("--kernel-size", "--kernel-std", "--noise-std", "--seed", "--limit",
+OPTIONS = st.sampled_from(("--kernel", "--border", "--range", "--noise-std", "--seed", "--limit",
                            "--profile", "--folder", "--only", "--protocol", "--device", "--method",
                            "--data", "--weights", "-p", "--frozen", "--force", "--help", "-", "--"))
 

@@ -1,15 +1,23 @@
+import copy
+import gc
 import math
+import pickle
+import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import scipy.linalg
 import scipy.ndimage
 import scipy.optimize
+import scipy.signal
+import skimage.data
 import skimage.restoration
 import torch
-import torch.nn.functional as F
-from conftest import make_map
+from conftest import Contractive, make_map
+from torch.nn.functional import avg_pool2d
 
+from jfbnb import kernels, methods, operators
 from jfbnb.baselines import (
     direct_inverse,
     discrepancy_lambda,
@@ -21,15 +29,23 @@ from jfbnb.baselines import (
     total_variation_objective,
 )
 from jfbnb.common import UserError
-from jfbnb.maps import PreconditionedMap
+from jfbnb.fixed_point import solve
+from jfbnb.maps import PreconditionedMap, SplittingMap
+from jfbnb.metrics import psnr
 from jfbnb.networks import Denoiser, DnCNN
 from jfbnb.operators import (
+    MRI,
     Blur,
+    Convolution,
+    Downsampling,
+    Inpainting,
     LinearOperator,
+    Separable,
     conjugate_gradients,
     gaussian_kernel,
     get_protocol,
     measure,
+    scene_size,
     toeplitz,
 )
 
@@ -38,23 +54,224 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.manual_seed(seed))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (20, 33)])
-@pytest.mark.parametrize("kernel", [(5, math.sqrt(5)), (9, 1.0)])
-def test_adjoint(size, kernel):
-    A = Blur(size, *kernel)
-    u, v = random(2, 3, *size), random(2, 3, *size, seed=1)
-    torch.testing.assert_close((A(u) * v).sum(), (u * A.adjoint(v)).sum(), rtol=1e-12, atol=0)
+def kernel_of(*shape: int) -> torch.Tensor:
+    """Positive, of sum 1; no outer product unless it is one pixel high or wide."""
+    kernel = 0.1 + random(*shape).abs()
+    return kernel / kernel.sum()
 
 
-@pytest.mark.parametrize("size", [(32, 32), (20, 33)])
-def test_blur_is_conv2d_and_scipy(size):
-    A, g = Blur(size, 5, 2.0), gaussian_kernel(5, 2.0)
-    x = random(2, 3, *size)
-    kernel = torch.outer(g, g)
-    by_torch = F.conv2d(x.flatten(0, 1)[:, None], kernel[None, None], padding=2).view_as(x)
-    torch.testing.assert_close(A(x), by_torch, rtol=0, atol=1e-12)
-    by_scipy = scipy.ndimage.convolve(x[0, 0].numpy(), kernel.numpy(), mode="constant")
-    np.testing.assert_allclose(A(x)[0, 0].numpy(), by_scipy, atol=1e-12)
+def mask_of(*shape: int) -> torch.Tensor:
+    return (random(*shape, seed=2) > 0).double()
+
+
+def dense(A: LinearOperator, *domain: int) -> torch.Tensor:
+    """The matrix of A, from its values on the unit images."""
+    return A(torch.eye(math.prod(domain), dtype=torch.float64).view(-1, *domain)).flatten(1).mT
+
+
+def ramp(height: int, width: int) -> torch.Tensor:
+    return (3.0 * torch.arange(height, dtype=torch.float64)[:, None]
+            + torch.arange(width, dtype=torch.float64))[None, None]
+
+
+# --- every operator, on small images --------------------------------------------------------------
+
+SIZE = (9, 8)
+ODD_AND_EVEN = [(3, 3), (5, 3), (4, 4), (3, 2), (2, 5), (1, 4), (1, 1)]
+SYMMETRIC = [(M + M.mT) / 9 for M in (random(9, 9), random(8, 8))]
+OPERATORS = {
+    "separable": partial(Separable, random(5, 9) / 4, random(11, 8) / 4),
+    "separable, symmetric": partial(Separable, *SYMMETRIC),
+    **{f"blur, {border}": partial(Blur, SIZE, 5, 2.0, border) for border in ("black", "unknown")},
+    **{f"convolution, {shape}, {border}, stride {stride}":
+       partial(Convolution, SIZE, kernel_of(*shape), border, stride)
+       for shape, stride in [*((shape, 1) for shape in ODD_AND_EVEN), ((3, 2), 2), ((4, 5), 3)]
+       for border in ("black", "unknown")},
+    "kernel of sum 0": partial(Convolution, SIZE, kernel_of(3, 3) - 1 / 9),
+    **{f"downsampling by {factor}": partial(Downsampling, SIZE, factor) for factor in (1, 2, 3)},
+    "downsampling after a kernel": partial(Downsampling, SIZE, 2, kernel_of(3, 4)),
+    "inpainting": partial(Inpainting, mask_of(*SIZE)),
+    "inpainting by channel": partial(Inpainting, mask_of(2, *SIZE)),
+    "MRI": partial(MRI, mask_of(*SIZE)),
+    "MRI with a phase": partial(MRI, mask_of(*SIZE), random(*SIZE)),
+}
+
+
+@pytest.fixture(params=OPERATORS)
+def A(request) -> LinearOperator:
+    return OPERATORS[request.param]()
+
+
+def test_adjoint_is_the_transpose(A):
+    assert A.check_adjoint(2, *SIZE) < 1e-12
+    M, d = dense(A, 2, *SIZE), torch.rand_like(A(random(3, 2, *SIZE)))
+    assert A.adjoint(d).shape == (3, 2, *SIZE)
+    torch.testing.assert_close(A.adjoint(d).flatten(1), d.flatten(1) @ M, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "tau", "apart"), [
+    (torch.float64, 0.5, 1e-9), (torch.float64, 1e-3, 1e-8), (torch.float32, 0.05, 1e-4)])
+def test_solve_normal_is_a_dense_solve(A, dtype, tau, apart):
+    """Image by image: also of one that is much darker, and of none."""
+    M = dense(A, 2, *SIZE)
+    r = random(3, 2, *SIZE) * torch.tensor([1, 1e-6, 0]).view(3, 1, 1, 1)
+    normal = M.mT @ M + tau * torch.eye(M.shape[1], dtype=torch.float64)
+    expected = torch.linalg.solve(normal, r.flatten(1).mT).mT
+    for solver in (A.solve_normal, lambda *args: LinearOperator.solve_normal(A, *args)):
+        x = solver(r.to(dtype), tau)
+        assert x.dtype == dtype and not x[2].any()
+        wrong = (x.flatten(1) - expected).norm(dim=1)
+        assert (wrong[:2] <= apart * expected[:2].norm(dim=1)).all()
+
+
+def test_solve_normal_is_differentiable(A):
+    r, tau = random(2, 2, *SIZE), torch.tensor(0.3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(A.solve_normal, (r.requires_grad_(), tau.requires_grad_()),
+                                    fast_mode=True)
+
+
+def test_forward_and_adjoint_are_differentiable(A):
+    x, d = random(2, 2, *SIZE), A(random(2, 2, *SIZE, seed=1))
+    for apply, transposed, u, v in ((A, A.adjoint, x, d), (A.adjoint, A, d, x)):
+        gradient, = torch.autograd.grad((apply(u.requires_grad_()) * v.detach()).sum(), u)
+        torch.testing.assert_close(gradient, transposed(v), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_everything_keeps_shape_and_type(A, dtype):
+    x = random(2, 2, *SIZE).to(dtype)
+    d = A(x)
+    assert A.adjoint(d).shape == A.guess(d).shape == A.solve_normal(x, 0.1).shape == x.shape
+    for found in (d, A.adjoint(d), A.guess(d), A.solve_normal(x, 0.1), A.visible(x)):
+        assert found.dtype == dtype and found.isfinite().all()
+    torch.testing.assert_close(d.double(), A(x.double()), rtol=0, atol=1e-5)
+
+
+def test_an_operator_is_no_weights_and_says_on_one_line_what_it_is(A):
+    assert A.state_dict() == {} and not list(A.parameters())
+    assert repr(A).startswith(f"{type(A).__name__}(") and "\n" not in repr(A)
+
+
+def test_an_operator_moves_with_its_digits(A):
+    """The meta device computes shapes alone, and refuses what was left behind on the CPU."""
+    x = random(2, 2, *SIZE)
+    d, buffers = A(x), [b.dtype for b in A.buffers()]
+    assert set(buffers) == {torch.float64}
+    for other in (copy.deepcopy(A), pickle.loads(pickle.dumps(A))):
+        assert torch.equal(other(x), d)
+    moved = copy.deepcopy(A).to("meta")
+    assert [b.dtype for b in moved.buffers()] == buffers
+    assert {b.device.type for b in moved.buffers()} == {"meta"}
+    on_meta = moved(x.to("meta"))
+    assert on_meta.shape == d.shape and moved.adjoint(on_meta).shape == x.shape
+    less = copy.deepcopy(A).to(torch.float32)  # as a whole model may be
+    torch.testing.assert_close(less(x), d, rtol=0, atol=1e-5)
+    assert less.check_adjoint(2, *SIZE) < 1e-5
+
+
+# --- convolutions ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("border", ["black", "unknown"])
+@pytest.mark.parametrize("shape", [*ODD_AND_EVEN, (7, 9)])
+@pytest.mark.parametrize("separable", [False, True])
+def test_convolution_is_scipys(shape, border, stride, separable):
+    kernel = kernel_of(*shape)
+    if separable:
+        kernel = torch.outer(kernel.sum(1), kernel.sum(0))
+    x = random(1, 2, 17, 22)
+    A = Convolution((17, 22), kernel, border, stride)
+    assert bool(A.factors) is (separable or 1 in shape)
+    expected = [scipy.ndimage.convolve(channel, kernel.numpy(), mode="constant")
+                if border == "black" else
+                scipy.signal.convolve2d(channel, kernel.numpy(), mode="valid")
+                for channel in x[0].numpy()]
+    np.testing.assert_allclose(A(x)[0], np.stack(expected)[:, ::stride, ::stride], atol=1e-12)
+    if stride == 1:
+        assert A(x).shape[2:] == (17, 22) if border == "black" else (
+            scene_size(A(x).shape[2:], shape) == (17, 22))
+
+
+@pytest.mark.parametrize("border", ["black", "unknown"])
+def test_blur_is_the_convolution_with_scipys_gaussian(border):
+    A, x = Blur((20, 33), 5, 2.0, border), random(1, 1, 20, 33)
+    expected = scipy.ndimage.gaussian_filter(x[0, 0].numpy(), 2.0, mode="constant", radius=2)
+    inner = expected if border == "black" else expected[2:-2, 2:-2]
+    np.testing.assert_allclose(A(x)[0, 0], inner, atol=1e-12)
+
+
+@pytest.mark.parametrize("n", [97, 128])
+def test_the_length_of_an_fft_has_small_factors_and_changes_nothing(n):
+    kernel, x = kernel_of(4, 3), random(1, 1, n, 50)
+    A = Convolution((n, 50), kernel)
+    for length in A.grid:
+        for prime in (2, 3, 5, 7):
+            while length % prime == 0:
+                length //= prime
+        assert length == 1
+    np.testing.assert_allclose(
+        A(x)[0, 0], scipy.signal.convolve2d(x[0, 0], kernel, mode="valid"), atol=1e-12)
+
+
+@pytest.mark.parametrize("border", ["black", "unknown"])
+@pytest.mark.parametrize("kernel", [kernels.motion(5, 30), kernels.disk(2.2),
+                                    kernels.gaussian(1.0, 5)[:, 1:-1]])
+def test_what_is_visible_lies_where_it_was_seen(kernel, border):
+    """A kernel that is symmetric leaves a ramp as it is: but for what the border hides."""
+    x = ramp(14, 17)
+    A = Convolution((14, 17), kernel / kernel.sum(), border)
+    kept = (slice(3, -3),) * 2 if border == "black" else (slice(None),) * 2
+    torch.testing.assert_close(A(x)[..., *kept], A.visible(x)[..., *kept], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", ODD_AND_EVEN)
+@pytest.mark.parametrize("border", ["black", "unknown"])
+def test_the_guess_shows_what_was_measured(shape, border):
+    A = Convolution((11, 13), kernel_of(*shape), border)
+    d = A(random(2, 3, 11, 13))
+    assert torch.equal(A.visible(A.guess(d)), d)
+    x = A.guess(torch.ones_like(d))
+    assert torch.equal(x, torch.ones_like(x))  # beyond the border it goes on
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [(13, 16), (12, 12)])
+def test_a_pixel_of_less_resolution_is_the_mean_of_those_that_are_visible(factor, size):
+    A, x = Downsampling(size, factor), random(1, 2, *size)
+    d = A(x)
+    assert d.shape[2:] == (size[0] // factor, size[1] // factor)
+    torch.testing.assert_close(d, avg_pool2d(A.visible(x), factor), rtol=0, atol=1e-12)
+    torch.testing.assert_close(avg_pool2d(A.visible(A.guess(d)), factor), d, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("border", ["black", "unknown"])
+def test_a_pixel_of_less_resolution_lies_around_where_it_was_seen(border):
+    """Every third value: of the pixels beside it too, as far as the image goes."""
+    x = ramp(11, 9)
+    A = Convolution((11, 9), torch.ones(1, 1), border, stride=3)
+    rows, columns = (3 * ((torch.arange(n) + 1) // 3).clamp(max=(n - 1) // 3) for n in (11, 9))
+    assert torch.equal(A.guess(A(x)), x[..., rows, :][..., columns])
+    # The last column shown is beside the one at 6: that at 8 is not.
+    assert torch.equal(A.visible(x), x[..., :11, :8])
+
+
+@pytest.mark.parametrize("make", [
+    lambda: Separable(random(5, 9), random(11, 8)), lambda: Blur((9, 8), 5, 2.0, "unknown"),
+    lambda: Blur((9, 8), 5, 5**0.5), lambda: Downsampling((9, 8), 2),
+    lambda: Convolution((9, 8), kernel_of(1, 4))])
+def test_the_inverse_is_numpys(make):
+    A = make()
+    d = A(random(2, 1, 9, 8))
+    expected = d.flatten(1).numpy() @ np.linalg.pinv(dense(A, 1, 9, 8).numpy(), rcond=1e-12).T
+    np.testing.assert_allclose(direct_inverse(A, d).flatten(1), expected, rtol=1e-7, atol=1e-7)
+
+
+def test_a_convolution_of_another_size_is_refused_and_not_cut():
+    A = Convolution((20, 22), kernel_of(3, 4))
+    for size in ((20, 23), (19, 22), (24, 26)):
+        with pytest.raises(UserError, match=r"operator on \(20, 22\)"):
+            A(random(1, 1, *size))
 
 
 def test_kernel_is_a_sampled_gaussian():
@@ -69,13 +286,241 @@ def test_toeplitz_is_scipys():
     np.testing.assert_array_equal(toeplitz(g, 7).numpy(), scipy.linalg.toeplitz(column))
 
 
-def dense(A: Blur) -> np.ndarray:
-    return np.kron(A.K_h.numpy(), A.K_w.numpy())
+# --- a picture that is cut from a scene -----------------------------------------------------------
+
+
+def camera(kernel: torch.Tensor, n: int, noise_std: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A window of n x n from the middle of a photograph that SciPy blurred as a whole; and sharp.
+
+    To 8 bits, as a camera's.
+    """
+    scene = skimage.data.astronaut().transpose(2, 0, 1) / 255.0
+    blurred = np.stack([scipy.ndimage.convolve(channel, kernel.numpy()) for channel in scene])
+    blurred += noise_std * np.random.default_rng(0).standard_normal(blurred.shape)
+    middle = (..., *(slice(256 - n // 2, 256 + n // 2),) * 2)
+    return tuple(torch.from_numpy(image[middle].copy()).float()[None]
+                 for image in ((255 * blurred).round().clip(0, 255) / 255, scene))
+
+
+@pytest.mark.parametrize(("method", "kernel"), [
+    ("tikhonov", kernels.gaussian(5**0.5, 5)), ("tikhonov", kernels.motion(9, 30)),
+    ("jfb-head", kernels.gaussian(5**0.5, 5))], ids=["tikhonov", "motion", "jfb-head"])
+def test_an_unknown_border_restores_what_a_black_one_spoils(method, kernel):
+    d, x = camera(kernel, 96, 0.01)
+    restorer = methods.make_methods([method], methods.RELEASED, torch.device("cpu"))[method]
+    reached = {}
+    for border in ("black", "unknown"):
+        A = Convolution(scene_size(d.shape[2:], kernel.shape, border), kernel, border)
+        y, info = restorer(A, d, 0.01)
+        reached[border] = psnr(A.visible(y), x).item()
+        assert border == "black" or info is None or info.converged.all()
+    before = psnr(d, x).item()
+    assert reached["unknown"] > before + (3.5 if method == "jfb-head" else 1.5)
+    assert reached["black"] < before - 2
+
+
+# --- conjugate gradients --------------------------------------------------------------------------
+
+
+class Counting(Convolution):
+    """A motion blur that counts how often it is applied."""
+
+    def __init__(self, *size: int):
+        super().__init__(size, kernels.motion(9, 30))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return super().forward(x)
+
+
+class Forgetful(Counting):
+    """One that starts every solve from zero."""
+
+    def solve_normal(self, r, tau):
+        operators._before.pop(self, None)
+        return super().solve_normal(r, tau)
+
+
+def test_a_start_and_a_preconditioner_save_iterations_and_change_nothing():
+    A, tau, b = Counting(40, 44), 1e-3, random(2, 3, 40, 44)
+    M, tolerance = (lambda x: A.adjoint(A(x)) + tau * x), 1e-10
+    exact = conjugate_gradients(M, b, 1e-14)
+
+    def calls(**options) -> int:
+        A.calls = 0
+        found = conjugate_gradients(M, b, tolerance, **options)
+        torch.testing.assert_close(found, exact, rtol=0, atol=1e-6 * exact.abs().max().item())
+        return A.calls
+
+    plain = calls()
+    assert calls(precondition=lambda r: A.precondition(r, tau)) < 0.5 * plain
+    assert calls(start=exact + 1e-5 * random(2, 3, 40, 44)) < 0.7 * plain
+    # A start that is farther off than zero costs the look at it.
+    assert calls(start=-exact) == plain + 1
+
+
+@pytest.mark.parametrize("border", ["black", "unknown"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_preconditioner_is_symmetric_positive_definite_and_about_the_inverse(border, stride):
+    A, tau = Convolution((12, 11), kernels.disk(1.6), border, stride), 0.01
+    P = A.precondition(torch.eye(132, dtype=torch.float64).view(132, 1, 12, 11), tau).flatten(1)
+    torch.testing.assert_close(P, P.mT, rtol=0, atol=1e-10)
+    K = dense(A, 1, 12, 11)
+    M = K.mT @ K + tau * torch.eye(132, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(P).min() > 0
+    spread = torch.linalg.eigvals(P @ M).real.sort().values
+    plain = torch.linalg.eigvalsh(M)
+    assert (spread[66] / plain[66] - 1).abs() > 0  # not the identity
+    assert 0.3 < spread.median() < 3
+    if stride == 1:
+        assert spread[-1] / spread[0] < 0.5 * plain[-1] / plain[0]
+
+
+def test_a_fixed_point_needs_fewer_iterations_from_the_last_solution():
+    torch.manual_seed(0)
+    D = Denoiser(Contractive(3, 8), 0.05)
+    found, calls = [], []
+    for A in (Forgetful(48, 48), Counting(48, 48)):
+        T = SplittingMap(A, D, 0.003)
+        d = A(torch.rand(1, 3, 48, 48, generator=torch.manual_seed(1)))
+        A.calls = 0
+        x, info = solve(T, d, 1e-4)
+        assert info.converged.all()
+        found.append(x)
+        calls.append(A.calls)
+    assert (found[1] - found[0]).norm() < 2e-4 * found[0].norm()
+    assert calls[1] < 0.7 * calls[0]
+
+
+BEFORE = {
+    "another image": lambda r: -r.flip(2, 3),
+    "a far brighter one": lambda r: 1e6 * r,
+    "NaN": lambda r: r * torch.where(torch.arange(44) == 7, math.nan, 1.0),
+    "infinity": lambda r: r / torch.where(torch.arange(44) == 7, 0.0, 1.0),
+    "one of two NaN": lambda r: r * torch.tensor([math.nan, 1.0]).view(2, 1, 1, 1),
+    "nothing": torch.zeros_like,
+    "more images": lambda r: torch.cat([r, r]),
+    "fewer images": lambda r: r[:1],
+    "more digits": lambda r: r.double(),
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("change", [None, "inference mode", "overwritten", "copied"])
+def test_what_was_solved_before_does_not_matter(before, change):
+    fresh, used = (Convolution((40, 44), kernels.motion(9, 30)) for _ in range(2))
+    r = torch.randn(2, 3, 40, 44, generator=torch.manual_seed(0))
+    expected = fresh.solve_normal(r, 0.05)
+    with torch.inference_mode(change == "inference mode"):
+        x = used.solve_normal(BEFORE[before](r), 0.01)
+    if change == "overwritten":
+        x.fill_(math.nan)
+    if change == "copied":
+        used = copy.deepcopy(used)
+    r.requires_grad_()
+    again = used.solve_normal(r, 0.05)
+    assert again.dtype == r.dtype and (again - expected).norm() <= 1e-4 * expected.norm()
+    again.square().sum().backward()
+    assert r.grad.isfinite().all()
+
+
+def test_an_operator_takes_its_memory_with_it():
+    gc.collect()
+    entries = len(operators._before)
+    A = Convolution((40, 44), kernels.motion(9, 30))
+    size = len(pickle.dumps(A))
+    for seed in range(3):
+        A.solve_normal(random(2, 3, 40, 44, seed=seed), 0.1)
+    assert len(operators._before) == entries + 1
+    assert len(pickle.dumps(A)) == size
+    del A
+    gc.collect()
+    assert len(operators._before) == entries
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e30])
+def test_what_is_not_finite_stays_so_and_keeps_no_other_image_waiting(bad):
+    """1e30 is finite in float32, and its square is not."""
+    A, r = Counting(40, 44), torch.randn(2, 3, 40, 44, generator=torch.manual_seed(0))
+    alone = A.solve_normal(r[1:], 0.05)
+    calls, A.calls = A.calls, 0
+    r[0, 0, 3, 4] = bad
+    x = A.solve_normal(r, 0.05)
+    assert A.calls <= calls + 1
+    assert not x[0].isfinite().all() and not A.solve_normal(r[:1], 0.05).isfinite().all()
+    torch.testing.assert_close(x[1:], alone, rtol=0, atol=1e-4)
+
+
+def test_conjugate_gradients_that_do_not_arrive_say_how_far_they_are():
+    A, b = Counting(40, 44), torch.cat([random(1, 3, 40, 44), torch.zeros(1, 3, 40, 44)])
+    with pytest.warns(UserWarning, match=r"after 3 iterations at \de\+\d\d times their tolerance"):
+        x = conjugate_gradients(lambda v: A.adjoint(A(v)) + 1e-4 * v, b, 1e-6, 3)
+    assert x[0].any() and not x[1].any()
+
+
+def test_few_iterations_do_not_pass_for_a_solution():
+    """With next to no noise the residual soon is small, where the image is still far off."""
+    A, tau = Convolution((40, 40), kernels.disk(3)), 1e-5
+    x = torch.from_numpy(skimage.data.camera()[200:240, 200:240] / 255.0)[None, None]
+    r = A.adjoint(A(x)) + tau * x
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = A.solve_normal(r.float(), tau).double()
+    assert (A.visible(found) - A.visible(A.solve_normal(r, tau))).abs().max() < 0.02
+
+
+def test_float32_is_enough_for_the_closed_form():
+    """At the weight of the prior that goes with a noise of 0.001."""
+    A, tau = Blur((100, 100), 5, 5**0.5, "unknown"), 5e-4
+    x = torch.from_numpy(skimage.data.camera()[200:300, 200:300] / 255.0)[None, None]
+    r = A.adjoint(A(x)) + tau * x
+    torch.testing.assert_close(A.solve_normal(r.float(), tau).double(), A.solve_normal(r, tau),
+                               rtol=0, atol=1e-3)
+
+
+# --- MRI and inpainting ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 6)])
+def test_mri_is_numpys_transform_of_lines_with_the_origin_in_the_middle(size):
+    mask, phase, x = mask_of(*size), random(*size), random(1, 1, *size)
+    z = x[0, 0].numpy() * np.exp(1j * phase.numpy())
+    k = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(z), norm="ortho")) * mask.numpy()
+    found = torch.view_as_complex(MRI(mask, phase)(x))[0, 0].numpy()
+    np.testing.assert_allclose(found, k, atol=1e-12)
+    one = torch.zeros(1, 1, *size)
+    one[..., size[0] // 2, size[1] // 2] = 1  # a point in the middle has a flat, real k-space
+    flat = MRI(torch.ones(size))(one)
+    torch.testing.assert_close(flat, torch.tensor([1.0, 0.0]).expand_as(flat)
+                               / math.prod(size) ** 0.5)
+
+
+def test_with_all_lines_and_the_right_phase_the_adjoint_is_the_inverse():
+    x, phase = random(2, 1, 9, 8), 3 * random(9, 8)
+    A = MRI(torch.ones(9, 8), phase)
+    torch.testing.assert_close(A.adjoint(A(x)), x, rtol=0, atol=1e-12)
+
+
+def test_inpainting_starts_from_known_pixels_and_their_neighbours():
+    mask = torch.zeros(5, 9)
+    mask[2, 1] = mask[2, 7] = 1
+    d = Inpainting(mask)(torch.arange(9.0).expand(1, 1, 5, 9))
+    x = Inpainting(mask).guess(d)
+    assert torch.equal(mask * x, d)
+    expected = torch.tensor([1.0, 1, 1, 1, 4, 7, 7, 7, 7]).expand_as(x)
+    torch.testing.assert_close(x, expected)
+    known = Inpainting(torch.ones(5, 9))
+    assert torch.equal(known.guess(d), d)
+
+
+# --- baselines ------------------------------------------------------------------------------------
 
 
 def test_inverse_tikhonov_and_spectrum_against_dense():
     A = Blur((10, 12), 5, math.sqrt(5))
-    M, d = dense(A), random(1, 1, 10, 12)
+    M, d = np.kron(A.K_h.numpy(), A.K_w.numpy()), random(1, 1, 10, 12)
     rhs = d.numpy().ravel()
     np.testing.assert_allclose(direct_inverse(A, d).numpy().ravel(), np.linalg.solve(M, rhs),
                                rtol=1e-8)
@@ -286,7 +731,7 @@ def test_an_operator_without_adjoint_or_inverse_says_so():
 
 
 def test_operators_have_no_entries_among_the_weights():
-    assert Blur(16, 5, 2.0).state_dict() == {} == Halves(6).state_dict()
+    assert Halves(6).state_dict() == {}
     T = make_map(PreconditionedMap, Halves(6), Denoiser(DnCNN(2, 4), 0.1))
     names = set(T.state_dict())
     assert "log_tau" in names and not any(name.startswith("A.") for name in names)
@@ -302,13 +747,38 @@ def test_noise_has_the_shape_of_what_is_measured():
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda: Blur(4, 5, 2.0), "smaller than the 5 x 5 blur kernel"),
-    (lambda: gaussian_kernel(4, 2.0), "odd"),
+    (lambda: Blur(4, 5, 2.0), "4 x 4 pixels is smaller than the 5 x 5 blur kernel"),
+    (lambda: Convolution((9, 4), kernel_of(3, 5)), "4 x 9 pixels is smaller than the 5 x 3"),
+    (lambda: Blur(9, 4, 2.0), "kernel size 4: choose an odd"),
     (lambda: gaussian_kernel(-1, 2.0), "odd"),
-    (lambda: gaussian_kernel(5, 0.0), "positive"),
-    (lambda: gaussian_kernel(5, float("nan")), "positive"),
-    (lambda: get_protocol("papr"), "unknown protocol 'papr': choose one of paper, code"),
+    (lambda: gaussian_kernel(5, 0.0), "kernel std 0.0: choose a positive"),
+    (lambda: gaussian_kernel(5, math.nan), "positive"),
+    (lambda: gaussian_kernel(5, math.inf), "positive"),
+    (lambda: Blur(9, 5, 2.0, border="x"), "border 'x': choose unknown or black"),
+    (lambda: Convolution(9, np.zeros((3, 3))), "a kernel of zeros"),
+    (lambda: Convolution(9, torch.tensor([[1.0, math.nan]])), "not finite"),
+    (lambda: Convolution(9, [[1.0, math.inf]]), "not finite"),
+    (lambda: Convolution(9, torch.ones(3)), r"a kernel of shape \(3,\)"),
+    (lambda: Convolution(9, torch.ones(3, 3, 3)), r"a kernel of shape \(3, 3, 3\)"),
+    (lambda: Convolution(9, torch.ones(0, 3)), r"a kernel of shape \(0, 3\)"),
+    (lambda: Convolution(9, kernel_of(3, 3)).inverse(torch.ones(1, 1, 7, 7)),
+     "Convolution has no known inverse"),
+    (lambda: Downsampling(9, 0), "factor 0: give a positive"),
+    (lambda: Downsampling(9, -2), "factor -2"),
+    (lambda: Downsampling(9, 10), "smaller than the 10 x 10"),
+    (lambda: Inpainting(torch.zeros(4, 4)), "a mask must be of 0 and 1, and not of 0 alone"),
+    (lambda: Inpainting(np.full((4, 4), 255)), "a mask must be of 0 and 1"),
+    (lambda: MRI(torch.zeros(4, 4)), "a mask must be of 0 and 1"),
+    (lambda: MRI(torch.full((4, 4), 0.5)), "a mask must be of 0 and 1"),
+    (lambda: MRI(torch.full((4, 4), math.nan)), "a mask must be of 0 and 1"),
+    (lambda: MRI(torch.ones(4, 4), torch.zeros(4, 5)), r"a phase of shape \(4, 5\)"),
+    (lambda: MRI(torch.ones(4, 4), torch.full((4, 4), math.nan)), "give finite values"),
+    (lambda: MRI(torch.ones(4, 4))(torch.ones(1, 1, 4, 5)), "the same height and width"),
+    (lambda: MRI(torch.ones(4, 4)).adjoint(torch.ones(1, 1, 4, 5, 2)), "a k-space of shape"),
+    (lambda: MRI(torch.ones(4, 4)).adjoint(torch.ones(1, 1, 4, 4)), "a k-space of shape"),
+    (lambda: get_protocol("papr"), "unknown protocol 'papr': choose one of paper, code, camera"),
 ])
 def test_bad_input(make, message):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         make()
+    assert "\n" not in str(caught.value)

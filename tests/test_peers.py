@@ -1,14 +1,29 @@
-"""Against the peers' own implementations: torchdeq's and deepinv's, on the same maps."""
+"""Against the peers' own implementations: torchdeq's, deepinv's and scikit-image's."""
 
+import copy
+from collections.abc import Iterator
+
+import numpy as np
 import pytest
+import skimage.data
+import skimage.restoration
 import torch
 from conftest import MAPS, make_map
 
-from jfbnb.baselines import total_variation
+from jfbnb import kernels
+from jfbnb.baselines import tikhonov, total_variation
+from jfbnb.common import UserError
 from jfbnb.fixed_point import solve
 from jfbnb.gradients import implicit, jfb
 from jfbnb.maps import ProximalMap
-from jfbnb.operators import Blur, gaussian_kernel
+from jfbnb.operators import (
+    MRI,
+    Blur,
+    Convolution,
+    Downsampling,
+    Inpainting,
+    from_deepinv,
+)
 
 deepinv = pytest.importorskip("deepinv")
 torchdeq = pytest.importorskip("torchdeq")
@@ -34,15 +49,132 @@ def physics():
     return make
 
 
-@pytest.mark.parametrize(("size", "std", "image"), [(5, 5**0.5, (16, 20)), (9, 1.0, (24, 16))])
-def test_blur_is_deepinvs_with_zero_padding(size, std, image):
-    kernel = gaussian_kernel(size, std).float()
-    theirs = deepinv.physics.Blur(filter=torch.outer(kernel, kernel)[None, None],
-                                  padding="constant")
-    x = torch.rand(2, 3, *image, generator=torch.manual_seed(0))
-    ours = Blur(image, size, std)
-    torch.testing.assert_close(ours(x), theirs.A(x), rtol=0, atol=1e-6)
-    torch.testing.assert_close(ours.adjoint(x), theirs.A_adjoint(x), rtol=0, atol=1e-6)
+# --- operators ------------------------------------------------------------------------------------
+
+SIZE = (16, 18)
+MASK = (torch.rand(SIZE, generator=torch.manual_seed(1)) > 0.4).double()
+KERNELS = {"gaussian": kernels.gaussian(5**0.5, 5), "motion": kernels.motion(5, 30),
+           "even": torch.rand(4, 2, dtype=torch.float64, generator=torch.manual_seed(2)) / 4}
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(*shape, dtype=torch.float64, generator=torch.manual_seed(seed))
+
+
+def pairs() -> Iterator:
+    """Ours and theirs, float64."""
+    for name, kernel in KERNELS.items():
+        theirs = {"filter": kernel[None, None]}
+        for border, padding in (("black", "constant"), ("unknown", "valid")):
+            yield pytest.param(
+                lambda k=kernel, border=border: Convolution(SIZE, k, border),
+                lambda t=theirs, padding=padding: deepinv.physics.Blur(**t, padding=padding),
+                id=f"{name}, {border}")
+        for factor in (2, 3):
+            yield pytest.param(
+                lambda k=kernel, factor=factor: Downsampling(SIZE, factor, k),
+                lambda t=theirs, factor=factor: deepinv.physics.Downsampling(
+                    (3, *SIZE), factor=factor, padding="valid", **t),
+                id=f"{name}, one of {factor}")
+    yield pytest.param(lambda: Blur(SIZE, 5, 5**0.5), lambda: deepinv.physics.Blur(
+        filter=KERNELS["gaussian"][None, None], padding="constant"), id="blur")
+    yield pytest.param(lambda: Inpainting(MASK), lambda: deepinv.physics.Inpainting(
+        (3, *SIZE), mask=MASK), id="inpainting")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), list(pairs()))
+def test_an_operator_is_deepinvs(ours, theirs):
+    """Forward, adjoint, and their proximal map, which is our solve_normal with tau = 1 / gamma."""
+    ours, theirs, gamma = ours(), theirs(), 20.0
+    x, z = images(2, 3, *SIZE), images(2, 3, *SIZE, seed=1)
+    d = ours(x)
+    torch.testing.assert_close(d, theirs.A(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours.adjoint(d), theirs.A_adjoint(d), rtol=0, atol=1e-10)
+    found = ours.solve_normal(ours.adjoint(d) + z / gamma, 1 / gamma)
+    # Their conjugate gradients stop at 1e-6.
+    prox = theirs.prox_l2(z, d, gamma, solver="lsqr", max_iter=1000, tol=1e-13)
+    torch.testing.assert_close(found, prox, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("phase", [None, 3 * images(*SIZE)], ids=["real", "phase"])
+def test_mri_is_deepinvs_on_complex_images(phase):
+    """Theirs has the real and the imaginary part as two channels, of the image and of k-space."""
+    symmetric = MASK * MASK.flip(0, 1).roll((1, 1), (0, 1))  # theirs solves for complex images
+    ours, theirs = MRI(symmetric, phase), deepinv.physics.MRI(mask=symmetric)
+    turn = torch.zeros(SIZE) if phase is None else phase
+    rotation = torch.stack([turn.cos(), turn.sin()])
+    x, d = images(2, 1, *SIZE), images(2, 1, *SIZE, 2)
+    torch.testing.assert_close(ours(x)[:, 0].movedim(-1, 1), theirs.A(x * rotation),
+                               rtol=0, atol=1e-10)
+    adjoint = theirs.A_adjoint(d[:, 0].movedim(-1, 1))
+    torch.testing.assert_close(ours.adjoint(d), (adjoint * rotation).sum(1, keepdim=True),
+                               rtol=0, atol=1e-10)
+    if phase is None:
+        prox = theirs.prox_l2(torch.cat([x, 0 * x], 1), d[:, 0].movedim(-1, 1), 20.0)
+        torch.testing.assert_close(ours.solve_normal(ours.adjoint(d) + x / 20, 1 / 20),
+                                   prox[:, :1], rtol=0, atol=1e-10)
+
+
+def theirs_alone() -> Iterator:
+    """Operators of deepinv's that are none of ours, and the images they are for."""
+    p, kernel = deepinv.physics, KERNELS["even"][None, None]
+    for name, make, domain in (
+            ("circular blur", lambda: p.BlurFFT((3, *SIZE), filter=kernel.float()), (3, *SIZE)),
+            ("reflected blur", lambda: p.Blur(kernel.float(), padding="reflect"), (3, *SIZE)),
+            ("bicubic", lambda: p.Downsampling((3, *SIZE), filter="bicubic"), (3, *SIZE)),
+            ("grey", p.Decolorize, (3, *SIZE)),
+            ("MRI", lambda: p.MRI(mask=MASK.float()), (2, *SIZE)),
+            ("a seeded mask and noise", lambda: p.Inpainting(
+                (3, *SIZE), mask=0.5, rng=torch.Generator().manual_seed(0),
+                noise_model=p.GaussianNoise(0.5, torch.Generator().manual_seed(0))), (3, *SIZE)),
+            ("one pixel", lambda: p.SinglePixelCamera(m=50, img_size=(1, 16, 16)), (1, 16, 16)),
+            ("tomography", lambda: p.Tomography(12, 16, circle=False, normalize=True),
+             (1, 16, 16))):
+        yield pytest.param(make, domain, id=name)
+
+
+@pytest.mark.parametrize(("make", "domain"), list(theirs_alone()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_any_of_deepinvs_operators_can_be_ours(make, domain, dtype):
+    theirs = make()
+    A, x = from_deepinv(theirs), images(2, *domain).to(dtype)
+    assert A.check_adjoint(*domain) < 1e-6
+    d = A(x)
+    assert d.dtype == dtype and A.guess(d).shape == x.shape
+    assert torch.equal(A(x), d) and torch.equal(copy.deepcopy(A)(x), d)  # without noise
+    torch.testing.assert_close(d, theirs.A(x.float()).to(dtype))
+    prox = theirs.prox_l2(0.0, d.float(), 10.0, max_iter=1000, tol=1e-7)
+    torch.testing.assert_close(tikhonov(A, d, 0.1), prox.to(dtype), rtol=0, atol=1e-4)
+    assert A.state_dict() == {} and not list(A.parameters()) and repr(A).count("\n") == 0
+    assert set(theirs.state_dict()) == set(make().state_dict())  # theirs is as it was
+
+
+def test_a_float64_operator_of_deepinvs_keeps_its_digits():
+    theirs = deepinv.physics.Blur(KERNELS["motion"][None, None], padding="circular")
+    A, x = from_deepinv(theirs), images(2, 3, *SIZE)
+    assert A.check_adjoint(3, *SIZE) < 1e-12
+    torch.testing.assert_close(A(x), theirs.A(x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(A(x.float()).double(), theirs.A(x), rtol=0, atol=1e-6)
+
+
+def test_tikhonov_with_a_blur_that_goes_around_is_scikit_images_wiener():
+    kernel, lam = KERNELS["motion"], 0.02
+    scene = skimage.data.camera()[200:264, 200:264] / 255.0
+    A = from_deepinv(deepinv.physics.BlurFFT((1, 64, 64), filter=kernel[None, None]))
+    d = A(torch.from_numpy(scene)[None, None])
+    point = np.zeros((3, 3))
+    point[1, 1] = 1  # they weigh what a filter makes of the image: here the image itself
+    theirs = skimage.restoration.wiener(d[0, 0].numpy(), kernel.numpy(), lam, reg=point,
+                                        clip=False)
+    np.testing.assert_allclose(tikhonov(A, d, lam)[0, 0], theirs, atol=1e-6)
+
+
+def test_what_is_not_linear_cannot_be_ours():
+    with pytest.raises(UserError, match="Haze has no A_adjoint"):
+        from_deepinv(deepinv.physics.Haze())
+
+
+# --- total variation, maps and gradients ----------------------------------------------------------
 
 
 def test_total_variation_is_deepinvs_on_denoising():

@@ -1,18 +1,25 @@
 """The widgets without a browser: their state, their callbacks, and what they say of bad input."""
 
+import base64
 import io
 import re
 import shutil
 import struct
 import subprocess
+import threading
 import time
+import zlib
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
+import scipy.ndimage
+import skimage.data
+import tifffile
 import torch
 from PIL import Image
 
-from jfbnb import datasets, explorers, widgets
+from jfbnb import explorers, images, kernels, photograph_explorer, widgets
 from jfbnb.baselines import gradient_descent_iterate, tikhonov_gradient_descent
 from jfbnb.common import UserError
 from jfbnb.datasets import bundled_photos
@@ -29,6 +36,8 @@ from jfbnb.maps import SplittingMap
 from jfbnb.methods import METHODS, RELEASED, Tuning, load_model
 from jfbnb.metrics import psnr
 from jfbnb.operators import Blur
+from jfbnb.photograph_explorer import PhotographExplorer
+from jfbnb.photographs import Restored
 from jfbnb.widgets import compare, to_png
 
 
@@ -222,10 +231,17 @@ def png(width: int, height: int) -> bytes:
     return buffer.getvalue()
 
 
-def upload(explorer: MethodsExplorer, name: str, content: bytes) -> None:
-    explorer.upload.value = ({"name": name, "type": "image/png", "size": len(content),
-                              "content": memoryview(content),
-                              "last_modified": datetime.now(UTC)},)
+def upload(control, name: str, content: bytes) -> None:
+    """Give a file to an upload button."""
+    control.value = ({"name": name, "type": "image/png", "size": len(content),
+                      "content": memoryview(content), "last_modified": datetime.now(UTC)},)
+
+
+def sent(comparison: widgets.Comparison) -> dict[str, np.ndarray]:
+    """The pictures that a browser gets, (h, w, 3)."""
+    found = re.findall('<img alt="([^"]*)" src="data:image/png;base64,([^"]*)"', comparison.figures)
+    return {label: np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
+            for label, content in found}
 
 
 def test_methods_explorer_restores_what_is_chosen():
@@ -236,7 +252,7 @@ def test_methods_explorer_restores_what_is_chosen():
     before = explorer.comparison.figures
     explorer.image.value = explorer.image.options[1]
     assert explorer.comparison.figures != before and explorer.status.value == ""
-    upload(explorer, "mine.png", png(300, 200))
+    upload(explorer.upload, "mine.png", png(300, 200))
     assert explorer.image.value == "mine.png" and explorer.status.value == ""
     explorer.reset()
     assert explorer.methods.value == MethodsExplorer.START
@@ -253,13 +269,22 @@ def test_methods_explorer_at_the_ends_of_its_sliders():
     assert explorer.comparison.figures.count("<figure ") == 2
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    (b"", "no readable image"), (b"not an image", "no readable image"),
-    (png(300, 200)[:200], "no readable image"), (png(9000, 8000), "too many")])
+def too_large() -> bytes:
+    """The beginning of a PNG of 20000 x 20000 pixels."""
+    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + bytes([8, 2, 0, 0, 0])
+    return (b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+            + struct.pack(">I", zlib.crc32(header)) + png(30, 20)[33:])
+
+
+BAD_PICTURES = [(b"", "empty"), (b"not an image", "known formats"),
+                (png(300, 200)[:200], "cannot read"), (too_large(), "too many")]
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_PICTURES)
 def test_bad_uploads_are_a_line(content, message):
     explorer = MethodsExplorer()
     shown = explorer.comparison.figures
-    upload(explorer, "bad.png", content)
+    upload(explorer.upload, "bad.png", content)
     assert message in explorer.status.value and "bad.png" in explorer.status.value
     assert explorer.comparison.figures == shown
     explorer.methods.value = ("tikhonov",)
@@ -270,9 +295,37 @@ def test_whatever_the_decoder_raises_is_a_line(monkeypatch):
     def fail(*_):
         raise struct.error("unpack requires a buffer of 4 bytes")
 
-    monkeypatch.setattr(datasets, "_decode", fail)
-    with pytest.raises(UserError, match="no readable image"):
+    monkeypatch.setattr(images, "_read", fail)
+    with pytest.raises(UserError, match="cannot read the image"):
         read_upload(png(30, 20), 32)
+
+
+def test_another_file_of_the_same_name_is_shown():
+    explorer = MethodsExplorer()
+    explorer.methods.value = ()
+    for colour in ("red", "blue"):
+        content = io.BytesIO()
+        Image.new("RGB", (140, 140), colour).save(content, "png")
+        upload(explorer.upload, "mine.png", content.getvalue())
+        assert (sent(explorer.comparison)["Original"] == Image.new("RGB", (1, 1), colour)
+                .getpixel((0, 0))).all()
+
+
+def test_uploads_are_blurred_as_scenes_that_go_on():
+    """Their border is no darker, and all is what SciPy makes of the larger scene."""
+    scene = skimage.data.astronaut()[100:232, 100:232]
+    content = io.BytesIO()
+    Image.fromarray(scene).save(content, "png")
+    explorer = MethodsExplorer()
+    explorer.noise.value = 1e-3
+    upload(explorer.upload, "mine.png", content.getvalue())
+    pictures = sent(explorer.comparison)
+    assert np.array_equal(pictures["Original"], scene[2:-2, 2:-2])
+    row = np.exp(-0.5 * np.arange(-2, 3) ** 2 / 5)
+    kernel = np.outer(row, row)[..., None] / row.sum() ** 2
+    blurred = scipy.ndimage.convolve(scene.astype(float), kernel)[2:-2, 2:-2]
+    assert np.abs(pictures[METHODS["measurement"].label] - blurred).max() < 255 * 0.006
+    assert all(picture.shape == (128, 128, 3) for picture in pictures.values())
 
 
 def test_uploads_keep_their_middle():
@@ -308,3 +361,303 @@ def test_explorers_answer_fast(make, name):
         control.value = value if not hasattr(control, "base") else control.base**value
         seconds.append(time.perf_counter() - clock)
     assert min(seconds) < 1.0
+
+
+# --- your photograph ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def explorer(tmp_path) -> PhotographExplorer:
+    """With a method that takes no time, and its example restored."""
+    return PhotographExplorer("tikhonov", folder=tmp_path)
+
+
+def press(explorer: PhotographExplorer) -> None:
+    """The button, and wait for what it does."""
+    explorer.button.click()
+    explorer.worker.join()
+
+
+def tiff(pixels: np.ndarray, **options) -> bytes:
+    content = io.BytesIO()
+    tifffile.imwrite(content, pixels, **options)
+    return content.getvalue()
+
+
+def blurred(text: str, noise_std: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """A photograph (120, 150) and its picture, made by SciPy on a larger scene, then cut."""
+    x = skimage.data.coffee()[100:300, 200:400].mean(axis=2) / 255
+    d = scipy.ndimage.convolve(x, kernels.parse(text).numpy())
+    d = d + noise_std * np.random.default_rng(seed).standard_normal(d.shape)
+    return x[40:160, 25:175], d[40:160, 25:175]
+
+
+def offered(explorer: PhotographExplorer) -> tuple[str, bytes]:
+    """Name and content of the file that the link gives."""
+    name, content = re.search(r'<a download="([^"]*)" href="data:image/\w+;base64,([^"]*)">',
+                              explorer.status.value).groups()
+    return name, base64.b64decode(content)
+
+
+def decibels(a: np.ndarray, b: np.ndarray) -> float:
+    return -10 * np.log10(np.square(a - b).mean())
+
+
+def test_example_is_what_a_camera_sees_and_comes_out_better():
+    explorer = PhotographExplorer()
+    scene = skimage.data.astronaut() / 255
+    kernel = kernels.parse(photograph_explorer.EXAMPLE)
+    d = scipy.ndimage.convolve(scene, kernel[..., None].numpy())
+    below, right = (n - 1 - n // 2 for n in kernel.shape)  # what a camera does not see whole
+    d, truth = (image[20 + below:180 + below, 140 + right:300 + right] for image in (d, scene))
+    pictures = {label: picture / 255 for label, picture in sent(explorer.comparison).items()}
+    assert (pictures["as it was"] - d).std() == pytest.approx(0.01, rel=0.05)
+    assert decibels(pictures["restored"], truth) > decibels(pictures["as it was"], truth) + 4
+    assert explorer.noise.value == pytest.approx(0.01, rel=0.2)  # estimated, and shown
+    name, content = offered(explorer)
+    assert name == "example-jfb-head.png"
+    result = np.asarray(Image.open(io.BytesIO(content))) / 255
+    np.testing.assert_allclose(result, pictures["restored"], atol=1.01 / 255)  # ties are rounded
+
+
+@pytest.mark.parametrize(("text", "dtype"), [
+    ("motion:7,-40", "uint8"), ("gaussian:1.5", "uint16"), ("disk:2.5", "float32")])
+def test_upload_is_restored_in_its_own_depth(explorer, text, dtype):
+    truth, d = blurred(text, 0.01)
+    full = 1 if dtype == "float32" else np.iinfo(dtype).max
+    d = (d * full if full == 1 else np.rint(d * full).clip(0, full)).astype(dtype)
+    upload(explorer.upload, "mine.tif", tiff(d))
+    assert "150 x 120 pixels" in explorer.status.value
+    assert explorer.button.button_style == "primary"
+    kind, numbers = text.split(":")
+    explorer.kernel.kind.value, explorer.method.value = kind, "total-variation"
+    for control, number in zip(explorer.kernel.shapes[kind], numbers.split(","), strict=False):
+        control.value = float(number)
+    assert explorer.kernel.kernel()[0].startswith(text)
+    press(explorer)
+    assert explorer.button.button_style == "" and explorer.button.description == "Restore"
+    name, content = offered(explorer)
+    assert name == f"mine-total-variation.{'tif' if full == 1 else 'png'}"
+    if full == 1:
+        result = tifffile.imread(io.BytesIO(content))
+    else:
+        result = np.asarray(Image.open(io.BytesIO(content)))
+    assert result.dtype == dtype and result.shape == d.shape
+    assert decibels(result / full, truth) > decibels(d / full, truth) + 1.5
+
+
+def test_every_kind_of_kernel_has_its_own_sliders(explorer):
+    controls = explorer.kernel
+    std, size = controls.shapes["gaussian"]
+    for kind, own in controls.shapes.items():
+        controls.kind.value = kind
+        for control in controls.controls[1:]:
+            assert control.layout.display == ("" if control in own else "none")
+    controls.kind.value = "gaussian"
+    std.value = 1.2
+    assert size.value == 9  # reaches three of them
+    size.value = 5
+    assert torch.equal(controls.kernel()[1], kernels.gaussian(1.2, 5))
+    assert "5 x 5" in controls.about.value
+    before = controls.outline.value
+    std.value = 3.0
+    assert controls.outline.value != before
+
+
+def test_kernel_is_read_from_a_file(explorer):
+    kernel = np.random.default_rng(0).integers(0, 255, (4, 7)).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(kernel).save(content, "png")
+    explorer.kernel.kind.value = "a file"
+    assert "no kernel is given" in explorer.kernel.about.value
+    upload(explorer.kernel.file, "psf.png", content.getvalue())
+    assert "7 x 4" in explorer.kernel.about.value
+    np.testing.assert_allclose(explorer.kernel.kernel()[1], kernel / kernel.sum(dtype=float))
+    press(explorer)
+    assert "kernel psf.png" in explorer.status.value
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("psf.png", b"no picture", " psf.png"),
+    ("psf.txt", b"0 0 0\n0 0 0", "the kernel psf.txt has the sum 0"),
+    ("psf.npy", b"", "cannot read the kernel psf.npy"),
+    ("psf.png", png(600, 600), "at most")])
+def test_bad_kernels_are_a_line(explorer, name, content, message):
+    shown = explorer.comparison.figures
+    explorer.kernel.kind.value = "a file"
+    upload(explorer.kernel.file, name, content)
+    assert message in explorer.kernel.about.value
+    press(explorer)
+    assert message in explorer.status.value and explorer.comparison.figures == shown
+    explorer.kernel.kind.value = "disk"
+    assert "color" not in explorer.kernel.about.value
+    press(explorer)
+    assert "kernel disk:3" in explorer.status.value
+
+
+@pytest.mark.parametrize(("content", "message"), BAD_PICTURES)
+def test_bad_photographs_are_a_line(explorer, content, message):
+    shown = explorer.comparison.figures
+    upload(explorer.upload, "<bad>.png", content)
+    assert message in explorer.status.value and "&lt;bad&gt;.png" in explorer.status.value
+    assert explorer.comparison.figures == shown
+    upload(explorer.upload, "small.png", png(6, 5))
+    press(explorer)
+    assert "smaller than the 9 x 7 blur kernel" in explorer.status.value
+    explorer.start_anew.click()
+    explorer.worker.join()
+    assert explorer.comparison.figures == shown and "example-" in offered(explorer)[0]
+
+
+def test_photograph_by_its_path(explorer, tmp_path):
+    explorer.path.value = str(tmp_path / "mine.tif")
+    assert "mine.tif: cannot read" in explorer.status.value
+    (tmp_path / "mine.tif").write_bytes(tiff(blurred("disk:3", 0)[1].astype(np.float32)))
+    explorer.path.value = ""
+    explorer.path.value = str(tmp_path / "mine.tif")
+    assert "mine.tif: 150 x 120 pixels" in explorer.status.value
+
+
+def test_noise_is_estimated_or_told(explorer):
+    upload(explorer.upload, "mine.tif", tiff(blurred("motion:9,30", 0.03)[1].astype(np.float32)))
+    press(explorer)
+    assert explorer.noise.disabled and explorer.noise.value == pytest.approx(0.03, rel=0.2)
+    estimated = explorer.result
+    explorer.estimated.value = False
+    explorer.noise.value = 0.1
+    assert not explorer.noise.disabled
+    press(explorer)
+    assert "noise 0.1," in explorer.status.value and explorer.noise.value == 0.1
+    # A larger noise weighs the prior more: what comes out is smoother.
+    assert explorer.result.diff(dim=2).std() < 0.9 * estimated.diff(dim=2).std()
+
+
+def test_border_is_the_one_that_is_chosen(explorer):
+    scene = skimage.data.coffee()[100:230, 200:340] / 255
+    kernel = kernels.disk(3).numpy()[..., None]
+    d = scipy.ndimage.convolve(scene, kernel, mode="constant")  # black beyond
+    upload(explorer.upload, "mine.tif", tiff(d.astype(np.float32), photometric="rgb"))
+    explorer.kernel.kind.value = "disk"
+    errors = {}
+    for border in ("unknown", "black"):
+        explorer.border.value = border
+        press(explorer)
+        errors[border] = decibels(explorer.result.permute(1, 2, 0).numpy(), scene)
+    assert errors["black"] > errors["unknown"] + 1
+
+
+def test_warnings_and_what_was_decided_are_lines(explorer, monkeypatch):
+    def doubtful(_, d, *args):
+        return Restored(d, 0.02, ["try <b> and --kernel disk:2, or --noise-std", "second"], 1)
+
+    monkeypatch.setattr(photograph_explorer, "restore", doubtful)
+    press(explorer)
+    lines = re.findall("<div.*?</div>", explorer.status.value)
+    assert len(lines) == 3 and "color" in lines[1]
+    assert "try &lt;b&gt; and kernel disk:2, or noise-std<" in lines[1]
+    upload(explorer.upload, "mine.tif", tiff(np.full((40, 50), 3000, np.uint16)))
+    assert "12 bits in 16" in explorer.status.value
+
+
+def test_every_page_of_a_stack_is_restored(explorer):
+    pages = np.stack([blurred("motion:9,30", 0.01, seed)[1] for seed in range(3)])
+    upload(explorer.upload, "stack.tif", tiff(pages.astype(np.float32), photometric="minisblack"))
+    assert "3 pages, of which the first is shown" in explorer.status.value
+    press(explorer)
+    name, content = offered(explorer)
+    result = tifffile.imread(io.BytesIO(content))
+    assert name == "stack-tikhonov.tif" and result.shape == pages.shape
+    np.testing.assert_allclose(result[0], explorer.result[0], atol=1e-6)
+    assert not np.allclose(result[0], result[1], atol=1e-3)
+
+
+def test_progress_is_a_line(explorer, monkeypatch):
+    said = []
+    monkeypatch.setattr(explorer, "say", lambda line, *_, **__: said.append(line))
+    monkeypatch.setattr("jfbnb.photographs.TILE", 100)
+    press(explorer)
+    tiles = int(re.fullmatch(r"restoring, (\d+) tiles: 0%", said[0])[1])
+    assert tiles > 1 and len(said) == tiles + 2
+    for i, line in enumerate(said[1:-1], 1):
+        assert re.fullmatch(rf"restoring, {tiles} tiles: {i / tiles:.0%}, about \d+ s to go", line)
+
+
+def test_restoring_can_be_stopped(explorer, monkeypatch):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(_, d, kernel, noise_std, border, progress):
+        progress(0, 2)
+        begun.set()
+        go_on.wait(60)
+        progress(1, 2)
+
+    shown = explorer.comparison.figures
+    with monkeypatch.context() as patch:
+        patch.setattr(photograph_explorer, "restore", slow)
+        explorer.button.click()
+        assert begun.wait(60)
+        assert explorer.button.description == "Stop" and explorer.upload.disabled
+        assert "restoring, 2 tiles: 0%" in explorer.status.value
+        explorer.button.click()
+        go_on.set()
+        explorer.worker.join()
+    assert "stopped" in explorer.status.value and explorer.comparison.figures == shown
+    assert explorer.button.description == "Restore" and not explorer.upload.disabled
+    press(explorer)
+    assert offered(explorer)
+
+
+def test_a_browser_is_sent_no_more_than_it_can_do_with(explorer):
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 255, (90, 2000), np.uint8)
+    upload(explorer.upload, "mine.tif", tiff(pixels))
+    assert {picture.shape for picture in sent(explorer.comparison).values()} == {(54, 1200, 3)}
+    assert explorer.zoom.layout.display == "" and explorer.across.layout.display == "none"
+    explorer.zoom.value = explorer.zoom.options[1]
+    explorer.across.value = 100
+    shown = sent(explorer.comparison)["as it was"]
+    assert np.array_equal(shown, np.repeat(pixels[:, 1200:, None], 3, axis=2))
+    explorer.reset()
+    assert explorer.zoom.layout.display == "none"
+    assert sent(explorer.comparison)["as it was"].shape == (160, 160, 3)
+
+
+def test_a_large_result_is_written_not_linked(explorer, tmp_path, monkeypatch):
+    _, content = offered(explorer)
+    monkeypatch.setattr(photograph_explorer, "LINKED", 1000)
+    press(explorer)
+    file = tmp_path / "example-tikhonov.png"
+    assert str(file) in explorer.status.value and "<a" not in explorer.status.value
+    assert file.read_bytes() == content
+    file.unlink()
+    file.mkdir()
+    press(explorer)
+    assert "cannot write" in explorer.status.value and explorer.button.description == "Restore"
+
+
+@pytest.mark.parametrize(("error", "message"), [
+    (MemoryError(), "MemoryError"), (RuntimeError("no memory"), "no memory")])
+def test_a_photograph_explorer_lives_on(explorer, monkeypatch, error, message):
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(photograph_explorer, "restore", fail)
+        press(explorer)
+    assert message in explorer.status.value and explorer.button.description == "Restore"
+    press(explorer)
+    assert offered(explorer)
+
+
+def test_photographs_without_weights(tmp_path):
+    explorer = PhotographExplorer(weights=tmp_path)
+    assert "no tuned parameters" in explorer.status.value
+    assert set(explorer._repr_mimebundle_()) >= {"text/plain", "image/png"}
+
+
+def test_a_notebook_keeps_a_small_picture_of_a_photograph(explorer):
+    upload(explorer.upload, "mine.png", png(3000, 2000))
+    bundle = explorer._repr_mimebundle_()
+    picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
+    assert picture.size == (800, 267) and len(bundle["image/png"]) < 200_000
+    assert bundle["text/plain"] == explorers.WITHOUT_KERNEL

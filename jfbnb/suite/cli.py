@@ -4,20 +4,19 @@ import argparse
 import contextlib
 import json
 import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
-import numpy as np
 import torch
-from PIL import Image
+from tqdm import tqdm
 
-from jfbnb import datasets, evaluation, methods, operators, processes
+from jfbnb import datasets, evaluation, images, kernels, methods, operators, photographs, processes
 from jfbnb.common import UserError, atomic_path, parse_yaml, pick_device
 from jfbnb.suite import checkout
 from jfbnb.suite.doctor import examine, expected_methods
-
-MAX_SIDE = 8192  # of an image to blur or deblur, in pixels: A's factors take its square
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("evaluate", help="measure methods on a folder of sharp images")
     _add_data(sub, "folder, tar or zip of images", required=True)
-    sub.add_argument("--protocol", default="paper", help="paper or code")
+    sub.add_argument("--protocol", default="paper", help=", ".join(operators.PROTOCOLS))
     _add_method(sub, "append", "may be repeated; all by default")
     sub.add_argument("--limit", type=int, help="use the first N images")
     sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
@@ -82,12 +81,17 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("deblur", help="restore blurred images of any size")
     _add_images(sub)
+    sub.add_argument("--noise-std", type=lambda text: text if text == "auto" else float(text),
+                     default="auto",
+                     help="on pixel values between 0 and 1; by default auto, which estimates it")
     _add_method(sub, "store", "jfb-head by default")
     _add_weights(sub)
     sub.set_defaults(run=run_deblur)
 
     sub = commands.add_parser("blur", help="blur images and add noise, to try deblur on")
     _add_images(sub)
+    sub.add_argument("--noise-std", type=float, default=0.01,
+                     help="on pixel values between 0 and 1; %(default)s by default")
     sub.add_argument("--seed", type=int, default=0, help="of the noise")
     sub.set_defaults(run=run_blur)
 
@@ -145,14 +149,31 @@ def _weights(text: str) -> Path:
 
 
 def _add_images(sub: argparse.ArgumentParser) -> None:
-    paper = operators.get_protocol("paper")
-    blur = paper.make.keywords
+    paper = operators.get_protocol("paper").make.keywords
     sub.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     sub.add_argument("--out", required=True, type=Path, metavar="DIR")
-    sub.add_argument("--kernel-size", type=int, default=blur["kernel_size"], help="in pixels, odd")
-    sub.add_argument("--kernel-std", type=float, default=blur["kernel_std"], help="in pixels")
-    sub.add_argument("--noise-std", type=float, default=paper.noise_std,
-                     help="on pixel values between 0 and 1")
+    sub.add_argument("--kernel", default=f"gaussian:{paper['kernel_std']},{paper['kernel_size']}",
+                     help=f"{kernels.FORMS}; or a file: a picture, .npy or .txt; by default the "
+                     "paper's, %(default)s")
+    sub.add_argument("--border", choices=["unknown", "black"], default="unknown",
+                     help="what lies beyond the picture: by default a scene that goes on")
+    sub.add_argument("--range", metavar="LOW,HIGH",
+                     help="the numbers in the file for black and white, if not the usual ones")
+
+
+def _range(text: str) -> tuple[float, float]:
+    try:
+        low, high = (float(number) for number in text.split(","))
+    except ValueError as error:
+        raise UserError(f"--range {text}: give two numbers, e.g. 0,4095") from error
+    return low, high
+
+
+def _check_noise(noise_std: float) -> None:
+    # Below 1e-5 it would vanish in float32, of which the methods take the square.
+    if not 1e-5 <= noise_std <= 1:
+        raise UserError(f"--noise-std {noise_std}: give it on the scale of pixel values in [0, 1], "
+                        "e.g. 0.01")
 
 
 def run_reproduce(args: argparse.Namespace) -> None:
@@ -167,11 +188,11 @@ def run_reproduce(args: argparse.Namespace) -> None:
     if args.weights:
         overrides["weights"] = args.weights
     files = reproduce(args.profile, overrides, args.only, args.force,
-                      log=lambda line: print(line, flush=True), folder=args.folder)
+                      log=_say, folder=args.folder)
     table = next((f for f in files if f.name == "table2_comparison.md"), None)
     if table:
-        print(f"\nTable 2\n\n{table.read_text()}")
-    print("Written:", *(f"  {f.relative_to(checkout.work())}" for f in files), sep="\n")
+        _say(f"\nTable 2\n\n{table.read_text()}")
+    _say("\n".join(["Written:", *(f"  {f.relative_to(checkout.work())}" for f in files)]))
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
@@ -193,7 +214,7 @@ def run_train(args: argparse.Namespace) -> None:
     train_network(args.network, network_parameters(args.profile, _overrides(args)),
                   args.start or runs, args.out or runs / "trained",
                   f"jfbnb train {args.network} --profile {args.profile}",
-                  log=lambda line: print(line, flush=True))
+                  log=_say)
 
 
 def run_evaluate(args: argparse.Namespace) -> None:
@@ -227,7 +248,7 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
     if processes.rank():
         return None
     summary = evaluation.summarise(table)
-    print(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
+    _say(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
     for line in evaluation.complaints(table):
         _warn(f"warning: {line}")
     records = summary.set_index("method").to_dict(orient="index")
@@ -239,41 +260,98 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
 
 @torch.no_grad()
 def run_deblur(args: argparse.Namespace) -> None:
-    _check_noise(args.noise_std, positive=True)
     name = args.method or "jfb-head"
+    kernel = kernels.parse(args.kernel)
+    noise_std = None if args.noise_std == "auto" else args.noise_std
+    if noise_std is not None:
+        _check_noise(noise_std)
     device = pick_device(args.device)
-    restore = methods.make_methods([name], args.weights, device)[name]
-    for path, target in _targets(args.images, args.out, name):
-        d = _read(path).to(device)
-        A = operators.Blur(tuple(d.shape[2:]), args.kernel_size, args.kernel_std).to(device)
-        x, info = restore(A, d, args.noise_std)
-        if not x.isfinite().all():
-            raise UserError(f"{name} makes no finite image of {path}: choose another method, or "
-                            "another --kernel-std or --noise-std")
-        _save(target, x, path)
-        state = ""
-        if info is not None:
-            state = (f" ({info.iterations.item()} iterations, relative residual "
-                     f"{info.residual.item():.1e})")
-            if not info.converged.all():
-                _warn(f"warning: {info.complaint([str(path)])}")
-        print(f"{target}{state}")
+    restorer = methods.make_methods([name], args.weights, device)[name]
+
+    def deblur(picture: images.Picture, path: Path, i: int) -> tuple[images.Picture, str]:
+        with tqdm(desc=path.name, unit="tile", disable=None, leave=False) as bar:
+            def progress(done: int, tiles: int) -> None:
+                bar.total, bar.n = tiles, done
+                bar.refresh()
+
+            found = photographs.restore(restorer, picture.pixels.to(device), kernel,
+                                        noise_std, args.border, progress)
+        for line in found.warnings:
+            _warn(f"warning: {path}: {line}")
+        said = f"noise {found.noise_std:.2g}"
+        if found.iterations is not None:
+            said += (f", {found.iterations} iterations, relative residual "
+                     f"{found.residual:.1e}")
+        return picture.with_pixels(found.pixels), said
+
+    _each_picture(args, name, deblur)
 
 
+@torch.no_grad()
 def run_blur(args: argparse.Namespace) -> None:
-    _check_noise(args.noise_std, positive=False)
-    for i, (path, target) in enumerate(_targets(args.images, args.out, "blurred")):
-        x = _read(path)
-        A = operators.Blur(tuple(x.shape[2:]), args.kernel_size, args.kernel_std)
-        _save(target, operators.measure(A, x, args.noise_std, args.seed, [i]), path)
-        print(target)
+    kernel = kernels.parse(args.kernel)
+    if args.noise_std:
+        _check_noise(args.noise_std)
+
+    def blur(picture: images.Picture, path: Path, i: int) -> tuple[images.Picture, str]:
+        x = picture.pixels
+        A = operators.Convolution(tuple(x.shape[1:]), kernel, args.border)
+        d = operators.measure(A, x[None], args.noise_std, args.seed, [i])[0]
+        return picture.with_pixels(d), f"{d.shape[2]} x {d.shape[1]} pixels"
+
+    _each_picture(args, "blurred", blur)
+
+
+Work = Callable[[images.Picture, Path, int], tuple[images.Picture, str]]
+
+
+def _each_picture(args: argparse.Namespace, suffix: str, work: Work) -> None:
+    """Do something with every page of every picture, and write it beside the others' as one file.
+
+    A picture with which it cannot be done is named, and the others are done all the same.
+    """
+    failed, value_range = [], _range(args.range) if args.range else None
+    _check_targets(args.images, args.out, suffix)
+    for i, path in enumerate(args.images):
+        try:
+            pages = images.read_pictures(path, value_range)
+            if pages[0].note:
+                _warn(f"note: {path}: {pages[0].note}")
+            done = [work(page, path, i) for page in pages]
+            target = args.out / f"{path.stem}-{suffix}{pages[0].suffix}"
+            images.write_pictures(target, [picture for picture, _ in done])
+        except (UserError, OSError) as error:
+            if len(args.images) == 1:
+                raise
+            failed.append(path)
+            _warn(f"error: {path}: {error}")
+            continue
+        for page, (_, said) in enumerate(done, 1):
+            _say(f"{target}" + f", page {page} of {len(done)}" * (len(done) > 1) + f" ({said})")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(args.images)} pictures could not be done: see the "
+                        "lines above; the others are written")
+
+
+def _check_targets(paths: list[Path], out: Path, suffix: str) -> None:
+    """Raise UserError where two would become one file, or one is among those still to be read."""
+    stems = [path.stem for path in paths]
+    read = {path.resolve() for path in paths}
+    for path in paths:
+        if stems.count(path.stem) > 1:
+            raise UserError(f"several pictures are called {path.stem}, and would become one file: "
+                            f"{path} needs another --out")
+        for kind in (".png", ".tif"):
+            if (target := out / f"{path.stem}-{suffix}{kind}").resolve() in read:
+                raise UserError(f"{target} is to be read and would be written: choose another "
+                                "--out")
 
 
 def run_data(args: argparse.Namespace) -> None:
     if args.download:
-        print(f"CelebA is in {datasets.download_celeba(args.out)}")
+        _say(f"CelebA is in {datasets.download_celeba(args.out)}")
     else:
-        print(datasets.MANUAL_STEPS)
+        _say(datasets.MANUAL_STEPS)
 
 
 def run_verify(args: argparse.Namespace) -> None:
@@ -283,78 +361,43 @@ def run_verify(args: argparse.Namespace) -> None:
     _check_limit(args.limit)
     differences = 0
     for line in verify(args.profile, args.data, args.limit):
-        print(line)
+        _say(line)
         differences += 1
     if differences:
         raise UserError(f"{differences} differences: see the lines above")
-    print(f"the tables of {args.profile} are those of its stored networks")
+    _say(f"the tables of {args.profile} are those of its stored networks")
 
 
 def run_sweep(args: argparse.Namespace) -> None:
     checkout.need_checkout()
     from jfbnb.suite.sweep import sweep
 
-    table = sweep(args.file, args.scheduler, args.data, lambda line: print(line, flush=True))
-    print(f"\n{table.read_text()}")
+    table = sweep(args.file, args.scheduler, args.data, _say)
+    _say(f"\n{table.read_text()}")
 
 
 def run_doctor(args: argparse.Namespace) -> None:
     troubles = 0
     for well, line in examine(args.data, args.weights):
-        print(f"{'ok     ' if well else 'TROUBLE'} {line}")
+        _say(f"{'ok     ' if well else 'TROUBLE'} {line}")
         troubles += not well
     if troubles:
         raise UserError(f"{troubles} of these findings are trouble: see the lines above")
 
 
-def _warn(message: str) -> None:
-    print(message, file=sys.stderr)
+def _say(line: str, stream: TextIO | None = None) -> None:
+    """Print a line. Where nobody reads on, as with `| head`, the work goes on without."""
+    stream = stream or sys.stdout
+    try:
+        print(line, file=stream, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _warn(line: str) -> None:
+    _say(line, sys.stderr)
 
 
 def _check_limit(limit: int | None) -> None:
     if limit is not None and limit < 1:
         raise UserError(f"--limit {limit}: give a positive number of images")
-
-
-def _check_noise(noise_std: float, positive: bool) -> None:
-    # Below 1e-5 it would vanish in float32, of which the methods take the square.
-    if not (1e-5 <= noise_std <= 1 or (noise_std == 0 and not positive)):
-        raise UserError(f"--noise-std {noise_std}: give it on the scale of pixel values in [0, 1], "
-                        "e.g. 0.01")
-
-
-def _targets(images: list[Path], out: Path, suffix: str) -> list[tuple[Path, Path]]:
-    """Each image with the PNG to write.
-
-    Raises:
-        UserError: where two would be the same file, or one is among the images still to be read.
-    """
-    pairs = [(path, out / f"{path.stem}-{suffix}.png") for path in images]
-    targets = [target for _, target in pairs]
-    for path, target in pairs:
-        if targets.count(target) > 1:
-            raise UserError(f"several images would become {target}: {path} needs another --out")
-        if target in images:
-            raise UserError(f"{target} is to be read and would be written: choose another --out")
-    return pairs
-
-
-def _read(path: Path) -> torch.Tensor:
-    try:
-        x = datasets.as_float(datasets.decode(path))[None]
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the image {path}: {error}") from error
-    if max(x.shape) > MAX_SIDE:
-        raise UserError(f"cannot read the image {path}: over {MAX_SIDE} pixels on a side; cut it "
-                        "into parts")
-    return x
-
-
-def _save(target: Path, x: torch.Tensor, source: Path) -> None:
-    """Save one image as an 8-bit PNG; grey if its source is."""
-    pixels = (x[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    with Image.open(source) as original:
-        grey = original.mode in ("1", "L", "LA") or original.mode.startswith("I")
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    with atomic_path(target) as temporary:
-        (image.convert("L") if grey else image).save(temporary)

@@ -1,4 +1,4 @@
-"""Run the five notebooks through papermill, in order, skipping what is already done.
+"""Run the six notebooks through papermill, in order, skipping what is already done.
 
 A step is done when its marker says so: a small file, written last and atomically, with the key of
 everything the step depends on and the hash of everything it wrote. An output notebook alone

@@ -15,7 +15,12 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlparse
 
+import nbformat
+import numpy as np
 import pytest
+import scipy.ndimage
+import skimage.data
+from PIL import Image
 
 from jfbnb.suite.checkout import ROOT
 
@@ -188,6 +193,57 @@ def move_a_slider(page) -> None:
     while picture(page) == before:
         assert time.monotonic() < deadline, "the picture did not change"
         page.wait_for_timeout(100)
+
+
+@pytest.fixture
+def photograph(tmp_path) -> tuple[Path, np.ndarray]:
+    """A file with a picture out of focus, made by SciPy and cut, and the sharp picture."""
+    sharp = skimage.data.coffee()[100:280, 200:380]
+    y, x = np.mgrid[-3:4, -3:4]
+    disk = (x**2 + y**2 < 10).astype(float)
+    d = scipy.ndimage.convolve(sharp / 1.0, (disk / disk.sum())[..., None])
+    d += 255 * 0.01 * np.random.default_rng(0).standard_normal(d.shape)
+    file = tmp_path / "mine.png"
+    Image.fromarray(d.round().clip(0, 255).astype(np.uint8)[20:160, 20:160]).save(file)
+    return file, sharp[20:160, 20:160]
+
+
+@pytest.fixture
+def explorer_alone(lab):
+    """The name of a notebook with the explorer of photographs, and nothing else."""
+    cell = "from jfbnb.photograph_explorer import PhotographExplorer\n\nPhotographExplorer()"
+    notebook = nbformat.v4.new_notebook(
+        cells=[nbformat.v4.new_code_cell(cell)],
+        metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
+    file = SUITE / "notebooks" / "photograph.ipynb"
+    nbformat.write(notebook, file)
+    yield file.stem
+    file.unlink()
+
+
+def test_photograph_is_restored_and_downloaded(lab, page, explorer_alone, photograph):
+    file, sharp = photograph
+    run_all(page, lab, explorer_alone)
+    bring(page, ".jfbnb-swipe canvas")
+    with page.expect_file_chooser() as chooser:
+        page.get_by_title("a blurred picture").click()
+    chooser.value.set_files(file)
+    page.get_by_text("mine.png: 140 x 140 pixels").wait_for()
+    page.get_by_label("kernel", exact=True).select_option("disk")
+    page.get_by_role("button", name="Restore", exact=True).click()
+    link = page.get_by_role("link", name="download mine-jfb-head.png")
+    link.wait_for(timeout=180_000)
+    with page.expect_download() as download:
+        link.click()
+    restored = np.asarray(Image.open(download.value.path())) / 255
+    given = np.asarray(Image.open(file)) / 255
+
+    def decibels(picture: np.ndarray) -> float:
+        return -10 * np.log10(np.square(picture - sharp / 255).mean())
+
+    assert decibels(restored) > decibels(given) + 3
+    swipe(page)
+    page.screenshot(path=str(SHOTS / "photograph.png"))
 
 
 @pytest.fixture

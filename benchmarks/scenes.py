@@ -1,0 +1,170 @@
+"""Pictures and measurements that nothing of the package made, as others would measure them.
+
+SciPy blurs a whole scene; of that a window is cut, noise comes on it, and it is clipped and rounded
+to eight bits. Pictures are (H, W, 3) in [0, 1].
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import skimage.data
+import tifffile
+from PIL import Image
+from scipy import ndimage
+
+NOISE = 0.01
+
+# --- kernels and scenes -------------------------------------------------------------------------
+
+
+def gaussian(size: int, std: float) -> np.ndarray:
+    row = np.exp(-0.5 * ((np.arange(size) - size // 2) / std) ** 2)
+    return np.outer(row, row) / row.sum() ** 2
+
+
+def motion(length: float, angle: float, points: int = 10_000) -> np.ndarray:
+    """A line without width, anticlockwise from the right: how much of its length each pixel has."""
+    at = length * ((np.arange(points) + 0.5) / points - 0.5)
+    edges = np.arange(np.ceil(length / 2) + 1) + 0.5
+    edges, turn = np.concatenate([-edges[::-1], edges]), np.radians(angle)
+    kernel = np.histogram2d(-at * np.sin(turn), at * np.cos(turn), [edges, edges])[0]
+    return kernel[kernel.any(axis=1)][:, kernel.any(axis=0)] / points
+
+
+def disk(radius: int, fine: int = 41) -> np.ndarray:
+    n = 2 * radius + 1
+    at = (np.arange(n * fine) - (n * fine - 1) / 2) / fine
+    inside = at[:, None] ** 2 + at**2 <= radius**2
+    return inside.reshape(n, fine, n, fine).sum(axis=(1, 3)) / inside.sum()
+
+
+def photograph(name: str) -> np.ndarray:
+    """A whole scene, of scikit-image."""
+    image = skimage.data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(
+        skimage.data, name)()
+    return (image if image.ndim == 3 else np.stack([image] * 3, axis=2)) / 255
+
+
+def middle(image: np.ndarray, side: int) -> np.ndarray:
+    top, left = ((n - side) // 2 for n in image.shape[:2])
+    return image[top:top + side, left:left + side]
+
+
+def rim(image: np.ndarray, width: int) -> np.ndarray:
+    """Which pixels are so near the border."""
+    return np.pad(np.zeros([n - 2 * width for n in image.shape[:2]], bool), width,
+                  constant_values=True)
+
+
+def blurred(scene: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    return ndimage.convolve(scene, kernel[..., None], mode="nearest")
+
+
+def noisy(image: np.ndarray, noise_std: float) -> np.ndarray:
+    """With white noise, in eight bits."""
+    noise = noise_std * np.random.default_rng(0).standard_normal(image.shape)
+    return np.rint(255 * (image + noise).clip(0, 1)).astype(np.uint8)
+
+
+def mirrored(width: int, height: int) -> np.ndarray:
+    """A scene of any size: a photograph, and its mirror images beside it."""
+    x = photograph("motorcycle")
+    more = [(0, max(0, n - have)) for n, have in zip((height, width), x.shape, strict=False)]
+    return np.pad(x, (*more, (0, 0)), mode="symmetric")[:height, :width]
+
+
+def read(file: str | Path) -> np.ndarray:
+    file = Path(file)
+    return tifffile.imread(file) if file.suffix == ".tif" else np.asarray(Image.open(file)) / 255
+
+
+# --- blurred pictures ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """How a scene becomes a file.
+
+    Args:
+        told: the `--kernel` that is right; "picture" for a picture of it, "" if nothing is right.
+        exposure: by which the scene's light is multiplied, before it is clipped.
+        frame: pixels of black bars on all four sides.
+        quality: of JPEG, which the file then is.
+    """
+
+    name: str
+    kernel: np.ndarray
+    told: str = ""
+    noise_std: float = NOISE
+    exposure: float = 1.0
+    frame: int = 0
+    quality: int | None = None
+
+    def take(self, name: str, side: int, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
+        """The file of a photograph, the picture in it, and the sharp one."""
+        scene = self.exposure * photograph(name)
+        x = middle(scene, side).clip(0, 1)
+        d = noisy(middle(blurred(scene, self.kernel), side), self.noise_std)
+        x[rim(x, self.frame)] = d[rim(x, self.frame)] = 0
+        file = folder / f"{name}.{'jpg' if self.quality else 'png'}"
+        Image.fromarray(d).save(file, quality=self.quality)
+        return file, read(file), x
+
+    def right(self, folder: Path) -> str:
+        """What `--kernel` must be told."""
+        if self.told != "picture":
+            return self.told
+        file = folder / "kernel.png"
+        Image.fromarray(np.rint(255 * self.kernel / self.kernel.max()).astype(np.uint8)).save(file)
+        return str(file)
+
+
+USUAL = f"gaussian:{5**0.5},5"
+GAUSSIAN = Case("Gaussian 5 x 5, std sqrt 5", gaussian(5, 5**0.5), USUAL)
+MOTION = Case("motion of 9 at 30 degrees", motion(9, 30), "picture")
+DISK = Case("disk of radius 3", disk(3), "disk:3")
+WIDE = Case("Gaussian 15 x 15, std 3", gaussian(15, 3), "gaussian:3,15")
+WRONG = (  # to be told `USUAL` and a noise of 0.01
+    replace(GAUSSIAN, name="noise 0.03 told 0.01", noise_std=0.03),
+    replace(GAUSSIAN, name="noise 0.1 told 0.01", noise_std=0.1),
+    Case("not blurred", np.ones((1, 1))),
+    Case("Gaussian 5 x 5, std 1", gaussian(5, 1), "gaussian:1,5"),
+    WIDE,
+    Case("motion of 9, horizontal", motion(9, 0), "picture"),
+    Case("motion of 9, diagonal", motion(9, 45), "picture"),
+    Case("disk of radius 4", disk(4), "disk:4"),
+    Case("2.5 times overexposed", GAUSSIAN.kernel, exposure=2.5),
+    Case("black frame", GAUSSIAN.kernel, frame=12),
+    Case("JPEG of quality 20", GAUSSIAN.kernel, quality=20))
+RIGHT = tuple(replace(case, name=f"{case.name}, noise {noise_std}", noise_std=noise_std)
+              for case, noise_std in ((GAUSSIAN, 0.003), (GAUSSIAN, 0.03), (MOTION, 0.01),
+                                      (DISK, 0.005), (WIDE, 0.02)))
+
+
+# --- what other operators measure ---------------------------------------------------------------
+
+Problem = tuple[object, np.ndarray, np.ndarray]  # what A is made of, d, x
+
+
+def inpainting(x: np.ndarray) -> Problem:
+    """Half of the pixels."""
+    mask = np.random.default_rng(1).random(x.shape[:2]) < 0.5
+    return mask, noisy(x, NOISE) / 255 * mask[..., None], x
+
+
+def super_resolution(x: np.ndarray) -> Problem:
+    """Means of 2 x 2 pixels."""
+    means = (x[::2, ::2] + x[1::2, ::2] + x[::2, 1::2] + x[1::2, 1::2]) / 4
+    return x.shape[:2], noisy(means, NOISE) / 255, x
+
+
+def mri(x: np.ndarray) -> Problem:
+    """A third of the lines, some of them in the middle; grey, three times for the network."""
+    grey, rng = x @ [0.299, 0.587, 0.114], np.random.default_rng(1)
+    n = len(grey)
+    order = np.argsort(np.where(abs(np.arange(n) - n // 2) <= n // 25, -1, rng.random(n)))
+    mask = np.tile(np.isin(np.arange(n), order[:n // 3]), (n, 1))
+    k = np.fft.fftshift(np.fft.fft2(np.fft.ifftshift(grey), norm="ortho"))
+    d = np.stack([k.real, k.imag], axis=-1) + NOISE * rng.standard_normal((n, n, 2))
+    return mask, np.stack([d * mask[..., None]] * 3, axis=2), np.stack([grey] * 3, axis=2)

@@ -1,0 +1,187 @@
+"""What is said of pictures that SciPy and Pillow have blurred and spoilt."""
+
+import functools
+import io
+import math
+
+import numpy as np
+import pytest
+import scipy.ndimage
+import scipy.optimize
+import scipy.signal
+import skimage.data
+import skimage.restoration
+import torch
+from PIL import Image
+
+from jfbnb import kernels, plausibility
+from jfbnb.plausibility import contradictions, estimate_noise
+
+GAUSSIAN = kernels.gaussian(math.sqrt(5), 5)
+ROUNDING = 1 / 255 / math.sqrt(12)
+KERNELS = {"gaussian": GAUSSIAN, "motion": kernels.motion(9, 30), "disk": kernels.disk(3),
+           "wide": kernels.gaussian(3, 15), "none": torch.ones(1, 1, dtype=torch.float64)}
+
+
+@functools.cache
+def blurred(photo: str, kernel: torch.Tensor) -> np.ndarray:
+    """The middle of a photograph, blurred whole, (C, 192, 192) in [0, 1]."""
+    scene = np.atleast_3d(getattr(skimage.data, photo)()) / 255
+    top, left = ((n - 192) // 2 for n in scene.shape[:2])
+    scene = scene[top - 16:top + 208, left - 16:left + 208]
+    whole = scipy.signal.fftconvolve(scene, kernel.numpy()[..., None], mode="same", axes=(0, 1))
+    return whole[16:-16, 16:-16].transpose(2, 0, 1)
+
+
+def camera(photo: str, kernel: torch.Tensor, noise_std: float = 0.01, gain: float = 1.0,
+           frame: int = 0, quality: int = 0) -> torch.Tensor:
+    """A camera's picture of 8 bits: noisy, cut off at black and white; framed, as JPEG."""
+    d = gain * blurred(photo, kernel)
+    d = d + noise_std * np.random.default_rng(0).standard_normal(d.shape)
+    if frame:
+        inside = d[:, frame:-frame, frame:-frame]
+        d = np.pad(inside, ((0, 0), (frame, frame), (frame, frame)))
+    pixels = np.round(255 * d.clip(0, 1)).astype(np.uint8)
+    if quality:
+        file = io.BytesIO()
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(file, "JPEG", quality=quality)
+        pixels = np.asarray(Image.open(file)).transpose(2, 0, 1)
+    return torch.from_numpy(pixels.astype(np.float32) / 255)
+
+
+# --- noise --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("noise_std", [0.003, 0.01, 0.05])
+@pytest.mark.parametrize("blur", ["gaussian", "motion", "disk", "wide"])
+@pytest.mark.parametrize("photo", ["coffee", "astronaut", "camera"])
+def test_noise_of_blurred_photographs(photo, blur, noise_std):
+    d = camera(photo, KERNELS[blur], noise_std)
+    true = math.hypot(noise_std, ROUNDING)
+    assert estimate_noise(d, KERNELS[blur]) == pytest.approx(true, rel=0.1)
+    assert estimate_noise(d) == pytest.approx(true, rel=0.2)
+
+
+def test_noise_where_half_of_it_is_cut_off():
+    """A black sky above, a white wall below: each shows half of its noise."""
+    d = np.repeat([0.0, 0.5, 1.0], 64)[:, None] + np.zeros(192)
+    d = d + 0.02 * np.random.default_rng(0).standard_normal(d.shape)
+    assert estimate_noise(torch.tensor(d.clip(0, 1))[None]) == pytest.approx(0.02, rel=0.05)
+
+
+def test_noise_alone_is_its_standard_deviation():
+    d = 3 * torch.randn(1, 256, 100, generator=torch.manual_seed(0))
+    assert estimate_noise(d) == pytest.approx(3, rel=0.03)
+    assert estimate_noise(d, KERNELS["disk"]) == pytest.approx(3, rel=0.03)
+    assert math.isnan(estimate_noise(torch.rand(3, 6, 50)))
+
+
+# --- contradictions -----------------------------------------------------------------------------
+
+MISMATCHES = {
+    "noise 0.03": ({"kernel": GAUSSIAN, "noise_std": 0.03}, "--noise-std"),
+    "noise 0.1": ({"kernel": GAUSSIAN, "noise_std": 0.1}, "--noise-std"),
+    "sharp": ({"kernel": KERNELS["none"]}, "leave it as it is"),
+    "sharp without noise": ({"kernel": KERNELS["none"], "noise_std": 0.0}, "leave it as it is"),
+    "less blurred": ({"kernel": kernels.gaussian(1.0, 5)}, "--kernel gaussian:1,"),
+    "more blurred": ({"kernel": KERNELS["wide"]}, "--kernel gaussian:3,"),
+    "motion": ({"kernel": kernels.motion(9, 0)}, "--kernel motion:9,0,"),
+    "diagonal motion": ({"kernel": kernels.motion(9, 45)}, "--kernel motion:9,45,"),
+    "disk": ({"kernel": kernels.disk(4)}, "--kernel disk:4,"),
+    "overexposed": ({"kernel": GAUSSIAN, "gain": 2.5}, "overexposed"),
+    "framed": ({"kernel": GAUSSIAN, "frame": 12}, "frame (12 pixels at the top, 12 at"),
+    "JPEG": ({"kernel": GAUSSIAN, "quality": 20}, "JPEG"),
+}
+
+
+@pytest.mark.parametrize("photo", ["astronaut", "chelsea"])
+@pytest.mark.parametrize("mismatch", MISMATCHES)
+def test_a_mismatch_is_told_in_one_line(mismatch, photo):
+    spoilt, advice = MISMATCHES[mismatch]
+    line, = contradictions(camera(photo, **spoilt), GAUSSIAN, 0.01)
+    assert advice in line and "\n" not in line
+
+
+@pytest.mark.parametrize(("blur", "noise_std"), [
+    ("gaussian", 0.003), ("gaussian", 0.02), ("motion", 0.01), ("disk", 0.005), ("wide", 0.03)])
+@pytest.mark.parametrize("photo", ["coffee", "rocket", "camera"])
+def test_nothing_is_said_of_the_right_model(photo, blur, noise_std):
+    d = camera(photo, KERNELS[blur], noise_std)
+    assert contradictions(d, KERNELS[blur], noise_std, restored=d) == []
+
+
+def test_too_much_noise_told():
+    line, = contradictions(camera("chelsea", GAUSSIAN, 0.003), GAUSSIAN, 0.02)
+    assert "--noise-std" in line
+
+
+@pytest.mark.parametrize("blur", ["gaussian", "wide"])
+def test_black_beyond_the_border(blur):
+    scene = skimage.data.astronaut()[100:300, 150:350].astype(np.float64).transpose(2, 0, 1) / 255
+    black, unknown = (
+        torch.tensor(scipy.ndimage.convolve(scene, KERNELS[blur].numpy()[None], mode=mode)).float()
+        for mode in ("constant", "reflect"))
+    for d in (black, unknown):
+        d += 0.01 * torch.randn(d.shape, generator=torch.manual_seed(0))
+    assert contradictions(black, KERNELS[blur], 0.01, border="black") == []
+    assert contradictions(unknown, KERNELS[blur], 0.01) == []
+    line, = contradictions(black, KERNELS[blur], 0.01)
+    assert line.endswith("--border black")
+    line, = contradictions(unknown, KERNELS[blur], 0.01, border="black")
+    assert line.endswith("--border unknown")
+
+
+def test_restored_values_far_out_of_range():
+    d = camera("coffee", GAUSSIAN)
+    restored = d.clone()
+    restored[:, :20, :20] = 1.2
+    line, = contradictions(d, GAUSSIAN, 0.01, restored)
+    assert line.startswith("1.1% of the restored values")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (6, 9), (7, 7), (32, 32), (40, 200)])
+def test_little_is_said_of_small_pictures(size):
+    sharp = camera("coffee", KERNELS["none"])[:, :size[0], 60:60 + size[1]]
+    assert not any("--kernel" in line for line in contradictions(sharp, GAUSSIAN, 0.02))
+
+
+def test_any_kernel_is_taken():
+    d = camera("coffee", GAUSSIAN)
+    for size in ((2, 6), (41, 41), (301, 301)):
+        kernel = torch.full(size, 1 / math.prod(size), dtype=torch.float64)
+        assert estimate_noise(d, kernel) < 0.012
+        assert len(contradictions(d, kernel, 0.01)) <= 1
+
+
+# --- the kernel's likelihood --------------------------------------------------------------------
+
+
+def test_misfit_is_the_least_that_scipy_finds():
+    """Whittle's likelihood, written again from its formula, minimised by BFGS."""
+    noise_std = 0.01
+    blocks = plausibility._blocks(camera("astronaut", GAUSSIAN).mean(dim=0, keepdim=True), 64)[:, 0]
+    window = np.outer(*(scipy.signal.get_window("hann", 64),) * 2)
+    power = np.mean([np.abs(np.fft.fft2((b - b.mean()) * window)) ** 2
+                     for b in blocks.double().numpy()], axis=0) / (window**2).sum()
+    f = np.fft.fftfreq(64)
+    y, x = np.meshgrid(f, f, indexing="ij")
+    used = (np.hypot(y, x) > 2.5 / 64) & ((y > 0) | (y == 0) & (x > 0))
+    radius, angle = np.hypot(y, x)[used], np.arctan2(y, x)[used]
+    for blur in (GAUSSIAN, kernels.disk(2)):
+        # The window's leak, exactly: the transform of the autocorrelations' product.
+        gain = np.abs(np.fft.fft2(blur.numpy(), (64, 64))) ** 2
+        leak = np.abs(np.fft.fft2(window)) ** 2
+        gain = np.fft.ifft2(np.fft.fft2(gain) * np.fft.fft2(leak / leak.sum())).real[used]
+
+        def misfit(b, gain=gain):
+            S = np.exp(b[0] + b[1] * np.log(radius) + b[2] * np.cos(2 * angle)
+                       + b[3] * np.sin(2 * angle) + b[4] * np.cos(4 * angle)
+                       + b[5] * np.sin(4 * angle))
+            ratio = power[used] / (gain * S + np.exp(b[6] + b[7] * np.log(2 * radius)))
+            prior = ((b[1] + 3) ** 2 + (b[2:6] ** 2).sum()) / 100 + (
+                (b[6] - 2 * math.log(noise_std)) ** 2 + b[7] ** 2) / 400
+            return np.mean(ratio - 1 - np.log(ratio)) + prior
+
+        best = scipy.optimize.minimize(misfit, [-8, -3, 0, 0, 0, 0, 2 * math.log(noise_std), 0])
+        ours = plausibility._misfits(blocks, noise_std, [blur]).item()
+        assert ours == pytest.approx(best.fun, abs=1e-4)
