@@ -37,8 +37,9 @@ DESCRIPTION, ORIENTATION, ICC, EXIF, GPS, INTEROP = 270, 274, 34675, 34665, 3485
 RESOLUTION = (282, 283, 296)
 # Tags that say how pixels are stored, which may change, or that `Picture` has apart, or that hold
 # the old pixels once more.
-LAYOUT = {*tifffile.TIFF.TAG_FILTERED, 254, 255, ORIENTATION, 280, 281, *RESOLUTION, 292, 293, 320,
-          340, 341, 347, *range(512, 533), ICC, 37724}
+LAYOUT = {*range(254, 260), 262, 266, 273, ORIENTATION, *range(277, 282), *RESOLUTION, 284, 292,
+          293, 317, 320, *range(322, 326), 330, *range(338, 342), 347, 400, *range(512, 533),
+          32997, 32998, EXIF, ICC, GPS, 37724, INTEROP}
 SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8}  # by type
 
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # what Pillow warns of; it refuses twice as many
@@ -699,7 +700,8 @@ def write_pictures(path: str | Path, pictures: list[Picture]) -> None:
         raise UserError(f"cannot write {path}: a PNG holds one page of 8 or 16 bits, with no "
                         "channel but alpha, up to a million pixels on a side; give it a name that "
                         "ends in .tif")
-    if sum(p.pixels.numel() * p.dtype.itemsize for p in pictures) > 2**32 - 2**26:
+    if sum(p.dtype.itemsize * (p.pixels.numel() + (0 if p.alpha is None else p.alpha.size))
+           for p in pictures) > 2**32 - 2**26:
         raise UserError(f"cannot write {path}: over 4 GiB, which no TIFF holds; split the stack")
     with atomic_path(path) as temporary:
         if kind == ".png":
