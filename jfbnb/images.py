@@ -103,8 +103,8 @@ class Picture:
         if pixels.shape != self.pixels.shape:
             alpha = None if alpha is None else _fit(alpha, *pixels.shape[1:])
             entries, order = _parse_exif(exif or b"")
-            if any(word in entries.get(DESCRIPTION, (b"",))[-1] for word in (b"<OME", b'{"shape"')):
-                del entries[DESCRIPTION]  # a microscope's, or tifffile's, which tells the size too
+            if b"<OME" in entries.get(DESCRIPTION, (b"",))[-1]:
+                del entries[DESCRIPTION]  # a microscope's, which tells the size too
                 exif = _make_exif(entries, order)
         return replace(self, pixels=pixels.detach().float().cpu(), alpha=alpha, exif=exif)
 
@@ -426,25 +426,27 @@ def _read_tiff(content: bytes) -> list[_Frame]:
         if max(held, told) > MAX_SAMPLES:
             raise ValueError(f"its pages have over {MAX_SAMPLES} samples in all: cut it into parts")
         if told > held:
-            frames = [(s.keyframe, _plain_frame(s.keyframe, samples)) for s in series
+            frames = [_plain_frame(s.keyframe, samples) for s in series
                       for samples in s.asarray().reshape(-1, *s.keyframe.shape)]
+            frames[0].fields |= _tiff_fields(pages[0], content)
         else:
-            frames = [(page, _plain_frame(page, page.asarray()) if _is_plain(page)
-                       else _pillow_page(page, content)) for page in pages]
-        for page, frame in frames:
-            frame.fields |= _tiff_fields(page, content)
-    return [frame for _, frame in frames]
+            frames = []
+            for page in pages:
+                frames.append(_plain_frame(page, page.asarray()) if _is_plain(page)
+                              else _pillow_page(page, content))
+                frames[-1].fields |= _tiff_fields(page, content)
+    return frames
 
 
 def _check_page(page: tifffile.TiffPage, length: int) -> None:
     """Raise ValueError for a page that would fill memory, or come out black in part."""
     _check_size(page.imagewidth, page.imagelength)
     _check_size(page.tilewidth, page.tilelength)
-    channels, planes = page.samplesperpixel, page.imagedepth
-    if planes > 1 or channels > 4:
+    channels, planes, bits = page.samplesperpixel, page.imagedepth, page.bitspersample
+    if planes > 1 or channels > 4 or not isinstance(bits, int):
         raise ValueError(f"{channels} channels and {planes} planes to a page: save it with one or "
-                         "three channels, one plane")
-    plain = page.imagelength * (page.imagewidth * channels * page.bitspersample // 8)
+                         "three channels of the same number of bits, one plane")
+    plain = page.imagelength * (page.imagewidth * channels * bits // 8)
     whole = (len(page.dataoffsets) >= np.prod(page.chunked)
              and (page.compression != 1 or plain <= length)
              and all(at and n and at + n <= length for at, n in
@@ -508,7 +510,8 @@ def _tiff_fields(page: tifffile.TiffPage, content: bytes) -> dict:
     entries = {}
     for tag in tags:
         code, kind, count, value, _ = tag.astuple() if tag.code not in LAYOUT else (0,) * 5
-        if code and len(value) == SIZES.get(kind, 0) * count:
+        shape = code == DESCRIPTION and value.startswith(b'{"shape":')  # tifffile's own layout
+        if code and not shape and len(value) == SIZES.get(kind, 0) * count:
             entries[code] = kind, count, value
     for code in (EXIF, GPS):
         if code in tags and not page.parent.is_bigtiff:

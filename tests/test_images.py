@@ -376,7 +376,8 @@ STACK = np.stack([GREY16 >> 9, GREY16 >> 4, GREY16 >> 5])
 
 
 @pytest.mark.parametrize("options", [{}, {"metadata": None}, {"bigtiff": True}, {"ome": True},
-                                     {"imagej": True}, {"imagej": True, "truncate": True}])
+                                     {"truncate": True}, {"imagej": True},
+                                     {"imagej": True, "truncate": True}])
 @pytest.mark.parametrize("colour", [False, True])
 def test_every_page_of_a_stack(tmp_path, options, colour):
     stack = np.stack([RGB8, 255 - RGB8]) if colour else STACK
@@ -385,6 +386,8 @@ def test_every_page_of_a_stack(tmp_path, options, colour):
     pictures, target = rewrite(tmp_path / "a.tif")
     assert len(pictures) == len(stack) and target.suffix == ".tif"
     assert np.array_equal(stored(target), stack)
+    with tifffile.TiffFile(target) as tif:
+        assert not tif.is_shaped and not any(270 in page.tags for page in tif.pages[1:])
     if not colour:  # one scale for all, or the darkest page would be as light as the others
         assert {picture.scale for picture in pictures} == {(0, 4095)}
         assert [bool(picture.note) for picture in pictures] == [True, False, False]
@@ -403,7 +406,7 @@ def test_an_imagej_stack_stays_one(tmp_path, byteorder):
         assert np.all(np.diff(places) == STACK[0].nbytes)
 
 
-def test_tifffiles_description_of_the_shape_goes_where_it_changes(tmp_path, caplog):
+def test_tifffiles_description_of_the_shape_is_not_kept(tmp_path, caplog):
     tifffile.imwrite(tmp_path / "a.tif", STACK, photometric="minisblack")
     pictures, target = rewrite(tmp_path / "a.tif")
     write_pictures(target, [p.with_pixels(p.pixels[:, :, 3:]) for p in pictures])

@@ -1,6 +1,7 @@
 """Kernels against SciPy's, against the geometry they claim, and against files that are none."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +167,24 @@ def test_a_table_that_is_no_kernel_is_refused_in_a_line(name, tmp_path, recwarn)
     with pytest.raises(UserError) as caught:
         kernels.parse(str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value) and not recwarn
+
+
+class Trap:
+    """What a pickle can do to who opens it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_no_pickle_is_opened(tmp_path):
+    path, sprung = tmp_path / "k.npy", tmp_path / "sprung"
+    np.save(path, np.array([[Trap(sprung), 1]], dtype=object), allow_pickle=True)
+    with pytest.raises(UserError, match="cannot read the kernel"):
+        kernels.read(path)
+    assert not sprung.exists()
 
 
 @pytest.mark.parametrize(("name", "content"), [

@@ -315,8 +315,8 @@ def _each_picture(args: argparse.Namespace, suffix: str, work: Work) -> None:
     for i, path in enumerate(args.images):
         try:
             pages = images.read_pictures(path, value_range)
-            if pages[0].note:
-                _warn(f"note: {path}: {pages[0].note}")
+            for note in dict.fromkeys(page.note for page in pages if page.note):
+                _warn(f"note: {path}: {note}")
             done = [work(page, path, i) for page in pages]
             target = args.out / f"{path.stem}-{suffix}{pages[0].suffix}"
             images.write_pictures(target, [picture for picture, _ in done])
