@@ -81,6 +81,7 @@ def readme_blocks(read: Read) -> dict[str, str]:
             blocks[f"equilibrium {profile}"] = equilibrium(read, profile)
             blocks[f"training {profile}"] = read(f"figures/{profile}/rivals.md").strip()
     blocks["bench"] = bench(read)
+    blocks["photographs"] = photographs(read)
     return blocks
 
 
@@ -116,6 +117,39 @@ def bench(read: Read) -> str:
             f"{libraries}.\n\n{read('benchmarks/results/targets.md').strip()}")
 
 
+def photographs(read: Read) -> str:
+    """PSNR on pictures that the package did not make: blurred, or measured by other operators."""
+    def table(name: str) -> pd.DataFrame:
+        return pd.read_csv(io.StringIO(read(f"benchmarks/results/photographs_{name}.csv")))
+
+    def mean(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+        return rows.groupby(keys, sort=False, dropna=False).PSNR.mean().reset_index()
+
+    blurs = table("restoration")
+    best = mean(blurs, ["blur", "method", "setting"]).groupby(["blur", "method"]).PSNR.max()
+    best = best.unstack()
+    skimage = [name for name in best if name.startswith("skimage")]
+    solved = blurs[blurs.method == "jfb-head"].groupby("blur", sort=False)
+    first = pd.DataFrame({"Picture": solved.input.mean(), "Its frame": solved["input frame"].mean(),
+                          "JFB + head": solved.PSNR.mean(), "its frame": solved.frame.mean(),
+                          "Total variation": best["total-variation"],
+                          "Tikhonov": best["tikhonov"],
+                          "scikit-image's best": best[skimage].max(axis=1),
+                          "Converged": solved.converged.mean().map("{:.0%}".format)})
+    others = table("operators")
+    others = others[others.photograph != "chelsea"]  # which chose the weights
+    means = mean(others, ["operator", "method"]).pivot(index="operator", columns="method",
+                                                       values="PSNR")
+    solved = others[others.method == "jfb-head"].groupby("operator", sort=False)
+    second = pd.DataFrame({"First guess": means["measurement"], "JFB + head": means["jfb-head"],
+                           "Total variation": means["total-variation"],
+                           "Tikhonov": means["tikhonov"],
+                           "Converged": solved.converged.mean().map("{:.0%}".format)})
+    return "\n\n".join(
+        rows.rename_axis(title).to_markdown(floatfmt=".2f")
+        for title, rows in (("PSNR (dB), blurred by", first), ("PSNR (dB), measured by", second)))
+
+
 def times_table(read: Read) -> str:
     """Seconds per notebook, one row per profile and machine."""
     rows = []
@@ -129,7 +163,7 @@ def times_table(read: Read) -> str:
                      "device": provenance["device"], **seconds, "all": sum(seconds.values())})
     table = pd.DataFrame(rows)
     buffer = io.StringIO()
-    table.to_markdown(buffer, index=False, floatfmt=".0f")
+    table.to_markdown(buffer, index=False, floatfmt=".0f", missingval="")
     return buffer.getvalue()
 
 
