@@ -330,7 +330,7 @@ def test_the_suites_own_steps_and_profiles():
         given = runner.load_profile(profile) | {"device": "cpu"}
         parameters = runner.step_parameters(runner.STEPS, given)
         assert parameters["04_jfb_training"]["profile"] == profile
-    assert [step.name[:2] for step in runner.STEPS] == ["01", "02", "03", "04", "05"]
+    assert [step.name[:2] for step in runner.STEPS] == ["01", "02", "03", "04", "05", "06"]
 
 
 def test_quick_is_what_the_notebooks_say_themselves():

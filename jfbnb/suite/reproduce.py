@@ -102,6 +102,11 @@ STEPS = (
          ("published_table2.csv", "weights/tuning.json",
           *(f"weights/{name}.safetensors" for name in TRAINED
             if (RELEASED / f"{name}.safetensors").is_file()))),
+    Step("06_your_own_inverse_problem",
+         ("super-resolution/jfb.safetensors", "super-resolution/jfb.json"),
+         ("nb6_mosaic", "nb6_problems", "nb6_even_lines", "nb6_own_equilibrium"),
+         ("problems", "own_equilibrium"),
+         reads=("weights/tuning.json", "weights/jfb.safetensors")),
 )
 
 

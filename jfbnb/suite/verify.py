@@ -12,7 +12,7 @@ from jfbnb.datasets import load_splits
 from jfbnb.methods import METHODS, make_methods
 from jfbnb.operators import get_protocol, measure
 from jfbnb.suite import checkout
-from jfbnb.suite.reproduce import STEPS, file_hash
+from jfbnb.suite.reproduce import file_hash
 
 COLUMNS = ["PSNR (dB)", "± PSNR", "SSIM", "± SSIM", "Converged"]
 DECIBELS, SIMILARITY = 0.01, 1e-3  # how far another machine may be off, per image
@@ -31,7 +31,8 @@ def verify(profile: str, data: str | None, limit: int | None) -> Iterator[str]:
     runs, figures = checkout.workplace(profile)
     try:
         steps = json.loads((figures / "provenance.json").read_text())["steps"]
-        parameters = steps[STEPS[-1].name]["parameters"]
+        (parameters,) = (step["parameters"] for step in steps.values()
+                         if any(name.endswith("/metrics.csv") for name in step["outputs"]))
         yield from _changed_files(steps)
         stored = pd.read_csv(figures / "metrics.csv", dtype={"method": str, "image": str})
         table = pd.read_csv(figures / "table2_comparison.csv").set_index("Method")[COLUMNS]
