@@ -146,7 +146,7 @@ def test_a_wrong_kernel_is_doubted(capsys, tmp_path):
 def test_large_pictures_are_restored_by_tiles(tmp_path, monkeypatch):
     """The same picture as in one piece, but for what the solver leaves."""
     photo = skimage.data.coffee()[100:340, 100:400]
-    d = torch.from_numpy(np.asarray(camera(photo, np.full((5, 5), 0.04), 0.01))).permute(2, 0, 1)
+    d = torch.tensor(np.array(camera(photo, np.full((5, 5), 0.04), 0.01))).permute(2, 0, 1)
     monkeypatch.setattr("jfbnb.models.Model.tolerance", 1e-5)
     jfb = make_methods(["jfb"], RELEASED, torch.device("cpu"))["jfb"]
     kernel, seen = torch.full((5, 5), 0.04, dtype=torch.float64), []

@@ -122,7 +122,7 @@ def test_what_readme_says_of_photographs_is_so():
     words = " ".join(committed("README.md").split())
     blurs = pd.read_csv(io.StringIO(committed("benchmarks/results/photographs_restoration.csv")))
     of_jfb = blurs[blurs.method == "jfb-head"]
-    assert len(of_jfb) == 12 and (of_jfb.PSNR - of_jfb.input > 3).all()
+    assert len(of_jfb) == 12 and (of_jfb.PSNR - of_jfb.input > 2.5).all()
     others = pd.read_csv(io.StringIO(committed("benchmarks/results/photographs_operators.csv")))
     others = others[others.photograph != "chelsea"]
     mean = others.groupby(["operator", "method"])[["PSNR", "converged"]].mean().unstack()

@@ -82,7 +82,8 @@ class Step:
 
 STEPS = (
     Step("01_problem_setup_and_direct_inverse", (),
-         ("nb1_spectrum", "blog1_direct_inverse")),
+         ("nb1_spectrum", "blog1_direct_inverse", "nb1_inverse_crime"),
+         reads=("weights/tuning.json", "weights/jfb.safetensors")),
     Step("02_tikhonov_gradient_descent", ("classical.json",),
          ("nb2_semi_convergence", "nb2_lambda_sweep", "nb2_filter_factors",
           "nb2_total_variation", "blog2_gradient_descent")),
@@ -103,10 +104,11 @@ STEPS = (
           *(f"weights/{name}.safetensors" for name in TRAINED
             if (RELEASED / f"{name}.safetensors").is_file()))),
     Step("06_your_own_inverse_problem",
-         ("super-resolution/jfb.safetensors", "super-resolution/jfb.json"),
+         tuple(f"super-resolution/jfb{end}" for end in (".safetensors", ".json", "_history.csv")),
          ("nb6_mosaic", "nb6_problems", "nb6_even_lines", "nb6_own_equilibrium"),
          ("problems", "own_equilibrium"),
-         reads=("weights/tuning.json", "weights/jfb.safetensors")),
+         reads=("weights/tuning.json", "weights/jfb.safetensors",
+                "weights/denoiser.safetensors")),
 )
 
 
