@@ -364,6 +364,11 @@ def test_two_runs_in_one_folder(suite):
     assert go() == ["ran", "ran", "ran"]
 
 
+def test_a_protocol_whose_pictures_are_smaller_than_their_scenes_is_refused():
+    with pytest.raises(UserError, match="choose paper or code"):
+        runner.reproduce("quick", {"protocol": "camera"})
+
+
 def test_notebook_5_trains_every_method_that_has_a_loss():
     """Of the released weights it reads those that there are: another's method has none."""
     (step,) = (step for step in runner.STEPS if step.name.startswith("05"))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import torch
 from filelock import FileLock, Timeout
 from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
@@ -304,6 +305,10 @@ def reproduce(profile: str, overrides: dict[str, Any], only: str | None = None,
                         "and figures/")
     given = load_profile(profile) | {"profile": folder} | overrides
     parameters = step_parameters(steps, given)
+    setup, scene = get_protocol(given.get("protocol", "paper")), torch.zeros(1, 3, 16, 16)
+    if setup.operator(16)(scene).shape != scene.shape:
+        raise UserError("the notebooks compare a picture with its scene, and with the protocol "
+                        f"{setup.name} they are of different sizes: choose paper or code")
     data = parameters[steps[0].name].get("data", "bundled")
     if data != "bundled":
         fingerprint(data)  # fails here, before hours of work, if there is no such data
