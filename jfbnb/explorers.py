@@ -6,6 +6,7 @@ said in that line, and the explorer lives on.
 
 import base64
 import functools
+import html
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -76,7 +77,7 @@ class Explorer(w.VBox):
 
     def complain(self, message: str) -> None:
         """Say what is wrong; the picture stays."""
-        self.status.value = f'<span style="color:#b00020">{escaped(message)}</span>'
+        self.status.value = f'<span style="color:#b00020">{html.escape(message)}</span>'
 
     def reset(self) -> None:
         """All controls as they were."""
@@ -90,11 +91,6 @@ class Explorer(w.VBox):
         Image.open(io.BytesIO(self.picture.value)).convert("RGB").quantize(64).save(smaller, "png")
         return {**bundle, "text/plain": WITHOUT_KERNEL,
                 "image/png": base64.b64encode(smaller.getvalue()).decode()}
-
-
-def escaped(text: str) -> str:
-    """The text as HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def slider(label: str, value: float, low: float, high: float, step: float) -> w.FloatSlider:
@@ -405,7 +401,7 @@ class MethodsExplorer(w.VBox):
                 self.scenes[file["name"]] = camera, read_upload(bytes(file["content"]),
                                                                 camera.image_size)
             except UserError as error:
-                self.status.value = escaped(f"{file['name']}: {error}")
+                self.status.value = html.escape(f"{file['name']}: {error}")
                 return
             self.restored = {k: v for k, v in self.restored.items() if k[0] != file["name"]}
             self.image.options = list(self.scenes)
@@ -425,7 +421,7 @@ class MethodsExplorer(w.VBox):
             except UserError as error:  # the other methods are shown all the same
                 problem = str(error)
         self.comparison.show(shown, truth="Original")
-        self.status.value = escaped(problem)
+        self.status.value = html.escape(problem)
 
     def _restore(self, name: str, A: LinearOperator, d: Tensor) -> Tensor:
         key = (self.image.value, self.noise.value, name)

@@ -60,6 +60,7 @@ def read(content: bytes) -> Frame:
     """JPEG, PNG, WebP, BMP, GIF or PPM. A damaged one raises all sorts."""
     return _read_png(content) if content.startswith(PNG) else _read_with_pillow(content)
 
+
 def _read_with_pillow(content: bytes) -> Frame:
     """Any format but PNG of 16 bits."""
     with open_image(content) as image:
@@ -146,6 +147,7 @@ def _upright(exif: bytes | None) -> tuple[int, bytes | None]:
     except (KeyError, struct.error):
         return orientation, None
     return orientation, bytes(exif)
+
 
 def _read_png(content: bytes) -> Frame:
     chunks = {}  # the first of each name

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from jfbnb import formats, tiff
 from jfbnb.common import UserError, atomic_path, printable
-from jfbnb.formats import MAX_PIXELS as MAX_PIXELS
 from jfbnb.formats import Frame, Metadata
 
 # They log damaged metadata; a program that wants to know of it can still add a handler.
@@ -74,6 +73,7 @@ class Picture(Metadata):
                 alpha = alpha[np.ix_(*((np.arange(n) + int((m - n) / 2)).clip(0, m - 1) for n, m in
                                        zip(pixels.shape[1:], alpha.shape, strict=True)))]
         return replace(self, pixels=pixels.detach().float().cpu(), alpha=alpha, exif=exif)
+
 
 def read_pictures(
     source: str | Path | io.BytesIO,
@@ -219,6 +219,7 @@ def _to_frame(picture: Picture) -> Frame:
 
 def _metadata(of: Metadata) -> dict[str, Any]:
     return {field.name: getattr(of, field.name) for field in fields(Metadata)}
+
 
 def write_pictures(path: str | Path, pictures: list[Picture]) -> None:
     """Write one picture as a PNG, or any as the pages of a TIFF, by the suffix; all or nothing.

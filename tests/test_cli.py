@@ -182,6 +182,13 @@ def test_nothing_of_a_picture_is_lost(capsys, weights, tmp_path):
     assert values.dtype == np.float32 and np.allclose(values, 0.4, atol=1e-6)
 
 
+def test_every_page_has_noise_of_its_own(capsys, tmp_path):
+    tifffile.imwrite(tmp_path / "stack.tif", np.full((2, 40, 30), 128, np.uint8))
+    assert run(capsys, "blur", tmp_path / "stack.tif", "--out", tmp_path / "o")[0] == 0
+    first, second = tifffile.imread(tmp_path / "o" / "stack-blurred.tif")
+    assert (first != second).any()
+
+
 def test_a_bad_picture_among_good_ones(capsys, image_folder, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"no picture")
     good = [image_folder / f"00000{i}.jpg" for i in (1, 2)]

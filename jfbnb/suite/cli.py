@@ -317,7 +317,7 @@ def _each_picture(args: argparse.Namespace, suffix: str, work: Work) -> None:
             pages = images.read_pictures(path, value_range)
             for note in dict.fromkeys(page.note for page in pages if page.note):
                 _warn(f"note: {path}: {note}")
-            done = [work(page, path, i) for page in pages]
+            done = [work(page, path, i + k * len(args.images)) for k, page in enumerate(pages)]
             target = args.out / f"{path.stem}-{suffix}{pages[0].suffix}"
             images.write_pictures(target, [picture for picture, _ in done])
         except (UserError, OSError) as error:
