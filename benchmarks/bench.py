@@ -18,16 +18,13 @@ import torch
 from contenders import MAPS, RECONSTRUCTIONS, ROOT, STEPS, Contender, Size, available, solve_problem
 from measurements import calibrate, prepare, prepare_growth, prepare_limit
 from processes import Worker, alone, in_turns
-from quality import pretrain, train
-from report import bars, exponent, quality_curves, verdicts, with_ratio
+from report import bars, exponent, verdicts, with_ratio
 
 from jfbnb.common import UserError, atomic_write
-from jfbnb.evaluation import reference_table2
 from jfbnb.figures import save_figure, save_table
 
 PEERS = ("deepinv", "torchdeq")
 GRADIENTS = tuple(dict.fromkeys(contender.gradient for contender in STEPS))
-RIVALS = ("jfb", "deq", "unrolled", "feedforward-tikhonov")  # in time to quality
 Bench = argparse.Namespace  # what a run measures: `parse` has it
 
 
@@ -138,38 +135,7 @@ def growth(bench: Bench) -> None:
         "y grows like x to the power of the exponent; least squares on logarithms.")
 
 
-def quality(bench: Bench) -> None:
-    """Validation PSNR against the seconds since a random network."""
-    denoiser = bench.scratch / "denoiser.safetensors"
-    spent, source = alone(pretrain, bench.data, bench.seconds, bench.watched, denoiser)
-    curves: list[dict] = []
-    for method in RIVALS:
-        print(f"  {method}", flush=True)
-        curves += alone(train, method, bench.data, bench.seconds, bench.epochs, bench.watched,
-                        denoiser)
-        table = pd.DataFrame(curves)
-        table["time (s)"] = spent + table.pop("seconds")
-        save_table(table, bench.out / "quality",
-                   f"Of validation images, {source}; {spent:.0f} s of pretraining included.")
-        goal = float(reference_table2().set_index("method").psnr["deq"])
-        save_table(pd.DataFrame([
-            {"method": name, "images": source, "pretraining (s)": spent,
-             f"to {goal} dB (s)": first_at(own, goal),
-             "best PSNR (dB)": own.psnr.max(), "last PSNR (dB)": own.psnr.iloc[-1],
-             "in all (s)": own["time (s)"].max()}
-            for name, own in table.groupby("method", sort=False)]),
-            bench.out / "time_to_quality",
-            "Seconds of training from scratch, and the validation PSNR that they gave.")
-        save_figure(quality_curves(table, goal), bench.out / "quality", source)
-
-
-def first_at(curve: pd.DataFrame, goal: float) -> float:
-    """Seconds from scratch at which a PSNR is first seen that is at the goal; NaN if never."""
-    return curve["time (s)"][curve.psnr >= goal].min()
-
-
-SECTIONS = {section.__name__: section for section in
-            (step, reconstruction, limit, growth, quality)}
+SECTIONS = {section.__name__: section for section in (step, reconstruction, limit, growth)}
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -205,10 +171,6 @@ def parse(arguments: list[str] | None) -> Bench:
     parser.add_argument("--maps", nargs="+", default=list(MAPS), choices=MAPS,
                         help="that the peers are given; with Eq. 4 they iterate long")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each contender")
-    parser.add_argument("--data", default="bundled",
-                        help="of the section quality: CelebA's folder, tar or zip")
-    parser.add_argument("--seconds", type=float, default=60,
-                        help="of pretraining, and of each method's training after it")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results")
     parser.add_argument("--quick", action="store_true",
                         help="tiny problems, one round, into build/bench: to see that all runs")
@@ -218,13 +180,11 @@ def parse(arguments: list[str] | None) -> Bench:
         limits=[Size(1, 128), Size(4, 128, 17, 64)],
         growth={"K": (5, 10, 20, 40), "batch": (1, 2, 4, 8, 16), "side": (64, 128, 256, 512),
                 "width": (16, 32, 64, 128)},
-        epochs=8, watched=16,  # how often the PSNR is taken, and on how many images
         calibrated={}))  # what `settings` has found
     if bench.quick:
         bench.problems = bench.images = bench.limits = [Size(2, 32)]
         bench.targets, bench.rounds, bench.gradients = (3e-2,), 1, []
         bench.growth = {"K": (2, 4), "width": (8, 16)}
-        bench.seconds, bench.epochs, bench.watched = 0.5, 1, 1
     bench.out = bench.out or ROOT / ("build/bench" if bench.quick else "benchmarks/results")
     missing = [peer for peer in PEERS if not available(peer)]
     for peer in missing:

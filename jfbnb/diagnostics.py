@@ -100,8 +100,9 @@ def spectral_radius(T: Callable[[Tensor], Tensor], x_star: Tensor, iterations: i
                     generator: torch.Generator | None = None) -> Tensor:
     """The modulus of the largest eigenvalue of J = dT/dx at x*, per image (B,), by power iteration.
 
-    Below 1 deviations die out in the end. The mean growth over the last half of the iterations is
-    returned: a complex pair of eigenvalues makes single steps oscillate.
+    Below 1 the fixed point is locally stable: small deviations die out in the end. Returned is the
+    mean growth over the last half of the iterations: a complex pair of eigenvalues makes single
+    steps oscillate.
     """
     J = Jacobian(T, x_star)
     growths = _power_iteration(J.times, x_star, iterations, generator)
@@ -112,8 +113,8 @@ def jacobian_norm(T: Callable[[Tensor], Tensor], x_star: Tensor, iterations: int
                   generator: torch.Generator | None = None) -> Tensor:
     """The largest singular value of J at x*, per image (B,): power iteration on J'J.
 
-    Below 1 every deviation shrinks at every step: T contracts there in the Euclidean norm. It is
-    an estimate from below, like every power iteration.
+    Below 1 every small deviation shrinks at every step: near x* T is a contraction in the Euclidean
+    norm. It is an estimate from below, like every power iteration.
     """
     J = Jacobian(T, x_star)
     growths = _power_iteration(lambda v: J.transposed_times(J.times(v)), x_star, iterations,
@@ -136,8 +137,10 @@ def _power_iteration(apply: Callable[[Tensor], Tensor], like: Tensor, iterations
 def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
     """M = dT/dTheta at a fixed point, a matrix (values in the state, parameters).
 
-    For networks small enough. The paper's section 4 asks that M has full column rank and that
-    cond(M'M) is at most 1 / gamma, gamma being the contraction factor, for JFB to descend.
+    For networks small enough. For JFB to descend the paper's section 4 asks that T is a contraction
+    with a factor gamma and continuously differentiable in Theta, that M has full column rank, and
+    that cond(M'M) is at most 1 / gamma. A ReLU network meets neither the second nor the third: it
+    has kinks, and to scale what enters a channel up and what leaves it down changes nothing.
     """
     parameters = dict(T.named_parameters())
 

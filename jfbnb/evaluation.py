@@ -1,6 +1,9 @@
 """Methods x images -> one long table of metrics; its summary; the paper's Table 2."""
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +15,17 @@ from jfbnb.datasets import ImageSet
 from jfbnb.diagnostics import jacobian_norm, spectral_radius
 from jfbnb.fixed_point import SolveInfo, picard, solve
 from jfbnb.maps import ImplicitMap
-from jfbnb.methods import METHODS, Restorer
+from jfbnb.methods import METHODS, Restorer, Settings
 from jfbnb.metrics import psnr, ssim
+from jfbnb.models import Model
 from jfbnb.operators import LinearOperator, measure
 
 PUBLISHED = Path(__file__).parent / "published_table2.csv"
 
 ROUNDING = 5e-7  # a relative change that float32 cannot tell from none
+TUNED_HERE = "tuned here"  # the version of a method that is tuned under each condition
+RUN_ON = 8  # images of a method under a condition that are solved on, at most
+FURTHER = 300  # evaluations of T in which they are
 
 # --- tables -------------------------------------------------------------------------------------
 
@@ -93,45 +100,151 @@ def _restore_all(methods: dict[str, Restorer], A: LinearOperator, d: Tensor,
     return done
 
 
-def evaluate_conditions(
-    methods: dict[str, Restorer],
-    conditions: dict[object, tuple[LinearOperator, LinearOperator, float]],
-    images: ImageSet,
-    seed: int,
-    device: torch.device,
-) -> pd.DataFrame:
-    """`summarise` under each condition, for methods that are not retrained for it.
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """Images, what measures them, what the methods are told of that, and the noise level.
 
     Args:
-        conditions: for each name the operator that measures, the one that the methods
-            are told, and the noise level, which they are told too.
+        true_A: the operator that measures.
+        A: the one that the methods are told.
+        noise_std: of the measurements; the methods are told it.
+    """
+
+    images: ImageSet
+    true_A: LinearOperator
+    A: LinearOperator
+    noise_std: float
+
+    def measure(self, images: ImageSet, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Some images and their measurements, under this condition."""
+        x = images.as_float().to(device)
+        return x, measure(self.true_A.to(device), x, self.noise_std, seed, images.indices)
+
+
+def evaluate_conditions(
+    versions: dict[str, dict[str, Restorer]],
+    conditions: dict[tuple[str, object], Condition],
+    tuned: list[str],
+    validation: ImageSet,
+    seed: int,
+    device: torch.device,
+    candidates: int = 9,
+) -> pd.DataFrame:
+    """Methods under conditions that they were not all made for: means, and what solves come to.
+
+    Those without weights are tuned anew under every condition, so that they are as good there as
+    they can be. Where a network's solves have not all converged, at most 8 of the images, the worst
+    of them, are solved on for 300 more evaluations of T: what does their PSNR say then?
+
+    Args:
+        versions: methods that are ready to use, by what they were trained for.
+        conditions: by study and by name. One that several studies share is evaluated once.
+        tuned: the names of the methods to tune.
+        validation: the images to tune on, measured as the condition has it.
+        candidates: about how many settings are tried for each.
 
     Returns:
-        The rows of `summarise`, after a column condition.
+        A row for each condition, version (those of `versions`, and "tuned here") and method: the
+        columns of `summarise`, run_on (how many images were solved on), converged_later (the share
+        of these that then have converged), drift (the mean rise of their PSNR in dB; both are empty
+        where there are none), version, settings (as tuned here), study, condition.
     """
-    x = images.as_float().to(device)
-    parts = []
-    for condition, (true_A, A, noise_std) in conditions.items():
-        d = measure(true_A.to(device), x, noise_std, seed, images.indices)
-        table = evaluate(methods, A.to(device), x, d, noise_std, images.names)
-        part = summarise(table)
-        part.insert(0, "condition", condition)
-        parts.append(part)
-    return pd.concat(parts, ignore_index=True)
+    done: dict[Condition, pd.DataFrame] = {}
+    found: dict[object, dict[str, Settings]] = {}
+    for condition in conditions.values():
+        if condition in done:
+            continue
+        key = condition.true_A, condition.A, condition.noise_std
+        if key not in found:
+            x, d = condition.measure(validation, seed, device)
+            found[key] = {name: tuned_under(condition, name, x, d, candidates) for name in tuned}
+        x, d = condition.measure(condition.images, seed, device)
+        here = {name: _with(name, settings) for name, settings in found[key].items()}
+        table = pd.concat([_under(condition, methods, x, d).assign(version=version)
+                           for version, methods in {TUNED_HERE: here, **versions}.items()])
+        words = {name: ", ".join(f"{k} {value:.3g}" for k, value in settings.items())
+                 for name, settings in found[key].items()}
+        table["settings"] = table.method.map(words).where(table.version == TUNED_HERE, "")
+        done[condition] = table
+    return pd.concat([done[condition].assign(study=study, condition=name)
+                      for (study, name), condition in conditions.items()], ignore_index=True)
+
+
+@torch.no_grad()
+def tuned_under(condition: Condition, name: str, x: Tensor, d: Tensor, n: int) -> Settings:
+    """The best of about n settings of a method without weights, on images x measured as d.
+
+    Where the candidates differ in one number alone they are tried from the middle on, uphill, until
+    PSNR falls on both sides; in others all are tried.
+    """
+    method, A = METHODS[name], condition.A.to(x.device)
+    candidates = method.candidates(condition.noise_std, n)
+
+    @cache
+    def score(k: int) -> float:
+        value = psnr(A.visible(method.restore(A, d, candidates[k], 1.0)[0]), A.visible(x)).mean()
+        return value.nan_to_num(-float("inf")).item()
+
+    numbers = [len({settings[key] for settings in candidates}) for key in candidates[0]]
+    if sum(number > 1 for number in numbers) > 1:
+        return candidates[max(range(len(candidates)), key=score)]
+    k, better = None, len(candidates) // 2
+    while better != k:
+        k = better
+        better = max(range(max(k - 1, 0), min(k + 2, len(candidates))), key=score)
+    return candidates[k]
+
+
+def _with(name: str, settings: Settings) -> Restorer:
+    """A method without weights, with settings that already are for the noise level."""
+    return Restorer(lambda A, d, noise_std: METHODS[name].restore(A, d, settings, 1.0))
+
+
+def _under(condition: Condition, methods: dict[str, Restorer], x: Tensor,
+           d: Tensor) -> pd.DataFrame:
+    """`summarise` under one condition, and what comes of the solves that have not converged."""
+    A = condition.A.to(x.device)
+    table = evaluate(methods, A, x, d, condition.noise_std, condition.images.names)
+    later = [_run_on(methods[name], rows.reset_index(drop=True), A, x, d, condition.noise_std)
+             for name, rows in table.groupby("method", sort=False)]
+    return summarise(table).join(pd.DataFrame(later))
+
+
+def _run_on(method: Restorer, rows: pd.DataFrame, A: LinearOperator, x: Tensor, d: Tensor,
+            noise_std: float) -> dict[str, float]:
+    """What the unconverged images of one method come to: run_on, converged_later, drift.
+
+    A solve from the start to a later end goes through the same iterates as one that is gone on
+    with, Anderson's memory included.
+    """
+    failed = rows[rows.converged == 0].sort_values("residual", ascending=False,
+                                                   na_position="first")
+    if not len(failed) or method.model is None:
+        return {"run_on": 0, "converged_later": np.nan, "drift": np.nan}
+    at = failed.index[:RUN_ON].tolist()
+    model = method.model(A, noise_std)
+    model.max_iterations += FURTHER
+    with torch.no_grad():
+        y, info = model(d[at])
+    change = psnr(A.visible(y), A.visible(x[at])).cpu().numpy() - rows.psnr[at].to_numpy()
+    return {"run_on": len(at), "converged_later": info.converged.double().mean().item(),
+            "drift": change.mean()}
 
 
 def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
-            seed: int = 0) -> pd.DataFrame:
-    """Is x* an equilibrium? One row per image.
+            seed: int = 0, tolerance: float = Model.tolerance,
+            max_iterations: int = Model.max_iterations) -> pd.DataFrame:
+    """Is what the solver returns an equilibrium? One row per image.
 
-    Each is solved to a residual of 1e-5. Then T is applied further, plainly, and its Jacobian is
-    measured where that ends: after `further` times, or where each moves the image by less than
-    5e-7 of its norm, a few roundings of float32. From there on nothing changes any more.
+    Each is solved as `models.Equilibrium` does for all tables. From there on T is applied plainly:
+    `further` times, or until once moves the image by less than 5e-7 of its norm, a few roundings
+    of float32. Where that ends is x*, and there T's Jacobian is measured.
 
     Returns:
-        Columns image, evaluations (of T, to a residual of 1e-4; infinite if it is not reached),
-        residual, psnr, further (how often T was applied), psnr_later (dB), radius, norm: the
-        spectral radius and the norm of the Jacobian, as in `diagnostics`.
+        Columns image, evaluations (of T, to the tolerance; infinite if it is not reached),
+        residual, distance (|x - x*| / |x*|, which the residual is not), psnr (dB), further (how
+        often T was applied on), residual_later, psnr_later, drift (by how much PSNR has risen,
+        dB), radius, norm: the spectral radius and the norm of the Jacobian, as in `diagnostics`.
     """
     size = _batch_size(x)
     parts = []
@@ -145,17 +258,18 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
         def apply(z: Tensor, part: slice = part) -> Tensor:
             return T(z, d[part])
 
-        state, info = solve(T, d[part], 1e-5, 200)
-        reached = info.residuals <= 1e-4
-        evaluations = torch.where(reached.any(0), reached.int().argmax(0) + 1.0, float("inf"))
+        state, info = solve(T, d[part], tolerance * T.scale, max_iterations)
         later, rest = solve(T, d[part], ROUNDING, further, picard, state)
+        distance = (state - later).flatten(1).norm(dim=1) / later.flatten(1).norm(dim=1)
         radius, norm = (measured(apply, later, 30, torch.Generator().manual_seed(seed)).cpu()
                         for measured in (spectral_radius, jacobian_norm))
+        before, after = quality(state, part), quality(later, part)
         parts.append(pd.DataFrame({
-            "image": names[part], "evaluations": evaluations.cpu(),
-            "residual": info.residual.cpu(), "psnr": quality(state, part),
-            "further": rest.iterations.cpu(), "psnr_later": quality(later, part),
-            "radius": radius, "norm": norm}))
+            "image": names[part],
+            "evaluations": info.iterations.double().where(info.converged, float("inf")).cpu(),
+            "residual": info.residual.cpu(), "distance": distance.cpu(), "psnr": before,
+            "further": rest.iterations.cpu(), "residual_later": rest.residual.cpu(),
+            "psnr_later": after, "drift": after - before, "radius": radius, "norm": norm}))
     return pd.concat(parts, ignore_index=True)
 
 
@@ -197,15 +311,27 @@ def summarise(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def reference_table2() -> pd.DataFrame:
-    """The paper's Table 2, as data with its source: method, psnr, ssim."""
-    return pd.read_csv(PUBLISHED, comment="#")
+    """The paper's Table 2, as data with its source (see the file).
+
+    Returns:
+        Columns method, label, psnr and ssim as printed, data_range, and usual_psnr: the PSNR on
+        the usual scale, a text. Where the range of the images is not known it has both readings.
+    """
+    table = pd.read_csv(PUBLISHED, comment="#", dtype={"data_range": str})
+    table["usual_psnr"] = [
+        " or ".join(f"{psnr + 20 * np.log10(float(r)):.2f}" for r in ranges.split(" or "))
+        for psnr, ranges in zip(table.psnr, table.data_range, strict=True)]
+    return table
 
 
-def table2(summary: pd.DataFrame) -> pd.DataFrame:
+def table2(summary: pd.DataFrame, minutes: Mapping[str, float] | None = None) -> pd.DataFrame:
     """Table 2: our means beside the published values, one row per method of either.
 
+    `minutes` are those of training, by the names of the methods that have some.
+
     The published JFB value is on the scale of its code (see `on_published_scale`); the column
-    `published PSNR, range 1` puts it on the usual one.
+    `Published PSNR, range 1` puts it on the usual one. The scale of the others is not known, and
+    the column has both readings of them.
     """
     published = reference_table2().set_index("method")
     ours = summary.set_index("method")
@@ -218,9 +344,11 @@ def table2(summary: pd.DataFrame) -> pd.DataFrame:
     rows["± SSIM"] = ours.ssim_se.reindex(order)
     rows["Converged"] = ours.converged.reindex(order)
     rows["Seconds per image"] = ours.seconds_per_image.reindex(order)
+    rows["Minutes of training"] = [
+        dict(minutes or {}).get((METHODS[m].behind or METHODS[m]).name, np.nan)
+        if m in METHODS else np.nan for m in order]
     rows["Published PSNR"] = published.psnr.reindex(order)
-    shift = published.data_range.map(lambda r: 20 * np.log10(r))
-    rows["Published PSNR, range 1"] = (published.psnr + shift).reindex(order)
+    rows["Published PSNR, range 1"] = published.usual_psnr.reindex(order, fill_value="")
     rows["Published SSIM"] = published.ssim.reindex(order)
     return rows.reset_index(drop=True)
 

@@ -12,6 +12,7 @@ from IPython.display import Image as DisplayedImage
 from IPython.display import Markdown
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
 from jfbnb.common import atomic_path, atomic_write
@@ -24,7 +25,10 @@ GRADIENT_COLOURS = {"exact": METHODS["deq"].colour, "Neumann": "#117733",
                     "unrolled": METHODS["unrolled"].colour, "JFB": METHODS["jfb"].colour}
 # How a table's numbers are written, by a word in the name of their column.
 FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "mse": ".2e", "converged": ".2%",
-           "residual": ".1e", "radius": ".3f", "norm": ".3f", "drift": ".4f"}
+           "residual": ".1e", "rate": ".1e", "distance": ".1e", "radius": ".3f",
+           "norm": ".3f", "drift": "+.3f"}
+# A method's versions under other conditions, by what they are made for.
+VERSIONS = {"tuned here": (":", "s"), "protocol": ("-", "o"), "conditions": ("--", "D")}
 STYLE = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -184,7 +188,7 @@ def gradient_angles(terms: list[int], cosines: dict[str, list[float]],
                 ylabel="cosine to the exact gradient", title="Neumann-k after training")
     axes[0].minorticks_off()
     axes[1].set(xlabel="epoch", title="JFB during training")
-    axes[2].set(xlabel="spectral radius of $J$", title="JFB against the contraction")
+    axes[2].set(xlabel="spectral radius of $J$", title="JFB against the stability")
     lowest = min(ax.get_ylim()[0] for ax in axes)
     for ax in axes:  # one scale for all three
         ax.set_ylim(lowest, 1.03)
@@ -210,41 +214,71 @@ def gradient_cost(cost: pd.DataFrame) -> Figure:
 
 
 def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
-                     trained: dict[str, object]) -> Figure:
-    """Notebook 5: PSNR under conditions that no method was trained for, one panel per study.
+                     usual: dict[str, object]) -> Figure:
+    """Notebook 5: PSNR under conditions that not all methods were made for, a panel per study.
+
+    A method has one colour. Its versions differ in their lines and markers, and a marker is hollow
+    where not all of its images have converged.
 
     Args:
-        table: columns study, condition, method, psnr. Conditions with names are drawn as points
-            side by side, those with numbers as curves.
+        table: columns study, condition, method, version (a key of VERSIONS), psnr, converged.
+            Conditions with names are drawn as points side by side, those with numbers as curves.
         panels: study -> title and label of the horizontal axis.
-        trained: study -> the condition of the training, which is marked.
+        usual: study -> the condition of the protocol, which is marked.
     """
-    figure, axes = new_figure(columns=2, rows=2, width=9, height=7)
+    figure, axes = new_figure(columns=2, rows=2, width=9.5, height=9)
     methods = list(dict.fromkeys(table.method))
     for ax, (study, (title, xlabel)) in zip(axes, panels.items(), strict=True):
         part = table[table.study == study]
         conditions = list(dict.fromkeys(part.condition))
         named = isinstance(conditions[0], str)
-        for i, method in enumerate(methods):
-            values = part[part.method == method].psnr
-            if named:
-                places = [k + 0.7 / len(methods) * (i - (len(methods) - 1) / 2)
-                          for k in range(len(values))]
-                labelled_line(ax, places, values, method, "o", "none")
-            else:
-                labelled_line(ax, conditions, values, method, "o")
-        if study in trained:
-            at = conditions.index(trained[study]) if named else trained[study]
-            ax.axvline(at, color=METHODS["measurement"].colour, linestyle="--", zorder=0,
-                       label="as in training")
+        if study in usual:
+            at = conditions.index(usual[study]) if named else usual[study]
+            ax.axvline(at, color=METHODS["measurement"].colour, linewidth=8, alpha=0.25, zorder=0)
+        for (method, version), rows in part.groupby(["method", "version"], sort=False):
+            shift = 0.8 * ((methods.index(method) + 0.5) / len(methods) - 0.5)
+            at = [conditions.index(c) + shift for c in rows.condition] if named else rows.condition
+            _points(ax, rows.assign(at=at), METHODS[method].colour, *VERSIONS[version], not named)
         if named:
             ax.set(xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5),
                    xticklabels=[name.replace(", ", "\n").replace("_", " ") for name in conditions])
+            ax.set_xticks([k + 0.5 for k in range(len(conditions) - 1)], minor=True)
+            ax.grid(False, axis="x")
+            ax.grid(axis="x", which="minor")
+            ax.tick_params(axis="x", which="both", length=0)
             if len(conditions) > 4:
                 ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35, ha="right")
         elif max(conditions) > 10 * min(conditions):
             ax.set(xscale="log", xticks=conditions, xticklabels=conditions)
             ax.minorticks_off()
         ax.set(title=title, xlabel=xlabel, ylabel="PSNR (dB)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.legend(handles=_condition_handles(table), loc="outside upper center", ncols=4,
+                  fontsize=12, frameon=False)
     return figure
+
+
+def _points(ax: Axes, rows: pd.DataFrame, colour: str, linestyle: str, marker: str,
+            joined: bool) -> None:
+    """One version of one method, `at` its places."""
+    if joined:
+        ax.plot(rows["at"], rows.psnr, color=colour, linestyle=linestyle)
+    hollow = rows.converged < 1  # not for a method without a solver, which has no such share
+    for part, face, order in ((rows[~hollow], colour, 3), (rows[hollow], "white", 4)):
+        ax.scatter(part["at"], part.psnr, s=34, marker=marker, facecolors=face, edgecolors=colour,
+                   linewidths=1.6, zorder=order)
+
+
+def _condition_handles(table: pd.DataFrame) -> list[Line2D]:
+    """The legend's: methods by colour, then what lines and markers mean."""
+    handles = [Line2D([], [], color=METHODS[m].colour, label=METHODS[m].label, linewidth=3)
+               for m in dict.fromkeys(table.method)]
+    for version in dict.fromkeys(table.version):
+        linestyle, marker = VERSIONS[version]
+        label = version if version == "tuned here" else f"trained: {version}"
+        handles.append(Line2D([], [], color="black", linestyle=linestyle, marker=marker,
+                              label=label))
+    handles.append(Line2D([], [], color="black", linestyle="none", marker="o",
+                          markerfacecolor="white", label="not all converged"))
+    handles.append(Line2D([], [], color=METHODS["measurement"].colour, linewidth=8, alpha=0.25,
+                          label="the protocol's"))
+    return handles

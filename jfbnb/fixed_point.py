@@ -37,7 +37,7 @@ class SolveInfo:
         more = f" and {len(failed) - most} more" if len(failed) > most else ""
         return (f"{len(failed)} of {len(self.converged)} did not converge in "
                 f"{self.iterations.max().item()} iterations: {', '.join(lines)}{more}; where the "
-                "residual still falls more iterations help, elsewhere the map does not contract: "
+                "residual still falls more iterations help, elsewhere the map is not stable: "
                 "check the blur and the noise level")
 
 

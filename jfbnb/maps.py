@@ -24,6 +24,7 @@ class ImplicitMap(nn.Module):
 
     name: str
     colour: str
+    scale: float | Tensor = 1.0  # of its steps: a solver's tolerance is multiplied by it
 
     def __init__(self, A: LinearOperator | None, D: Denoiser):
         super().__init__()
@@ -78,8 +79,9 @@ class GradientMap(WeightedMap):
     """Eq. 4 (DE-GRAD): T(x; d) = x - eta (A'(A x - d) + S(x)), with S(x) = tau (x - D(x)).
 
     The paper writes the gradient of |A x - d|^2, whose factor 2 is taken up by eta and S here.
-    With D of Lipschitz constant L < 1 it contracts for eta < 2 / (|A'A| + tau (1 + L)), but on the
-    directions that A hardly sees only at the rate 1 - eta tau (1 - L), which is next to 1.
+    If |A| <= 1 and D has a Lipschitz constant L < 1, then 0 < eta < 2 / (1 + tau (1 + L)) suffices
+    for a contraction. For |A| = 1 no larger bound does: D may be -L where A keeps an image as it
+    is. On what A hardly sees the error may shrink by 1 - eta tau (1 - L) alone, next to 1.
 
     Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
     """
@@ -93,6 +95,11 @@ class GradientMap(WeightedMap):
     def extra_repr(self) -> str:
         return f"eta={self.eta}"
 
+    @property
+    def scale(self) -> Tensor:
+        """eta tau: on what A hardly sees its steps are so many times the preconditioned map's."""
+        return self.eta * self.tau.detach()
+
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
         A, S = self.A, self.tau * self.D.residual(x)
         return x - self.eta * (A.adjoint(A(x) - d) + S)
@@ -101,8 +108,9 @@ class GradientMap(WeightedMap):
 class PreconditionedMap(WeightedMap):
     """T(x; d) = (A'A + tau I)^-1 (A'd + tau D(x)): one Newton step on the data, D elsewhere.
 
-    It has the fixed points of Eq. 4 and contracts at the rate Lip(D) at most, however badly A is
-    conditioned: the preconditioner's norm times tau is at most 1.
+    It has the fixed points of Eq. 4. If D has a Lipschitz constant L < 1 it is a contraction by L
+    or better, however badly A is conditioned: the preconditioner's norm times tau is at most 1. If
+    D has none, as networks mostly do not, nothing of the kind is sure.
 
     Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
     """
@@ -118,8 +126,8 @@ class SplittingMap(WeightedMap):
 
     Geman and Yang (1995), with a network for the denoising half as in Zhang et al. (2017). The two
     halves are `PreconditionedMap`'s in the other order. So the equilibrium is the same, x* solves
-    Eq. 4 and z* = D(x*), and so is the contraction; but the image comes out of the denoiser, and
-    nothing stands between D and the loss when it is differentiated.
+    Eq. 4 and z* = D(x*), and so is the spectral radius of the Jacobian there; but the image comes
+    out of the denoiser, and nothing stands between D and the loss when it is differentiated.
 
     Shapes: z (B, C, H, W), d (B, *range) -> (B, C, H, W).
     """
@@ -130,14 +138,15 @@ class SplittingMap(WeightedMap):
         return self.D(self.data_step(z, d))
 
     def before_denoising(self, image: Tensor, d: Tensor) -> Tensor:
-        """x*, so that a head stands where the map has D, free to do what would not contract."""
+        """x*, so that a head stands where the map has D, free to do what would not be stable."""
         return self.data_step(image, d)
 
 
 class ProximalMap(ImplicitMap):
-    """Section 3.3 ii (DE-PROX): T(x; d) = D(x - eta A'(A x - d)), for eta < 2 / |A'A|.
+    """Section 3.3 ii (DE-PROX): T(x; d) = D(x - eta A'(A x - d)), for 0 < eta <= 2 / |A'A|.
 
     The paper writes S_Theta for the network that stands in for the proximal map; here that is D.
+    With such an eta the gradient step stretches nothing, so T is as stable as D makes it.
     Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
     """
 

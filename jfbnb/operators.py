@@ -642,7 +642,9 @@ class Protocol:
 PROTOCOLS = {protocol.name: protocol for protocol in (
     # The paper's section 5, read literally: variance 5, noise 0.01.
     Protocol("paper", 128, partial(Blur, kernel_size=5, kernel_std=math.sqrt(5)), 0.01),
-    # The code published with it: standard deviation 5; noise 0.01 on images in [-1, 1].
+    # The code published with it, github.com/lliu58b/Jacobian-free-Backprop-Implicit-Networks (two
+    # letters l) up to its commit d8e6ada: standard deviation 5; noise 0.01 on images in [-1, 1].
+    # Its later state has other kernels.
     Protocol("code", 128, partial(Blur, kernel_size=5, kernel_std=5.0), 0.005),
     # What a camera does: pictures of 128 x 128 cut from blurred scenes that go on beyond them.
     Protocol("camera", 132, partial(Blur, kernel_size=5, kernel_std=math.sqrt(5), border="unknown"),
@@ -651,7 +653,11 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
 
 
 def get_protocol(name: str) -> Protocol:
-    """Look up a protocol. Raises UserError for an unknown name."""
+    """Look up a protocol: "paper", its text read literally; "code", the code published with it, up
+    to its commit d8e6ada; "camera", pictures cut from larger scenes.
+
+    Raises UserError for an unknown name.
+    """
     if name not in PROTOCOLS:
         raise UserError(f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

@@ -4,8 +4,10 @@ What comes out is stored with a model card, so that anyone can measure it again.
 """
 
 import copy
+import json
+import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,14 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from jfbnb import processes
-from jfbnb.common import atomic_path, atomic_write, describe_device
+from jfbnb.common import UserError, atomic_path, atomic_write, describe_device
 from jfbnb.datasets import ImageSet, Splits, bundled_photos
-from jfbnb.methods import Method, Settings
+from jfbnb.methods import METHODS, Method, Settings
 from jfbnb.metrics import psnr
 from jfbnb.models import Model
 from jfbnb.networks import Denoiser, describe, save_weights
 from jfbnb.operators import LinearOperator, Protocol, measure
+from jfbnb.sources import digest
 from jfbnb.training import BatchLoss, DenoiserLoss, LossSettings, TrainingConfig, train
+
+RATES = (0.5, 1.0, 2.0)  # times the learning rate: what a search tries
+SHORT = 1 / 6  # of the minutes: how long each of them is tried
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
         noise_max: the strongest noise, on images in [0, 1].
 
     Returns:
-        The denoiser, and a record for each epoch.
+        The denoiser, and the records.
     """
     D = Denoiser(network, 0.0)
     history = _train("denoiser", D, DenoiserLoss(D, noise_max, bf16), splits, config, run, None)
@@ -99,20 +105,28 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
 
 def train_method(method: Method, network: nn.Module, settings: Settings, problem: Problem,
                  config: TrainingConfig, losses: LossSettings, run: Run,
-                 watch: Callable[[Model], dict[str, float]] | None = None
+                 watch: Callable[[Model], dict[str, float]] | None = None,
+                 minutes: float | None = None, rates: Sequence[float] = RATES
                  ) -> tuple[Model, pd.DataFrame]:
     """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
 
-    After each epoch the validation images of the problem are restored.
+    With each record the validation images of the problem are restored.
 
     Args:
         network: the denoiser's; a copy of it is trained.
         settings: the method's, as tuned.
-        watch: what else to record after each epoch.
+        watch: what else to record.
+        minutes: how long to train, whatever a step costs: `search` then says how many epochs that
+            is, and at which of `rates`, times the config's, to learn. The search's own time comes
+            on top.
 
     Returns:
-        The model, for crops, and a record for each epoch.
+        The model, for crops, and the records.
     """
+    tried = None
+    if minutes is not None:
+        config, tried = search(method, network, settings, problem, config, losses, run, minutes,
+                               rates)
     A = problem.setup.operator(config.crop).to(run.device)
     model, loss = prepare(method, network, settings, A, losses)
 
@@ -122,7 +136,8 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
 
     history = _train(method.name, model, loss, problem.splits, config, run, validate)
     card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
-            "settings": settings, "loss": asdict(losses)}
+            "settings": settings, "loss": asdict(losses), "minutes": minutes,
+            "search": tried}
     if run.out and not run.weights:  # those that are taken have been measured
         photographs = bundled_photos("validation", problem.setup.image_size)[:4]
         others = measured(problem, photographs)
@@ -139,7 +154,119 @@ def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOpe
     model = method.build(A, copy.deepcopy(network), settings)
     if method.head:
         model.add_head()
-    return model, method.loss(model, losses)
+    return model, method.loss(model, replace(losses, noise_power=method.noise_power))
+
+
+def search(method: Method, network: nn.Module, settings: Settings, problem: Problem,
+           config: TrainingConfig, losses: LossSettings, run: Run, minutes: float,
+           rates: Sequence[float] = RATES) -> tuple[TrainingConfig, list[dict[str, float]]]:
+    """The training that takes so many minutes, at the learning rate that is best on short ones.
+
+    For each rate a whole schedule of a sixth of the time is run from the pretrained denoiser. Their
+    seconds say how many steps there are in all of it. A search that is done is not done again, and
+    with weights that are taken their own is.
+
+    Returns:
+        The config with its epochs and its learning rate; for each rate learning_rate, epochs,
+        seconds, and psnr in dB on the problem's images.
+    """
+    if run.weights:
+        return _searched(Path(run.weights) / f"{method.name}.json", config, minutes)
+    images, device = problem.splits.train.images, run.device
+    A = problem.setup.operator(config.crop).to(device)
+    found = None
+    if run.out is not None:
+        key = digest(search, *prepare(method, network, settings, A, losses), images, config,
+                     minutes, rates)
+        found = run.out / "checkpoints" / f"{processes.gather(key)[0][:16]}.json"
+        with processes.rank_0_first():
+            if found.is_file():
+                return _searched(found, config, minutes)
+    batches = math.ceil(len(images) / config.batch_size)
+
+    def attempt(rate: float, steps: int) -> dict[str, float]:
+        own = replace(config, epochs=steps / batches, unconverged_limit=1.0,
+                      learning_rate=rate * config.learning_rate)
+        model, loss = prepare(method, network, settings, A, losses)
+        tried = {"learning_rate": own.learning_rate, "epochs": own.epochs}
+        try:
+            history = train(model.to(device), loss, images, own, device, log=lambda line: None)
+        except UserError as error:  # such a rate is none
+            run.log(f"{method.name}: {error}")
+            return {**tried, "seconds": math.nan, "psnr": math.nan}
+        return {**tried, "seconds": sum(record["seconds"] for record in history),
+                "psnr": score(model.on(problem.A), problem)["psnr"]}
+
+    def per_step(tries: list[dict[str, float]]) -> float:
+        done = [t for t in tries if t["seconds"] == t["seconds"]]
+        if not done:
+            raise UserError(f"{method.name} cannot be trained at any of the learning rates: lower "
+                            "learning_rate")
+        return processes.gather(sum(t["seconds"] for t in done)
+                                / sum(t["epochs"] * batches for t in done))[0]
+
+    attempt(rates[0], 2)  # the first steps are slower
+    short = max(1, round(SHORT * 60 * minutes / per_step([attempt(rates[0], 5)])))
+    tries = processes.gather([attempt(rate, short) for rate in rates])[0]
+    steps = max(1, round(60 * minutes / per_step(tries)))
+    best = max(tries, key=lambda t: (t["psnr"] == t["psnr"], t["psnr"]))
+    config = replace(config, epochs=steps / batches, learning_rate=best["learning_rate"])
+    if found is not None and processes.rank() == 0:
+        atomic_write(found, json.dumps({"training": asdict(config), "minutes": minutes,
+                                        "search": tries}, indent=1) + "\n")
+    return config, tries
+
+
+def _searched(file: Path, config: TrainingConfig, minutes: float
+              ) -> tuple[TrainingConfig, list[dict[str, float]]]:
+    """What a search found, in its own file or in a model card."""
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        own, trained, tries = card["training"], card["minutes"], card["search"]
+        config = replace(config, epochs=own["epochs"], learning_rate=own["learning_rate"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} has no record of a training by the clock ({error}): leave the "
+                        "parameter `weights` empty to train") from error
+    if trained != minutes:
+        raise UserError(f"{file} is of {trained} minutes of training, not of {minutes}: leave the "
+                        "parameter `weights` empty to train")
+    return config, tries
+
+
+def read_cards(weights: Path, names: Sequence[str]) -> dict[str, dict]:
+    """The model cards of some methods in a folder. Raises UserError if one is missing."""
+    try:
+        return {name: json.loads((weights / f"{name}.json").read_text(encoding="utf-8"))
+                for name in names}
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model card in {weights} ({error}): run the earlier notebooks, in "
+                        "order, or `jfbnb reproduce`") from error
+
+
+def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of some methods' model cards: a row for each training, and one for each whole schedule.
+
+    Returns:
+        A table to show, and one of method, learning_rate, minutes, psnr (dB, on validation images)
+        and chosen: whether it is at the learning rate that was taken.
+    """
+    rows, schedules = [], []
+    for name, card in cards.items():
+        own, last = card["training"], card["history"][-1]
+        minutes = sum(record["seconds"] for record in card["history"]) / 60
+        batches = math.ceil(card["training images"] / own["batch_size"])
+        rows.append({"Method": METHODS[name].label, "Learning rate": own["learning_rate"],
+                     "Steps": round(own["epochs"] * batches), "Minutes": minutes,
+                     "Solves converged": last.get("converged", math.nan),
+                     "Adjoint residual": last.get("adjoint_residual", math.nan),
+                     "Final loss": last["mse"]})
+        schedules += [{"method": name, "learning_rate": tried["learning_rate"],
+                       "minutes": tried["seconds"] / 60, "psnr": tried["psnr"],
+                       "chosen": tried["learning_rate"] == own["learning_rate"]}
+                      for tried in card["search"] or ()]
+        schedules.append({"method": name, "learning_rate": own["learning_rate"],
+                          "minutes": minutes, "psnr": last["validation_psnr"], "chosen": True})
+    return pd.DataFrame(rows), pd.DataFrame(schedules)
 
 
 @torch.no_grad()

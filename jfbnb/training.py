@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,13 +22,16 @@ from jfbnb.fixed_point import SolveInfo, solve
 from jfbnb.gradients import implicit, jfb
 from jfbnb.models import Model, Unrolled
 from jfbnb.networks import Denoiser, fill, precision
-from jfbnb.operators import LinearOperator, measure
+from jfbnb.operators import Blur, LinearOperator, measure
 from jfbnb.sources import digest
 
 # The loss of each of some crops x, (b,), and figures of each, given the keys that seed the draws
 # and the crops' places in their batch: whoever shares a batch out gets the same draws.
 BatchLoss = Callable[[Tensor, tuple[int, ...], Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
 COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allowed
+ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved
+TYPICAL = 1e-3  # mean squared error
+RECORDS = 6  # of a training, at least; at most an epoch lies between two
 WATCHED = 4  # of so many crops one is watched by the penalty
 
 
@@ -36,11 +39,12 @@ WATCHED = 4  # of so many crops one is watched by the penalty
 class TrainingConfig:
     """How long and how fast: Adam with a cosine schedule from `learning_rate` to 0.
 
+    `epochs` is how often each training image is seen, on average; it need not be whole.
     `unconverged_limit` is the share of an epoch's fixed-point solves that may end above their
     tolerance: above half of it training warns, above all of it training stops.
     """
 
-    epochs: int
+    epochs: float
     batch_size: int
     crop: int  # side in pixels
     learning_rate: float
@@ -49,20 +53,47 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What a training may meet in the place of one blur and one noise level: ranges to draw from.
+
+    Gaussian kernels with a black border, their side odd, in pixels; the standard deviations of
+    kernel and noise are uniform on a logarithmic axis, and the noise's is on images in [0, 1].
+    """
+
+    kernel_side: tuple[int, int] = (3, 13)
+    kernel_std: tuple[float, float] = (0.6, 5.0)
+    noise_std: tuple[float, float] = (0.002, 0.05)
+
+    def draw(self, image_size: int, generator: torch.Generator) -> tuple[LinearOperator, float]:
+        """A blur of images of that size, and a noise level."""
+        side, kernel, noise = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        low, high = self.kernel_side
+        return (Blur(image_size, low + 2 * math.floor(side * ((high - low) // 2 + 1)),
+                     _between(self.kernel_std, kernel)), _between(self.noise_std, noise))
+
+
+def _between(ends: tuple[float, float], share: float) -> float:
+    return ends[0] * (ends[1] / ends[0]) ** share
+
+
+@dataclass(frozen=True)
 class LossSettings:
     """What the losses of all methods have in common.
 
     Args:
         noise_std: of the measurements, on images in [0, 1].
-        tolerance, max_iterations: of the solve for x*, by Anderson without gradient, and of the
-            adjoint equation's.
-        power_iterations: of the contraction estimate, on every fourth crop, which then counts four
+        tolerance, max_iterations: of the solve for x*, by Anderson without gradient. The adjoint
+            equation has as many iterations.
+        power_iterations: of the stretch's estimate, on every fourth crop, which then counts four
             times.
         contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`; a penalty of 0
             leaves the estimate out.
         bf16: for the first evaluations of a solve, the tracked application and the head; of an
             explicit model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
-            of about 3e-3, and the contraction estimate's differences would drown in the rounding.
+            of about 3e-3, and the estimate's differences would drown in the rounding.
+        conditions: what each step's operator and noise level are drawn from; None leaves both as
+            they are. Every image then weighs alike: the loss is the logarithm of its error.
+        noise_power: how the prior's weight follows a drawn noise level, as in `methods.Method`.
     """
 
     noise_std: float
@@ -72,6 +103,8 @@ class LossSettings:
     contraction: float = 0.9
     penalty: float = 0.1
     bf16: bool = False
+    conditions: Conditions | None = None
+    noise_power: float = 2.0
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -109,14 +142,10 @@ class ExplicitLoss:
     model: Unrolled
     settings: LossSettings
 
-    @property
-    def evaluations(self) -> float:
-        return 3.0 * self.model.iterations + _head_evaluations(self.model)
-
     def __call__(self, x: Tensor, keys: tuple[int, ...],
                  indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        d = draw_measurement(self.model.T.A, x, self.settings.noise_std, keys, indices)
-        return _errors(self.model, self.settings, x, self.restored(d)[0], d)
+        model, d = _meet(self.model, self.settings, x, keys, indices)
+        return _errors(model, self.settings, x, replace(self, model=model).restored(d)[0], d)
 
     def restored(self, d: Tensor) -> tuple[Tensor, None]:
         """The image that the loss sees, tracked."""
@@ -137,20 +166,13 @@ class EquilibriumLoss:
     settings: LossSettings
     gradient: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = jfb
 
-    products = 0  # with the Jacobian, at most, that the gradient takes
-
-    @property
-    def evaluations(self) -> float:
-        s = self.settings
-        watch = (s.power_iterations + 6) / WATCHED if s.penalty > 0 else 0.0
-        return s.max_iterations + 3 + self.products + watch + _head_evaluations(self.model)
-
     def __call__(self, x: Tensor, keys: tuple[int, ...],
                  indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        s, T = self.settings, self.model.T
-        d = draw_measurement(T.A, x, s.noise_std, keys, indices)
-        y, x_star, figures = self.restored(d)
-        loss, errors = _errors(self.model, s, x, y, d)
+        s = self.settings
+        model, d = _meet(self.model, s, x, keys, indices)
+        T = model.T
+        y, x_star, figures = replace(self, model=model).restored(d)
+        loss, errors = _errors(model, s, x, y, d)
         figures.update(errors)  # in place: the backward pass may add to it
         if s.penalty > 0:
             watched = [row for row, index in enumerate(indices) if index % WATCHED == 0]
@@ -166,7 +188,7 @@ class EquilibriumLoss:
         """The image that the loss sees, tracked; x*; and figures of its solve."""
         s, T = self.settings, self.model.T
         with precision(self.model, s.bf16) as put:
-            x_star, info = solve(T, d, s.tolerance, s.max_iterations,
+            x_star, info = solve(T, d, s.tolerance * T.scale, s.max_iterations,
                                  callback=lambda k, _: put(s.bf16 and k < COARSE))
             figures = {"iterations": info.iterations, "residual": info.residual,
                        "converged": info.converged}
@@ -184,11 +206,7 @@ class EquilibriumLoss:
 
 @dataclass(frozen=True)
 class ImplicitLoss(EquilibriumLoss):
-    """The same by the exact gradient, Eq. 5, whose equation is solved as far as that of x*."""
-
-    @property
-    def products(self) -> int:
-        return 1 + self.settings.max_iterations
+    """The same by the exact gradient, Eq. 5, whose equation is solved to a residual of 1e-3."""
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
               figures: dict[str, Tensor]) -> Tensor:
@@ -196,8 +214,7 @@ class ImplicitLoss(EquilibriumLoss):
             figures["adjoint_residual"] = adjoint.residual
 
         with precision(self.model, False):  # its own solve, too, would stall in bfloat16
-            return implicit(T, x_star, self.settings.tolerance, self.settings.max_iterations,
-                            report)
+            return implicit(T, x_star, ADJOINT, self.settings.max_iterations, report)
 
 
 def _mean_square(error: Tensor) -> Tensor:
@@ -219,11 +236,19 @@ def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
             head = _mean_square(visible(model.predict(y, d) - x))
         figures["head_mse"] = head.detach()
         loss = loss + head
+    if settings.conditions is not None:  # the gradient of its logarithm, on the usual scale
+        loss = TYPICAL * loss / loss.detach()
     return loss, figures
 
 
-def _head_evaluations(model: Model) -> float:
-    return 0.0 if model.H is None else 3.0
+def _meet(model: Model, settings: LossSettings, x: Tensor, keys: tuple[int, ...],
+          indices: Sequence[int]) -> tuple[Model, Tensor]:
+    """The model on the operator that measures some crops, and their measurements."""
+    noise_std = settings.noise_std
+    if settings.conditions is not None:
+        A, noise_std = settings.conditions.draw(x.shape[-1], seeded_generator(*keys, 0))
+        model = model.on(A.to(x.device), (noise_std / settings.noise_std) ** settings.noise_power)
+    return model, draw_measurement(model.T.A, x, noise_std, keys, indices)
 
 
 def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float, keys: tuple[int, ...],
@@ -235,6 +260,9 @@ def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float, keys: tuple
 def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor,
                          power_iterations: int) -> Tensor:
     """How much T stretches the direction that dies slowest at x*, one factor per image (B,).
+
+    Below 1 that direction dies out. It is one direction at one point: no bound on T's Lipschitz
+    constant, and no proof that T is stable.
 
     The solve is itself a power iteration, so what is left of its residual, T(x*) - x*, already
     points along the slowest direction; a random one would miss modes that live in a few pixels.
@@ -272,11 +300,12 @@ def train(
     log: Callable[[str], None] = print,
     finished: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Minimise `batch_loss` over random crops of `images`; return one record per epoch.
+    """Minimise `batch_loss` over random crops of `images`; return the records of its parts.
 
-    A record has the epoch, the mean loss per image, the means of what the loss reports, the
-    seconds of training, and what `validate` returns. With `checkpoints`, a folder, each epoch is
-    stored and a stopped training goes on from the last one that is whole.
+    A training has as many parts as epochs, and at least `RECORDS`. A record has the epochs so far,
+    the part's mean loss per image, the means of what the loss reports, the seconds of training,
+    and what `validate` returns. With `checkpoints`, a folder, the state after each part is stored
+    and a stopped training goes on from the last one that is whole.
 
     In a `processes.process_group` all processes train together, on the same batches as one would;
     rank 0 alone logs, validates and stores. The checkpoint of one number of processes serves any
@@ -312,12 +341,16 @@ def train(
         with processes.rank_0_first():  # the others read the one that it finds whole
             history = resume(file, module, optimizer, log)
         if history:
-            log(f"resumed after epoch {len(history)} of {config.epochs}")
-    for epoch in range(len(history) + 1, config.epochs + 1):
+            log(f"resumed after epoch {history[-1]['epoch']:.4g} of {config.epochs:.4g}")
+    batches = math.ceil(len(images) / config.batch_size)
+    steps = max(1, round(config.epochs * batches))
+    parts = min(steps, max(RECORDS, math.ceil(config.epochs)))
+    for part in range(len(history), parts):
         start = time.perf_counter()
         last_good = f"; the last good checkpoint is {file}" if file and history else ""
-        record = {"epoch": epoch, **_train_epoch(shared_loss, images, config, device, optimizer,
-                                                 epoch, last_good)}
+        bounds = steps * part // parts, steps * (part + 1) // parts
+        record = {"epoch": bounds[1] / batches, **_train_part(
+            shared_loss, images, config, device, optimizer, range(*bounds), steps, last_good)}
         record["seconds"] = time.perf_counter() - start
         record.update(validate() if validate else {})
         history.append(record)
@@ -325,8 +358,9 @@ def train(
             save_checkpoint(file, module, optimizer, history)
         log("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
         if 1 - record.get("converged", 1) > config.unconverged_limit / 2:
-            log(f"warning: {1 - record['converged']:.0%} of the solves of epoch {epoch} did not "
-                f"converge; training stops above {config.unconverged_limit:.0%}")
+            log(f"warning: {1 - record['converged']:.0%} of the solves up to epoch "
+                f"{record['epoch']:.4g} did not converge; training stops above "
+                f"{config.unconverged_limit:.0%}")
     return history
 
 
@@ -349,21 +383,24 @@ def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dic
     return history
 
 
-def _train_epoch(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
-                 device: torch.device, optimizer: torch.optim.Optimizer, epoch: int,
-                 last_good: str) -> dict[str, float]:
-    """One crop of each image; the means of the loss and of what it reports.
+def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
+                device: torch.device, optimizer: torch.optim.Optimizer, part: range, steps: int,
+                last_good: str) -> dict[str, float]:
+    """Some of a training's steps; the means of the loss and of what it reports.
 
     Each process has its share of every batch. The backward pass averages over the processes, so a
     share's sum is multiplied by their number.
     """
-    order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
-    batches = order.split(config.batch_size)
-    means = _Means(device)
-    for step, batch in enumerate(batches):
-        progress = ((epoch - 1) * len(batches) + step) / (config.epochs * len(batches))
+    batches = math.ceil(len(images) / config.batch_size)
+    means, order, shuffled = _Means(device), (), None
+    for number in part:
+        epoch, step = number // batches + 1, number % batches
+        if shuffled != epoch:
+            order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
+            order, shuffled = order.split(config.batch_size), epoch
+        batch = order[step]
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * number / steps))
         share = processes.share(len(batch))
         x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0)[share].to(device)
         losses, figures = batch_loss(x, (config.seed, epoch, step, 1), range(len(batch))[share])
@@ -375,11 +412,12 @@ def _train_epoch(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
                             f"{batch.tolist()}: lower the learning rate{last_good}")
         optimizer.step()
         unconverged = 1 - means.of("converged", 1.0)
-        if unconverged > config.unconverged_limit and (step >= 20 or step == len(batches) - 1):
+        if unconverged > config.unconverged_limit and (number - part[0] >= 20
+                                                       or number == part[-1]):
             raise UserError(
                 f"{unconverged:.0%} of the solves up to epoch {epoch}, step {step} did not "
-                f"converge (mean residual {means.of('residual', 0.0):.1e}): the map does not "
-                "contract; lower the learning rate, raise penalty or max_iterations, or raise "
+                f"converge (mean residual {means.of('residual', 0.0):.1e}): the map is not "
+                "stable; lower the learning rate, raise penalty or max_iterations, or raise "
                 f"unconverged_limit to go on{last_good}")
     return {name: means.of(name, 0.0) for name in means.totals}
 

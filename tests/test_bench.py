@@ -10,13 +10,10 @@ import pandas as pd
 import pytest
 import torch
 
-from jfbnb.datasets import ImageSet, Splits
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import bench
 import contenders
 import measurements
-import quality
 from contenders import KEYS, RECONSTRUCTIONS, STEPS, load_problem, ours, solve_problem
 from processes import Worker, alone, in_turns
 from report import exponent, verdicts
@@ -73,13 +70,8 @@ def test_quick_run_compares_and_writes(tmp_path, monkeypatch, inline):
     assert "torchdeq" in (tmp_path / "machine.json").read_text()
 
 
-def test_quick_run_of_what_needs_no_peer(tmp_path, monkeypatch, inline):
-    images = torch.randint(256, (20, 3, 128, 128), dtype=torch.uint8)
-    whole = ImageSet(images, list("abcdefghijklmnopqrst"), list(range(20)))
-    monkeypatch.setattr(quality, "load_splits", lambda data, *sizes, **more: Splits(
-        whole[2:], whole[:1], whole[1:2], "noise"))
-    monkeypatch.setattr(bench, "RIVALS", ("unrolled", "feedforward-tikhonov"))
-    bench.main(["--quick", "--out", str(tmp_path), "--sections", "limit", "growth", "quality"])
+def test_quick_run_of_what_needs_no_peer(tmp_path, inline):
+    bench.main(["--quick", "--out", str(tmp_path), "--sections", "limit", "growth"])
     limit = pd.read_csv(tmp_path / "limit.csv")
     assert set(limit.type) == {"float32", "bfloat16"} and (limit["solve's share"] > 0).all()
     growth = pd.read_csv(tmp_path / "growth.csv")
@@ -87,10 +79,6 @@ def test_quick_run_of_what_needs_no_peer(tmp_path, monkeypatch, inline):
     fits = pd.read_csv(tmp_path / "growth_exponents.csv").set_index(["series", "gradient"])
     assert fits["most over least MB"]["K", "jfb"] < 1.05 < fits["most over least MB"]["K",
                                                                                      "unrolled"]
-    curves = pd.read_csv(tmp_path / "quality.csv")
-    assert set(curves.method) == {"unrolled", "feedforward-tikhonov"}
-    assert (curves.groupby("method")["time (s)"].diff().dropna() > 0).all()
-    assert (tmp_path / "quality.png").exists()
 
 
 def test_a_missing_peer_is_one_line_and_the_rest_runs(monkeypatch, capsys):

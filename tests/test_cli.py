@@ -410,5 +410,5 @@ def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
 
 
 def test_train_refuses_numbers_out_of_range(capsys, tmp_path):
-    line = refused(capsys, "train", "jfb", "-p", "epochs=0", "--out", tmp_path / "out")
-    assert "parameter epochs must be positive, not 0" in line
+    line = refused(capsys, "train", "jfb", "-p", "minutes=0", "--out", tmp_path / "out")
+    assert "parameter minutes must be positive, not 0" in line

@@ -19,6 +19,8 @@ from jfbnb.diagnostics import (
 from jfbnb.fixed_point import solve
 from jfbnb.gradients import jfb, unrolled
 from jfbnb.maps import GradientMap, PreconditionedMap, SplittingMap
+from jfbnb.networks import Denoiser, DnCNN
+from jfbnb.operators import Blur
 
 
 @pytest.fixture
@@ -96,6 +98,35 @@ def test_parameter_jacobian_gives_jfbs_gradient(solved):
     g = (2 * (T(x_star, d) - x) / x.numel()).detach().flatten()
     torch.testing.assert_close(g @ M, parameter_gradient(T, x_star, d, x, jfb), rtol=1e-6,
                                atol=1e-12)
+
+
+def test_splitting_and_preconditioned_map_share_the_spectral_radius(solved):
+    """Two factors in either order have the same eigenvalues; their norms may differ."""
+    A, D, _, d, x_star = solved
+    radii = []
+    for kind, state in ((PreconditionedMap, x_star), (SplittingMap, D(x_star))):
+        T = make_map(kind, A, D)
+        radii.append(spectral_radius(lambda v, T=T: T(v, d), state, 400, torch.manual_seed(0)))
+    torch.testing.assert_close(*radii, rtol=1e-3, atol=0)
+
+
+def test_rescaled_channels_leave_the_parameter_jacobian_short_of_full_column_rank():
+    """More into a ReLU, less out of it: a direction in Theta that changes nothing."""
+    torch.manual_seed(0)
+    D = Denoiser(DnCNN(2, 3), 0.03)
+    torch.nn.init.normal_(D.network.layers[-1].weight, std=0.1)
+    T = SplittingMap(Blur(8, 5, 2.0), D, 0.1).double()
+    d, z = torch.rand(2, 1, 3, 8, 8, dtype=torch.float64)
+    M = parameter_jacobian(T, z, d)
+    into, out = T.D.network.layers[0], T.D.network.layers[2]
+    for channel in range(3):
+        change = {name: torch.zeros_like(p) for name, p in T.named_parameters()}
+        change["D.network.layers.0.weight"][channel] = into.weight[channel]
+        change["D.network.layers.0.bias"][channel] = into.bias[channel]
+        change["D.network.layers.2.weight"][:, channel] = -out.weight[:, channel]
+        direction = torch.cat([v.flatten() for v in change.values()]).detach()
+        assert (M @ direction).norm() < 1e-12 * M.norm() * direction.norm()
+    assert torch.linalg.matrix_rank(M) <= M.shape[1] - 3
 
 
 def test_step_cost_counts_the_peak():

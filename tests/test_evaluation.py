@@ -56,6 +56,13 @@ def test_published_values():
                                         "deq": 0.94, "jfb": 0.91}
 
 
+def test_published_values_of_unknown_range_have_both_readings():
+    """JFB's range is established, that of the other columns is not."""
+    assert reference_table2().set_index("method").usual_psnr.to_dict() == {
+        "total-variation": "26.79 or 32.81", "plug-and-play": "29.77 or 35.79",
+        "deq": "32.43 or 38.45", "jfb": "32.90"}
+
+
 def test_evaluate_all_methods(weights, pair):
     _, x = pair
     A = Blur(40, 5, 2.0)
@@ -147,15 +154,20 @@ def test_table2_has_published_and_own_rows(tmp_path):
                             "psnr_se": [0.1, 0.1], "ssim": [0.8, 0.92], "ssim_se": [0.01, 0.01],
                             # of 2,000 images one: it must not be rounded away
                             "converged": [np.nan, 0.9995], "seconds_per_image": [0.001, 0.2]})
-    table = table2(summary).set_index("Method")
+    table = table2(summary, {"jfb": 12.5}).set_index("Method")
     assert table.loc["JFB", "Published PSNR"] == 26.88
-    assert table.loc["JFB", "Published PSNR, range 1"] == pytest.approx(26.88 + 6.0206, abs=1e-3)
-    assert table.loc["Deep equilibrium", "Published PSNR, range 1"] == 32.43
+    assert table.loc["JFB", "Published PSNR, range 1"] == "32.90"
+    assert table.loc["Deep equilibrium", "Published PSNR, range 1"] == "32.43 or 38.45"
+    assert table.loc["Tikhonov", "Published PSNR, range 1"] == ""
     assert np.isnan(table.loc["Deep equilibrium", "PSNR (dB)"])
     save_table(table.reset_index(), tmp_path / "t", "A caption.")
     (line,) = [s for s in (tmp_path / "t.md").read_text().splitlines() if s.startswith("| JFB")]
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert cells == ["JFB", "33.00", "0.10", "0.920", "0.010", "99.95%", "0.2", "26.88", "32.90",
-                     "0.910"]
+    assert cells == ["JFB", "33.00", "0.10", "0.920", "0.010", "99.95%", "0.2", "12.50", "26.88",
+                     "32.90", "0.910"]
+    for suffix in ("md", "tex"):
+        text = (tmp_path / f"t.{suffix}").read_text()
+        assert "32.43 or 38.45" in text and "nan" not in text.lower()
     assert r"\begin{tabular}" in (tmp_path / "t.tex").read_text()
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "t.csv"), table.reset_index())
+    stored = pd.read_csv(tmp_path / "t.csv").fillna({"Published PSNR, range 1": ""})
+    pd.testing.assert_frame_equal(stored, table.reset_index())

@@ -164,7 +164,6 @@ def test_every_learned_method_can_be_trained_and_used(weights, method):
     history = train(model, loss, images, TrainingConfig(25, 4, 16, 3e-3, 0, 1.0), CPU,
                     log=lambda _: None)
     assert sum(r["loss"] for r in history[-5:]) < sum(r["loss"] for r in history[:5])
-    assert loss.evaluations >= 3
     restorer = make_methods([method.name], weights, CPU)[method.name]
     restored, _ = restorer(A, torch.rand(2, 3, 16, 16), 0.01)
     assert restored.isfinite().all()
@@ -196,7 +195,6 @@ def test_a_head_acts_on_the_solution_and_leaves_it_alone(problem):
     both, parts = loss(x, (0,), range(2))
     assert torch.equal(parts["mse"], figures["mse"])
     torch.testing.assert_close(both, parts["mse"] + parts["head_mse"])
-    assert loss.evaluations == 503 + 3
     both.sum().backward()
     assert head.convolve.weight.grad.abs().sum() > 0
 

@@ -13,7 +13,6 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from jfbnb.evaluation import reference_table2
 from jfbnb.suite.checkout import ROOT
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
@@ -76,83 +75,62 @@ def test_readme_numbers_are_those_of_the_stored_runs(publish):
         assert publish.replace_block(readme, name, text) == readme
 
 
-def test_what_readme_says_of_the_table_is_so():
-    """Its words under the table are typed by hand; the order that they tell is checked here."""
-    words = " ".join(committed("README.md").split())
-    assert "JFB beats Tikhonov, plug-and-play and the feedforward networks; the exact gradient " \
-        "(Deep equilibrium), unrolling and DE-ADMM are level with it, within 0.3 dB; a head does " \
-        "not pay yet; and total variation, tuned on the same validation images, stays ahead of " \
-        "all networks" in words
-    table = pd.read_csv(io.StringIO(committed("figures/quick/table2_comparison.csv")))
-    measured = table.set_index("Method")["PSNR (dB)"].dropna()
-    assert measured.idxmax() == "Total variation"
-    assert measured["JFB"] > measured[["Tikhonov", "Plug-and-play", "DnCNN", "Tikhonov + DnCNN",
-                                       "Tikhonov + 2 DnCNN"]].max()
-    level = measured[["Deep equilibrium", "Deep unrolling", "DE-ADMM"]]
-    assert (level - measured["JFB"]).abs().max() < 0.3
-    assert measured["JFB + head"] < measured["JFB"]
+def stored(minutes: dict[str, float] | None) -> dict[str, str]:
+    """A run's tables in which JFB is behind unrolling, and its head ahead of another."""
+    psnr = {"tikhonov": [27.0, 29.0], "unrolled": [33.0, 36.0], "deq": [31.0, 33.0],
+            "jfb": [32.8, 35.0], "feedforward-tikhonov-head": [34.0, 35.0],
+            "jfb-head": [34.5, 35.7], "total-variation": [30.0, 31.0]}
+    rows = [{"method": name, "image": f"{i}", "psnr": value}
+            for name, values in psnr.items() for i, value in enumerate(values)]
+    table = pd.DataFrame({"Method": list(psnr)})
+    if minutes:
+        table["Minutes of training"] = [minutes.get(name) for name in psnr]
+    return {"figures/mine/metrics.csv": pd.DataFrame(rows).to_csv(index=False),
+            "figures/mine/table2_comparison.csv": table.to_csv(index=False),
+            "figures/mine/rivals.csv": "Method,Seconds\nJFB,120\nDeep unrolling,30\n"}
 
 
-def test_what_readme_says_of_the_released_networks_is_so():
-    words = " ".join(committed("README.md").split())
-    table = pd.read_csv(io.StringIO(committed("figures/cpu/table2_comparison.csv")))
-    table = table.set_index("Method")
-    measured, seconds = table["PSNR (dB)"].dropna(), table["Seconds per image"]
-    two = ["JFB + head", "Deep equilibrium + head", "Tikhonov + 2 DnCNN"]
-    assert "Of the methods with one network the equilibrium of JFB is ahead of all, and of those " \
-        "with two JFB with its head" in words
-    assert measured.drop(two).idxmax() == "JFB" and measured.idxmax() == "JFB + head"
-    assert "two plain networks after Tikhonov come within 0.2 dB, in a fraction of the" in words
-    assert measured["JFB + head"] - measured["Tikhonov + 2 DnCNN"] < 0.2
-    assert seconds["Tikhonov + 2 DnCNN"] < 0.25 * seconds["JFB + head"]
-    assert "JFB trained longest" in words and "when unrolling ended it was ahead of what JFB had " \
-        "reached by then" in words
-    history = pd.read_csv(io.StringIO(committed("figures/cpu/rivals_history.csv")))
-    own = dict(list(history.groupby("method")))
-    total = {name: part.seconds.max() for name, part in own.items()}
-    assert max(total, key=total.get) == "jfb"
-    jfb = own["jfb"].validation_psnr[own["jfb"].seconds <= total["unrolled"]]
-    assert own["unrolled"].validation_psnr.iloc[-1] > jfb.max()
-    assert "The network after Tikhonov had stopped improving" in words
-    last = own["feedforward-tikhonov"].validation_psnr.iloc[-3:]
-    assert last.max() - last.min() < 0.02
+def test_ranking_names_the_first_of_each_kind_and_where_jfb_is(publish):
+    text = publish.ranking(stored({"jfb": 4.0, "unrolled": 4.1, "deq": 4.0}).get, "mine")
+    assert "over these 2 images" in text
+    assert "- with no network, **Total variation** is first with 30.50 dB; Tikhonov is 2.500 ± " \
+        "0.500 dB behind." in text
+    # Paired: 0.2 and 1.0 on the two images.
+    assert "- with one network, **Deep unrolling** is first with 34.50 dB; JFB is 0.600 ± 0.400 " \
+        "dB behind." in text
+    assert "- with two, **JFB + head** is first with 35.10 dB" in text
+    assert "paired differences over images" in text
+    assert "Each trained method had 4 to 4.1 minutes of training." in text
 
 
-def test_what_readme_says_of_photographs_is_so():
-    words = " ".join(committed("README.md").split())
+def test_ranking_says_where_training_was_not_equal(publish):
+    words = "this order is one of efforts as well as of methods"
+    assert "had 0.5 to 2 minutes of training: " + words in publish.ranking(stored(None).get, "mine")
+    unequal = stored({"jfb": 4.0, "unrolled": 1.0})
+    assert words in publish.ranking(unequal.get, "mine")
+
+
+def test_claims_that_no_table_supports_are_not_made():
+    unsupported = ("is ahead of all", "stopped improving", "trained longest", "get the best rule",
+                   "A network that ends cannot", "keeps it contracting", "effort that JFB had",
+                   "better than its table says", "11iu58b")
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("jfbnb/**/*.md"),
+                 *ROOT.glob("notebooks/**/*.ipynb"), ROOT / "CITATION.cff"]:
+        text = " ".join(path.read_text(encoding="utf-8").split())
+        assert not [words for words in unsupported if words in text], path
+
+
+def test_authors_repository_and_both_papers_are_cited():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert "/lliu58b/" in citation["preferred-citation"]["url"]
+    assert "d8e6ada" in citation["preferred-citation"]["notes"]
+    assert "2402.02065" in citation["references"][0]["url"]
+
+
+def test_stored_photographs_are_restored_by_decibels():
     blurs = pd.read_csv(io.StringIO(committed("benchmarks/results/photographs_restoration.csv")))
     of_jfb = blurs[blurs.method == "jfb-head"]
     assert len(of_jfb) == 12 and (of_jfb.PSNR - of_jfb.input > 2.5).all()
-    others = pd.read_csv(io.StringIO(committed("benchmarks/results/photographs_operators.csv")))
-    others = others[others.photograph != "chelsea"]
-    mean = others.groupby(["operator", "method"])[["PSNR", "converged"]].mean().unstack()
-    ahead = mean.PSNR["jfb-head"] - mean.PSNR["total-variation"]
-    assert "It is ahead of total variation but for MRI, where its solves do not converge and it " \
-        "loses by decibels" in words
-    assert set(ahead[ahead > 0].index) == {"inpainting", "super_resolution"} and ahead["mri"] < -2
-    assert mean.converged["jfb-head"]["mri"] == 0
-
-
-def test_what_readme_says_of_speed_is_so():
-    words = " ".join(committed("README.md").split())
-    step = pd.read_csv(io.StringIO(committed("benchmarks/results/step.csv")))
-    keys = ["problem", "to distance"]
-    peers = step[step.contender.str.endswith(" jfb, our map")].groupby(keys).seconds.min()
-    share = {name: (own.set_index(keys).seconds / peers) for name, own in step.groupby("contender")}
-    assert "In float32 our step, the one that the notebooks train with, takes less than theirs; " \
-        "where the processor computes in bfloat16 it does so for its first evaluations, and " \
-        "takes less again" in words
-    assert (share["jfbnb jfb"] < 1).all()
-    assert (share["jfbnb jfb, bf16"] < share["jfbnb jfb"]).all()
-    assert "a second network and the penalty that watches stability, costs about what that saves" \
-        in words
-    assert (share["jfbnb jfb, as shipped"] / share["jfbnb jfb"]).between(0.9, 1.15).all()
-    trained = pd.read_csv(io.StringIO(committed("benchmarks/results/time_to_quality.csv")))
-    trained = trained.set_index("method")["last PSNR (dB)"]
-    published = reference_table2().set_index("method").psnr["deq"]
-    assert "On a few validation images all four are past the published PSNR then, and the " \
-        "network after Tikhonov, which solves nothing, is ahead" in words
-    assert trained.idxmax() == "feedforward-tikhonov" and trained.min() > published
 
 
 def test_notebook_times_are_those_of_the_stored_run(publish):

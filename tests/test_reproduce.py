@@ -50,7 +50,7 @@ rate = 0.5
 seed = 0
 depth = 6
 penalty = 0.1
-effort = {}
+names = {}
 bf16 = "auto"
 weights = ""
 """
@@ -155,11 +155,9 @@ def test_only_and_force(suite):
     ({"rate": 0}, "parameter rate must be positive"),
     ({"seed": -1}, "parameter seed must be at least 0, not -1"),
     ({"depth": 1}, "parameter depth must be at least 2, not 1"),
-    ({"effort": {"deq": 0}}, "parameter effort must be positive"),
-    ({"effort": {"deq": "much"}}, "parameter effort takes a value like {}"),
-    ({"effort": {1: 2}}, "parameter effort takes a value like {}"),
-    ({"effort": {"dek": 1}}, "notebook 5 trains no 'dek': choose from feedforward, "),
-    ({"effort": {"tikhonov": 1}}, "notebook 5 trains no 'tikhonov'"),
+    ({"names": {"deq": 0}}, "parameter names must be positive"),
+    ({"names": {"deq": "much"}}, "parameter names takes a value like {}"),
+    ({"names": {1: 2}}, "parameter names takes a value like {}"),
     ({"bf16": "yes"}, "bf16"),
     ({"bf16": True}, "parameter bf16 takes a value like 'auto', not True"),
 ])
@@ -170,7 +168,7 @@ def test_bad_parameters_are_refused_before_anything_runs(suite, overrides, messa
 
 
 def test_an_integer_will_do_for_a_float_and_some_numbers_may_be_0(suite):
-    fine = {"rate": 1, "seed": 0, "penalty": 0, "depth": 2, "effort": {"deq": 2, "unrolled": 0.1}}
+    fine = {"rate": 1, "seed": 0, "penalty": 0, "depth": 2, "names": {"deq": 2, "unrolled": 0.1}}
     assert fine.items() <= runner.step_parameters(runner.STEPS, fine)["01_a"].items()
 
 

@@ -11,7 +11,7 @@ from jfbnb.fixed_point import anderson, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
 from jfbnb.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
 from jfbnb.networks import Denoiser
-from jfbnb.operators import Blur
+from jfbnb.operators import Blur, Inpainting
 
 
 class Shrink(torch.nn.Module):
@@ -30,6 +30,32 @@ def test_both_maps_have_the_closed_forms_fixed_point():
         x, info = solve(T, d, 1e-10, 1000)
         assert info.converged.all()
         torch.testing.assert_close(x, exact, rtol=0, atol=1e-6)
+
+
+class Flip(torch.nn.Module):
+    """R(x) = (1 + L) x, so that D(x) = -L x: the worst D of Lipschitz constant L for Eq. 4."""
+
+    def __init__(self, L: float):
+        super().__init__()
+        self.L = L
+
+    def forward(self, x, sigma):
+        return (1 + self.L) * x
+
+
+@pytest.mark.parametrize("L", [0.3, 0.95])
+@pytest.mark.parametrize("tau", [0.05, 1.0])
+def test_gradient_map_is_a_contraction_up_to_its_bound_on_eta_and_may_not_be_above(tau, L):
+    A = Inpainting((torch.rand(8, 8, generator=torch.manual_seed(0)) < 0.5).double())  # |A| = 1
+    d = A(torch.rand(1, 3, 8, 8, dtype=torch.float64))
+    bound = 2 / (1 + tau * (1 + L))
+    for eta, converges in ((0.99 * bound, True), (1.01 * bound, False)):
+        T = GradientMap(A, Denoiser(Flip(L), 0.0), tau, eta).double()
+        _, info = solve(T, d, 1e-8, 3000, picard)
+        assert info.converged.all() == converges
+        u, v = torch.rand(2, 1, 3, 8, 8, dtype=torch.float64, generator=torch.manual_seed(1))
+        if converges:
+            assert (T(u, d) - T(v, d)).norm() < (u - v).norm()
 
 
 def test_fixed_points_of_both_maps_agree(problem):

@@ -29,7 +29,7 @@ def file(tmp_path):
     ("profile: quick\nparameters: {seed: [x]}", "seed takes a value like 0"),
     ("profile: slow\nparameters: {seed: [3]}", "unknown profile 'slow'"),
     ("profile: quick\nparameters: {profile: [a]}", "a folder of its own"),
-    ("profile: quick\nparameters: {epochs: [1, 0]}", "epochs must be positive, not 0"),
+    ("profile: quick\nparameters: {minutes: [1, 0]}", "minutes must be positive, not 0"),
     ("profile: quick\nparameters: {learning_rate: [-5e-4]}", "learning_rate must be positive")])
 def test_bad_sweeps_are_refused_in_one_line(tmp_path, capsys, text, message):
     path = tmp_path / "bad.yaml"
@@ -54,8 +54,9 @@ def test_a_worker_that_dies_is_replaced_and_its_point_tried_again(file, tmp_path
             os._exit(1)
         target = Path(base, "figures", folder)
         target.mkdir(parents=True, exist_ok=True)  # a lost result is made again
-        table = pd.DataFrame({"Method": ["JFB"], "PSNR (dB)": [30.0 + values["seed"]],
-                              "SSIM": [0.9]})
+        seed = values["seed"]
+        table = pd.DataFrame({"Method": ["JFB", "Mine"], "PSNR (dB)": [30.0 + seed, 31 + 3 * seed],
+                              "SSIM": [0.9, 0.9]})
         table.to_csv(target / "table2_comparison.csv", index=False)
         return folder
 
@@ -65,8 +66,11 @@ def test_a_worker_that_dies_is_replaced_and_its_point_tried_again(file, tmp_path
     module.sweep(file, None, None, lines.append)
     assert len(lines) == 2 and all(line.startswith("done: sweep-seeds/") for line in lines)
     summary = pd.read_csv(tmp_path / "figures" / "sweep-seeds" / "summary.csv")
-    assert summary["runs"].tolist() == [2]
-    assert summary["PSNR (dB)"].tolist() == [30.5] and summary["± PSNR"].tolist() == [0.5]
+    assert summary["runs"].tolist() == [2, 2]
+    assert summary["PSNR (dB)"].tolist() == [30.5, 32.5]
+    assert summary["± PSNR"].tolist() == [0.5, 1.5]
+    assert summary["minus JFB (dB)"].tolist() == [0, 2]  # paired: 1 with one seed, 3 with the other
+    assert summary["± pairs"].tolist() == [0, 1]
 
 
 def test_points_that_fail_are_named(file, monkeypatch):

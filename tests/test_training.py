@@ -23,6 +23,7 @@ from jfbnb.networks import Denoiser, DnCNN, save_weights
 from jfbnb.operators import Blur, get_protocol
 from jfbnb.sources import digest
 from jfbnb.training import (
+    Conditions,
     DenoiserLoss,
     EquilibriumLoss,
     ExplicitLoss,
@@ -37,6 +38,11 @@ CPU = torch.device("cpu")
 # Networks this small and young rarely converge in the few iterations given here.
 CONFIG = TrainingConfig(3, batch_size=4, crop=16, learning_rate=1e-3, seed=0, unconverged_limit=1.0)
 LOSSES = LossSettings(0.01, tolerance=1e-3, max_iterations=8, power_iterations=1)
+
+
+@pytest.fixture(autouse=True)
+def a_record_for_each_epoch(monkeypatch):
+    monkeypatch.setattr(training, "RECORDS", 1)
 
 
 @pytest.fixture
@@ -79,6 +85,65 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, images, tmp_pat
     assert lines[0] == "resumed after epoch 2 of 3"
     assert all(torch.equal(a, b) for a, b in zip(weights_of(model), uninterrupted, strict=True))
     assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
+
+
+@pytest.mark.parametrize("records", [1, 4, 6, 100])
+def test_parts_change_no_weight(images, records, monkeypatch):
+    """Two and a half epochs, recorded more or less often: the same draws, the same schedule."""
+    model, loss = make()
+    train(model, loss, images, replace(CONFIG, epochs=7 / 3), CPU)
+    monkeypatch.setattr(training, "RECORDS", records)
+    other, loss = make()
+    history = train(other, loss, images, replace(CONFIG, epochs=7 / 3), CPU)
+    assert len(history) == min(7, max(records, 3))  # of seven steps, three to an epoch
+    assert history[-1]["epoch"] == pytest.approx(7 / 3)
+    assert all(torch.equal(a, b) for a, b in zip(weights_of(model), weights_of(other), strict=True))
+
+
+def test_the_learning_rate_falls_to_0_at_the_end_of_every_schedule(images, monkeypatch):
+    """Seven steps, by the cosine's closed form."""
+    seen = []
+
+    class Adam(torch.optim.Adam):
+        def step(self, *arguments):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    model, loss = make("denoiser")
+    train(model, loss, images, replace(CONFIG, epochs=7 / 3), CPU)
+    assert seen == pytest.approx([5e-4 * (1 + math.cos(math.pi * k / 7)) for k in range(7)])
+
+
+# --- over conditions ----------------------------------------------------------------------------
+
+
+def test_conditions_are_drawn_from_the_whole_of_their_ranges():
+    conditions = Conditions((3, 13), (0.6, 5.0), (0.002, 0.05))
+    drawn = [conditions.draw(16, torch.Generator().manual_seed(k)) for k in range(200)]
+    assert {len(A.K_h[8].nonzero()) for A, _ in drawn} == {3, 5, 7, 9, 11, 13}
+    noises = torch.tensor([noise for _, noise in drawn])
+    assert 0.002 <= noises.min() < 0.0025 and 0.04 < noises.max() <= 0.05
+    assert 0.4 < (noises < 0.01).float().mean() < 0.6  # sqrt(0.002 * 0.05): the middle of the axis
+
+
+def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(crops, monkeypatch):
+    """The step over conditions is the plain step under the condition that was drawn."""
+    A, noise = Blur(16, 7, 1.0), 0.02
+    monkeypatch.setattr(Conditions, "draw", lambda self, size, generator: (A, noise))
+    model, _ = make()
+    wide = EquilibriumLoss(model, replace(LOSSES, conditions=Conditions(), noise_power=1.5,
+                                          penalty=0.0))
+    plain = EquilibriumLoss(model.on(A, (noise / LOSSES.noise_std) ** 1.5),
+                            replace(LOSSES, noise_std=noise, penalty=0.0))
+    value, figures = wide(crops, (0, 1), range(8))
+    errors, expected = plain(crops, (0, 1), range(8))
+    torch.testing.assert_close(figures["mse"], expected["mse"], rtol=0, atol=0)
+    weights = list(model.parameters())
+    got = torch.autograd.grad(value.sum(), weights)
+    wanted = torch.autograd.grad(errors.log().sum() * training.TYPICAL, weights)
+    for a, b in zip(got, wanted, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_threads_change_rounding_alone():
@@ -203,7 +268,7 @@ def test_solves_that_do_not_converge_warn_and_then_stop(images):
     train(model, converging(0.9), images, config, CPU, log=lines.append)
     assert len(lines) == 1
     train(model, converging(0.6), images, config, CPU, log=lines.append)
-    assert lines[-1].startswith("warning: 40% of the solves of epoch 1 did not converge")
+    assert lines[-1].startswith("warning: 40% of the solves up to epoch 1 did not converge")
     with pytest.raises(UserError, match="80% of the solves up to epoch 1, step 2 did not converge"):
         train(model, converging(0.2), images, config, CPU)
 
@@ -352,18 +417,6 @@ def test_images_that_converge_leave_the_batch(crops):
     _, figures = loss(crops, (0,), range(8))
     assert sum(n for n, _ in seen) == figures["iterations"].sum() + 8
     assert figures["iterations"].min() < figures["iterations"].max()
-    assert max(figures["iterations"]) + 3 <= loss.evaluations
-
-
-@pytest.mark.parametrize("penalty", [0.0, 0.1])
-def test_evaluations_is_what_a_step_costs_at_most(crops, penalty):
-    """Forward passes counted; of each that is tracked, its backward pass counts as two more."""
-    model, seen = counting_model()
-    loss = EquilibriumLoss(model, replace(LOSSES, tolerance=0.0, power_iterations=3,
-                                          penalty=penalty))
-    loss(crops, (0,), range(8))
-    tracked = 8 + (2 * 2 if penalty else 0)  # two images are watched, each tracked twice
-    assert (sum(n for n, _ in seen) + 2 * tracked) / 8 == loss.evaluations
 
 
 def test_bfloat16_is_for_the_first_evaluations_and_the_gradient(crops):

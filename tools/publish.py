@@ -14,6 +14,8 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from jfbnb.methods import METHODS
+
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "quick"
 Read = Callable[[str], str]  # a project file's text, by its path
@@ -77,10 +79,12 @@ def readme_blocks(read: Read) -> dict[str, str]:
     for profile in profiles():
         markdown = read(f"figures/{profile}/table2_comparison.md")
         blocks[f"table2 {profile}"] = markdown.strip()
+        blocks[f"ranking {profile}"] = ranking(read, profile)
         if profile != RUN:
             blocks[f"equilibrium {profile}"] = equilibrium(read, profile)
             blocks[f"training {profile}"] = read(f"figures/{profile}/rivals.md").strip()
     blocks["bench"] = bench(read)
+    blocks["speed"] = speed(read)
     blocks["photographs"] = photographs(read)
     return blocks
 
@@ -89,6 +93,46 @@ def profiles() -> list[str]:
     """The profiles whose results are kept in the repository."""
     return [p for p in ("quick", "cpu", "paper")
             if (ROOT / "figures" / p / "table2_comparison.md").exists()]
+
+
+def load(read: Read, path: str) -> pd.DataFrame:
+    return pd.read_csv(io.StringIO(read(path)))
+
+
+def ranking(read: Read, profile: str) -> str:
+    """Who is first in Table 2 among equals, by how much, and whether they were trained equally."""
+    metrics = load(read, f"figures/{profile}/metrics.csv")
+    psnr = metrics.pivot(index="image", columns="method", values="psnr")
+    known = [METHODS[name] for name in psnr if name in METHODS]
+    kinds = {"no network": [m.name for m in known if m.restore],
+             "one network": [m.name for m in known if m.model],
+             "two": [m.name for m in known if m.behind]}
+    lines = [f"By mean PSNR over these {len(psnr)} images:", ""]
+    for kind, names in kinds.items():
+        first, *others = psnr[names].mean().sort_values(ascending=False).index
+        best = psnr[first].mean()
+        line = f"- with {kind}, **{METHODS[first].label}** is first with {best:.2f} dB"
+        behind = others[:1] + [name for name in others[1:] if name in ("jfb", "jfb-head")]
+        for name in behind:
+            gap = psnr[first] - psnr[name]
+            line += f"; {METHODS[name].label} is {gap.mean():.3f} ± {gap.sem():.3f} dB behind"
+        lines.append(line + ".")
+    errors = ("The errors are those of paired differences over images. They say nothing of other "
+              "trainings, with other seeds.")
+    return "\n".join([*lines, "", f"{errors} {trained(read, profile)}"])
+
+
+def trained(read: Read, profile: str) -> str:
+    """For how long the methods of Table 2 were trained: a sentence."""
+    table = load(read, f"figures/{profile}/table2_comparison.csv")
+    minutes = table.get("Minutes of training", pd.Series(dtype=float)).dropna()
+    if minutes.empty:
+        minutes = load(read, f"figures/{profile}/rivals.csv").Seconds / 60
+    span = " to ".join(dict.fromkeys(f"{m:.2g}" for m in (minutes.min(), minutes.max())))
+    if minutes.max() <= 1.1 * minutes.min():
+        return f"Each trained method had {span} minutes of training."
+    return (f"The trained methods had {span} minutes of training: this order is one of efforts as "
+            "well as of methods.")
 
 
 def equilibrium(read: Read, profile: str) -> str:
@@ -105,8 +149,9 @@ def equilibrium(read: Read, profile: str) -> str:
         f"Jacobian's spectral radius there is at most {found.radius.max():.3f}, its norm at most "
         f"{found.norm.max():.3f}, and over 1 on {(found.norm > 1).sum()}.\n\n"
         f"Told the kernel and the noise of the authors' code instead, the same weights reach "
-        f"{psnr['this run, protocol code']:.2f} dB. The paper's {scales.iloc[0, 0]:.2f} dB, which "
-        f"its code measured on that protocol, is {psnr['published']:.2f} dB on the usual scale.")
+        f"{psnr['this run, protocol code']:.2f} dB. The paper's {scales.iloc[0, 0]:.2f} dB for JFB "
+        f"is {psnr['published']:.2f} dB on the usual scale. The scale of its other columns is not "
+        "known, so both readings stand in the table, and nothing follows from them.")
 
 
 def bench(read: Read) -> str:
@@ -115,6 +160,23 @@ def bench(read: Read) -> str:
     libraries = ", ".join(f"{name} {found[name]}" for name in ("torch", "deepinv", "torchdeq"))
     return (f"{found['cpu']}, {found['threads']} threads, {found['vector instructions']}; "
             f"{libraries}.\n\n{read('benchmarks/results/targets.md').strip()}")
+
+
+def speed(read: Read) -> str:
+    """A training step beside the peers', with our map."""
+    step = load(read, "benchmarks/results/step.csv")
+    keys = ["problem", "to distance"]
+    peers = step[step.contender.str.endswith(" jfb, our map")].groupby(keys).seconds.min()
+    shares = []
+    for contender, words in (("jfbnb jfb", "in float32"),
+                             ("jfbnb jfb, bf16", "with its first evaluations in bfloat16"),
+                             ("jfbnb jfb, as shipped", "with second network and penalty too")):
+        own = step[step.contender == contender]
+        if len(own):
+            share = own.set_index(keys).seconds / peers
+            shares.append(f"{share.min():.2f} to {share.max():.2f} {words}")
+    return ("Given our map, the peers solve the same equilibrium with the same network. Our step "
+            f"takes these shares of the faster peer's time: {', '.join(shares)}.")
 
 
 def photographs(read: Read) -> str:

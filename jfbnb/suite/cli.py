@@ -63,10 +63,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=run_reproduce)
 
     sub = commands.add_parser("train", help="train one network; under torchrun, by many processes")
-    sub.add_argument("network", choices=["denoiser", "jfb"], help="notebook 3's or notebook 4's")
+    networks = ["denoiser", *(m.name for m in methods.METHODS.values() if m.trainable)]
+    sub.add_argument("network", choices=networks, metavar="NETWORK",
+                     help=f"{networks[0]}, by notebook 3, or a method's: {', '.join(networks[1:])}")
     _add_parameters(sub)
     sub.add_argument("--from", dest="start", type=Path, metavar="DIR",
-                     help="with the denoiser that jfb starts from; runs/PROFILE by default")
+                     help="with the denoiser that a method starts from; runs/PROFILE by default")
+    sub.add_argument("--conditions", action="store_true",
+                     help="train a method over drawn blurs and noise levels")
     sub.add_argument("--out", type=Path, metavar="DIR", help="runs/PROFILE/trained by default")
     sub.set_defaults(run=run_train)
 
@@ -213,7 +217,7 @@ def run_train(args: argparse.Namespace) -> None:
     runs, _ = checkout.workplace(args.profile)
     train_network(args.network, network_parameters(args.profile, _overrides(args)),
                   args.start or runs, args.out or runs / "trained",
-                  f"jfbnb train {args.network} --profile {args.profile}",
+                  f"jfbnb train {args.network} --profile {args.profile}", args.conditions,
                   log=_say)
 
 

@@ -40,7 +40,7 @@ from jfbnb.common import (
     remove_unfinished,
 )
 from jfbnb.datasets import fingerprint
-from jfbnb.methods import METHODS, RELEASED, plugins
+from jfbnb.methods import JFB, METHODS, plugins
 from jfbnb.networks import pick_bf16
 from jfbnb.operators import get_protocol
 from jfbnb.sources import digest, imported_files
@@ -49,9 +49,10 @@ from jfbnb.suite import checkout
 PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
             "jupyterlab")
 TRAINED = [name for name, method in METHODS.items() if method.trainable]
-RIVALS = [name for name in TRAINED if name != "jfb"]  # notebook 5 trains them
+RIVALS = [name for name in TRAINED if name != JFB.name]  # notebook 5 trains them
+OVER = [f"conditions/{name}" for name in TRAINED if METHODS[name].compared]  # for its section 5.5
 SMALLEST = sys.float_info.min  # all numbers among the parameters are positive, except:
-LEAST = {"depth": 2, "seed": 0, "penalty": 0, "power_iterations": 0, "unconverged_limit": 0}
+LEAST = {"depth": 2, "seed": 0, "epochs": 0, "penalty": 0, "power_iterations": 0, "unconverged_limit": 0}
 
 
 @dataclass(frozen=True)
@@ -95,15 +96,13 @@ STEPS = (
          ("nb4_maps", "nb4_gradient_angle", "nb4_cost", "fig1_training_loss"),
          ("nb4_cost", "nb4_certificate")),
     Step("05_evaluation_and_figures",
-         ("tuning.json", *(f"{name}{suffix}" for name in RIVALS
-                           for suffix in (".safetensors", ".json"))),
+         ("tuning.json", "conditions/tuning.json", *(f"{name}{suffix}" for name in RIVALS + OVER
+                                                     for suffix in (".safetensors", ".json"))),
          ("table1_reconstructions", "nb5_per_image", "nb5_training", "nb5_conditions"),
          ("table2_comparison", "rivals", "conditions", "other_protocol", "psnr_scales",
           "released"),
-         ("metrics", "rivals_history"),
-         ("published_table2.csv", "weights/tuning.json",
-          *(f"weights/{name}.safetensors" for name in TRAINED
-            if (RELEASED / f"{name}.safetensors").is_file()))),
+         ("metrics", "schedules"),
+         ("published_table2.csv", "weights/tuning.json", "weights/jfb.safetensors")),
     Step("06_your_own_inverse_problem",
          tuple(f"super-resolution/jfb{end}" for end in (".safetensors", ".json", "_history.csv")),
          ("nb6_mosaic", "nb6_problems", "nb6_even_lines", "nb6_own_equilibrium"),
@@ -177,9 +176,6 @@ def check_parameters(given: dict[str, Any], known: dict[str, Any]) -> None:
                 raise UserError(f"parameter {name} must be "
                                 f"{f'at least {LEAST[name]}' if name in LEAST else 'positive'}, "
                                 f"not {number}")
-        if name == "effort" and (strange := [key for key in value if key not in RIVALS]):
-            raise UserError(f"parameter effort: notebook 5 trains no {strange[0]!r}: choose from "
-                            f"{', '.join(RIVALS)}")
 
 
 def _is_like(value: Any, example: Any) -> bool:

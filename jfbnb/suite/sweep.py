@@ -16,10 +16,12 @@ import pandas as pd
 
 from jfbnb.common import UserError, parse_yaml
 from jfbnb.figures import save_table
+from jfbnb.methods import JFB
 from jfbnb.suite import checkout
 from jfbnb.suite.reproduce import check_parameters, known_parameters, load_profile
 
 RETRIES = 3  # after a worker died
+APART = f"minus {JFB.label} (dB)"
 
 
 def load_sweep(path: Path) -> tuple[str, dict[str, list[Any]]]:
@@ -114,17 +116,24 @@ def sweep(path: Path, scheduler: str | None, data: str | None,
 
 
 def summarise(name: str, parameters: dict[str, list[Any]]) -> Path:
-    """Means over seeds of every method's PSNR and SSIM, with standard errors of the seeds."""
+    """Means over seeds of every method's PSNR, its distance from JFB's, and SSIM.
+
+    The distance is paired: within a seed all methods saw the same measurements. "±" are standard
+    errors over the seeds, so over trainings and noise, and not over images.
+    """
     figures, tables = checkout.workplace(name)[1], []
     for values in points(parameters):
         table = pd.read_csv(figures / point_name(values) / "table2_comparison.csv")
-        tables.append(table.assign(**values))
+        jfb = table["PSNR (dB)"][table.Method == JFB.label].item()
+        tables.append(table.assign(**values, **{APART: table["PSNR (dB)"] - jfb}))
     together = pd.concat(tables, ignore_index=True).dropna(subset="PSNR (dB)")
     keys = [key for key in parameters if key != "seed"] + ["Method"]
     groups = together.groupby(keys, sort=False)
     table = groups.agg(**{"runs": ("PSNR (dB)", "size"), "PSNR (dB)": ("PSNR (dB)", "mean"),
-                          "± PSNR": ("PSNR (dB)", "sem"), "SSIM": ("SSIM", "mean"),
+                          "± PSNR": ("PSNR (dB)", "sem"), APART: (APART, "mean"),
+                          "± pairs": (APART, "sem"), "SSIM": ("SSIM", "mean"),
                           "± SSIM": ("SSIM", "sem")}).reset_index()
     target = figures / "summary"
-    save_table(table, target, f"Means and standard errors over the seeds of {name}.")
+    save_table(table, target, f"Means over the seeds of {name}; ± is the standard error over "
+                              "seeds, not over images.")
     return target.with_suffix(".md")

@@ -1,9 +1,10 @@
 """Train a profile's networks by command, in one process or, under torchrun, in several.
 
-Notebooks 3 and 4 call the same recipes; they take what this stores by their parameter `weights`.
+Notebooks 3 to 5 call the same recipes; they take what this stores by their parameter `weights`.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from jfbnb import processes
 from jfbnb.common import describe_device, pick_device, remove_unfinished
 from jfbnb.datasets import load_splits
 from jfbnb.diagnostics import direction
-from jfbnb.methods import JFB, PLUG_AND_PLAY, Tuning, tune
+from jfbnb.methods import JFB, Tuning, get_method, tune
 from jfbnb.networks import DnCNN, load_denoiser, pick_bf16
 from jfbnb.operators import get_protocol
 from jfbnb.recipes import Run, middle, pose, train_denoiser, train_method
 from jfbnb.suite.reproduce import STEPS, alone, load_profile, step_parameters
-from jfbnb.training import LossSettings, TrainingConfig
+from jfbnb.training import Conditions, LossSettings, TrainingConfig
 
 Parameters = dict[str, Any]  # those of notebooks 3 and 4, by name
 
@@ -30,29 +31,33 @@ def network_parameters(profile: str, overrides: Parameters) -> Parameters:
 
 
 def train_network(name: str, parameters: Parameters, start: Path, out: Path, command: str,
-                  log: Callable[[str], None] = print) -> None:
-    """Train the denoiser of notebook 3, or the JFB network of notebook 4.
+                  conditions: bool = False, log: Callable[[str], None] = print) -> None:
+    """Train the denoiser of notebook 3, or a method's network, as notebooks 4 and 5 do.
 
     Weights, model card and history go to the folder `out`, checkpoints to out/checkpoints.
 
     Args:
-        name: "denoiser" or "jfb".
-        start: the folder with the denoiser that "jfb" starts from.
+        name: "denoiser", or that of a method that is trained.
+        start: the folder with the denoiser that a method starts from.
         command: what the model card says that made it.
+        conditions: whether to train a method over drawn blurs and noise levels, into
+            out/conditions.
 
     Raises:
         UserError: for bad parameters, missing data or weights, or where training fails.
     """
+    out = out / "conditions" if conditions else out
     with processes.process_group(pick_device(parameters["device"])) as device:
         if processes.rank() > 0:
-            _train(name, parameters, start, Run(device, out, command, log=lambda line: None))
+            _train(name, parameters, start, conditions,
+                   Run(device, out, command, log=lambda line: None))
         else:
             with alone(out):
                 remove_unfinished(out)
-                _train(name, parameters, start, Run(device, out, command, log=log))
+                _train(name, parameters, start, conditions, Run(device, out, command, log=log))
 
 
-def _train(name: str, p: Parameters, start: Path, run: Run) -> None:
+def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) -> None:
     setup = get_protocol(p["protocol"])
     with processes.rank_0_first():  # the others find the decoded images in the cache
         splits = load_splits(p["data"], setup.image_size, p["n_train"], p["n_validation"],
@@ -66,15 +71,19 @@ def _train(name: str, p: Parameters, start: Path, run: Run) -> None:
                                 p["pretrain_learning_rate"], p["seed"])
         train_denoiser(DnCNN(p["depth"], p["width"]), splits, config, p["noise_max"], bf16, run)
     else:
-        network = load_denoiser(start / "denoiser.safetensors").network.to(run.device)
+        method, network = get_method(name), load_denoiser(start / "denoiser.safetensors").network
+        network.to(run.device)
         problem = pose(setup, splits, p["search_images"], p["seed"], run.device)
         few = middle(problem, p["crop"])
-        best = tune(PLUG_AND_PLAY, Tuning(setup.noise_std, len(problem.x)), problem.A, problem.d,
-                    problem.x, p["candidates"], network)
+        best = tune(method.tuned_as or method, Tuning(setup.noise_std, len(problem.x)), problem.A,
+                    problem.d, problem.x, p["candidates"], network)
         losses = LossSettings(setup.noise_std, bf16=bf16, **{k: p[k] for k in (
             "tolerance", "max_iterations", "power_iterations", "contraction", "penalty")})
-        config = TrainingConfig(p["epochs"], p["batch_size"], p["crop"], p["learning_rate"],
-                                p["seed"], p["unconverged_limit"])
-        train_method(JFB, network, best, problem, config, losses, run,
-                     lambda model: direction(model.T, few.d, few.x))
+        config = TrainingConfig(p["epochs"] or 1, p["batch_size"], p["crop"], p["learning_rate"], p["seed"],
+                                p["unconverged_limit"])
+        watch = (lambda model: direction(model.T, few.d, few.x)) if method is JFB else None
+        if conditions:
+            losses = replace(losses, conditions=Conditions())
+        train_method(method, network, best, problem, config, losses, run, watch,
+                     None if p["epochs"] else p["minutes"])
     run.log(f"written: {run.out / name}.safetensors")

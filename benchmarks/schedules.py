@@ -1,0 +1,166 @@
+"""Quality against training time, and over seeds: python benchmarks/schedules.py --weights runs/cpu
+
+Every point is a training of its own, from the same denoiser, whose learning rate has fallen to 0
+at its end: a longer schedule read early would not do, as a cosine flattens by itself. Methods,
+learning rates and steps are those of the model cards in --weights; a seed draws other crops and
+other noise, not another denoiser. The curves are of validation images, the table of test images.
+
+What is in schedules.csv is not done again, so that a run that was stopped goes on.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+
+from jfbnb.common import UserError
+from jfbnb.datasets import load_splits
+from jfbnb.figures import new_figure, save_data, save_figure, save_table
+from jfbnb.methods import METHODS, Method, load_model
+from jfbnb.models import Model
+from jfbnb.networks import load_denoiser
+from jfbnb.operators import get_protocol
+from jfbnb.recipes import Problem, Run, measured, pose, score, train_method
+from jfbnb.training import LossSettings, TrainingConfig
+
+CPU = torch.device("cpu")
+RIVALS = ("jfb", "deq", "unrolled", "feedforward-tikhonov")
+KEYS = ["method", "length", "seed"]
+Row = dict[str, object]
+
+
+def planned(bench: argparse.Namespace) -> Iterator[tuple[float, int]]:
+    """Lengths, as shares of the cards' minutes, and seeds: the table's seeds first."""
+    yield from ((1.0, seed) for seed in range(bench.seeds))
+    yield from ((length, 0) for length in bench.lengths if length != 1)
+
+
+def trained(method: Method, length: float, seed: int, weights: Path,
+            problem: Problem) -> tuple[Model, float, float]:
+    """A model, its minutes by the card, and the seconds that its training took here."""
+    card = json.loads((weights / f"{method.name}.json").read_text(encoding="utf-8"))
+    if length == 1 and seed == card["training"]["seed"]:
+        return (load_model(method, card["settings"], weights), card["minutes"],
+                card["training seconds"])
+    config = TrainingConfig(**card["training"])
+    config = replace(config, epochs=length * config.epochs, seed=seed, unconverged_limit=1.0)
+    network = load_denoiser(weights / "denoiser.safetensors").network
+    model, history = train_method(method, network, card["settings"], problem, config,
+                                  LossSettings(**card["loss"]), Run(CPU, log=lambda line: None))
+    return model, length * card["minutes"], history.seconds.sum()
+
+
+def measure(bench: argparse.Namespace) -> None:
+    """Write a row for each training and set of images, as soon as it is known."""
+    setup = get_protocol(bench.protocol)
+    splits = load_splits(bench.data, setup.image_size, 8000, 200, 2000)
+    few = pose(setup, splits, 1, 0, CPU)  # what a training watches
+    sets = {"validation": measured(few, splits.validation[:bench.validation]),
+            "test": measured(few, splits.test[:bench.test])}
+    file = bench.out / "schedules.csv"
+    rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
+    done = {tuple(row[key] for key in KEYS) for row in rows}
+    for length, seed in planned(bench):
+        for name in bench.methods:
+            if (name, length, seed) in done:
+                continue
+            model, minutes, seconds = trained(METHODS[name], length, seed, bench.weights, few)
+            for images, problem in sets.items():
+                if images == "test" and length != 1:
+                    continue  # they are for the table
+                rows.append({"method": name, "length": length, "seed": seed, "minutes": minutes,
+                             "seconds": seconds, "images": images, "count": len(problem.x),
+                             **score(model.on(problem.A), problem)})
+            save_data(pd.DataFrame(rows), file.with_suffix(""))
+            print(name, length, seed, {k: round(v, 3) for k, v in rows[-1].items()
+                                       if isinstance(v, float)}, flush=True)
+
+
+def with_heads(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, and for each method with a head those of its second network's image."""
+    behind = {m.behind.name: m.name for m in METHODS.values() if m.behind}
+    heads = rows.dropna(subset="psnr_head")
+    heads = heads.assign(psnr=heads.psnr_head, method=heads.method.map(behind))
+    return pd.concat([rows, heads], ignore_index=True)
+
+
+def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
+    """Means over seeds on test images, and differences from JFB paired by seed.
+
+    The standard errors are over trainings: what another seed would have changed. With so few they
+    are rough.
+    """
+    by_seed = rows[(rows.images == "test") & (rows.length == 1)].pivot(
+        index="seed", columns="method", values="psnr")
+    order = [name for name in METHODS if name in by_seed]
+    apart = by_seed.sub(by_seed.jfb, axis=0)
+    return pd.DataFrame({
+        "Method": [METHODS[name].label for name in order],
+        "trainings": [by_seed[name].count() for name in order],
+        "PSNR (dB)": by_seed[order].mean().values,
+        "± over seeds": by_seed[order].sem().values,
+        "minus JFB (dB)": apart[order].mean().values,
+        "± over pairs": apart[order].sem().values})
+
+
+def curves(rows: pd.DataFrame) -> Figure:
+    """Validation PSNR at the end of whole schedules; two networks dashed."""
+    figure, (ax,) = new_figure()
+    part = rows[rows.images == "validation"]
+    for name in [name for name in METHODS if name in set(part.method)]:
+        method = METHODS[name]
+        ends = part[part.method == name].groupby("minutes").psnr.agg(["mean", "sem"]).fillna(0)
+        ax.errorbar(ends.index, ends["mean"], ends["sem"], color=method.colour, marker="o",
+                    linestyle="--" if method.behind else "-", capsize=3, label=method.label)
+    ax.set_xscale("log", base=2)
+    ticks = sorted(part.minutes.unique())
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.set(xlabel="minutes of training, each point a whole schedule",
+           ylabel="PSNR on validation images (dB)", title="Quality against training time")
+    ax.legend(fontsize="small")
+    return figure
+
+
+def report(out: Path) -> None:
+    """The figure and the table, of schedules.csv alone."""
+    rows = with_heads(pd.read_csv(out / "schedules.csv"))
+    test = rows[rows.images == "test"]
+    minutes = test.minutes.max()
+    save_table(over_seeds(rows), out / "seeds",
+               f"{minutes:g} minutes of training each, from the same denoiser, on "
+               f"{test['count'].max()} test images and the same measurements. ± is the standard "
+               "error over trainings.")
+    save_figure(curves(rows), out / "schedules", "CelebA")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, default=Path("runs/cpu"),
+                        help="a folder of trained networks, with their model cards")
+    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser.add_argument("--protocol", default="paper")
+    parser.add_argument("--methods", nargs="+", default=list(RIVALS))
+    parser.add_argument("--lengths", nargs="+", type=float, default=[0.25, 0.5, 1, 2])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--validation", type=int, default=100, help="images of the curves")
+    parser.add_argument("--test", type=int, default=300, help="images of the table")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--report", action="store_true", help="the figure and the table alone")
+    bench = parser.parse_args(arguments)
+    try:
+        if not bench.report:
+            measure(bench)
+        report(bench.out)
+    except UserError as error:
+        print(f"schedules: error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

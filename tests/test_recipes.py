@@ -1,0 +1,119 @@
+"""A training by the clock: which learning rate, how many steps, and what a search leaves behind."""
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from jfbnb import recipes
+from jfbnb.common import UserError
+from jfbnb.datasets import ImageSet, Splits
+from jfbnb.methods import METHODS, prior
+from jfbnb.networks import DnCNN
+from jfbnb.operators import get_protocol
+from jfbnb.recipes import Run, pose, read_cards, search, train_method, trainings
+from jfbnb.training import LossSettings, TrainingConfig
+
+CPU = torch.device("cpu")
+COST = 0.25  # seconds of a step, on a clock of the test's own
+CONFIG = TrainingConfig(1, batch_size=4, crop=16, learning_rate=1e-3, seed=0, unconverged_limit=1.0)
+LOSSES = LossSettings(0.01, 1e-2, 4, 1, penalty=0.0)
+UNROLLED = METHODS["unrolled"]
+SETTINGS = {**prior(0.01, 1)[0], "iterations": 2}
+
+
+@pytest.fixture
+def problem():
+    images = torch.randint(256, (14, 3, 128, 128), dtype=torch.uint8,
+                           generator=torch.Generator().manual_seed(0))
+    whole = ImageSet(images, [str(i) for i in range(14)], list(range(14)))
+    return pose(get_protocol("paper"), Splits(whole[4:], whole[:2], whole[2:4], "noise"), 1, 0, CPU)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Trainings that take `COST` a step, and leave their learning rate where `score` finds it."""
+    seen = []
+
+    def train(module, loss, images, config, *arguments, **more):
+        steps = round(config.epochs * math.ceil(len(images) / config.batch_size))
+        seen.append((config.learning_rate, steps))
+        if config.learning_rate > 1.5e-3:
+            raise UserError("the loss is nan")
+        return [{"epoch": config.epochs, "seconds": COST * steps}]
+
+    monkeypatch.setattr(recipes, "train", train)
+    monkeypatch.setattr(recipes, "score", lambda model, problem: {
+        "psnr": 30 + 1e3 * seen[-1][0]})  # the faster the better
+    return seen
+
+
+def find(problem, run, minutes=1.0, **more):
+    return search(UNROLLED, DnCNN(2, 4), SETTINGS, problem, CONFIG, LOSSES, run, minutes, **more)
+
+
+def test_a_search_fills_the_minutes_at_the_best_rate_that_trains(problem, clock):
+    lines = []
+    config, tried = find(problem, Run(CPU, log=lines.append))
+    assert config.learning_rate == 1e-3  # 2e-3 would be better, and does not train
+    assert lines == ["unrolled: the loss is nan"]
+    assert round(config.epochs * 3) == 60 / COST  # three steps an epoch
+    short = round(10 / COST)  # a sixth of the minute
+    assert [(rate, steps) for rate, steps in clock if steps > 5] == [
+        (5e-4, short), (1e-3, short), (2e-3, short)]
+    assert [t["learning_rate"] for t in tried] == [5e-4, 1e-3, 2e-3]
+    assert math.isnan(tried[2]["psnr"]) and tried[1]["psnr"] == pytest.approx(31)
+
+
+def test_no_rate_that_trains_is_an_error_that_says_so(problem, clock):
+    with pytest.raises(UserError, match="unrolled cannot be trained at any of the learning rates"):
+        find(problem, Run(CPU, log=lambda line: None), rates=(2.0, 3.0))
+
+
+def test_a_search_that_is_done_is_not_done_again(problem, clock, tmp_path):
+    run = Run(CPU, tmp_path, log=lambda line: None)
+    torch.manual_seed(0)
+    network = DnCNN(2, 4)
+
+    def again(minutes):
+        return search(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES, run, minutes)
+
+    first, calls = again(1.0), len(clock)
+    assert json.dumps(again(1.0)[0].__dict__) == json.dumps(first[0].__dict__)
+    assert len(clock) == calls
+    assert again(2.0)[0].epochs == pytest.approx(2 * first[0].epochs)
+    assert len(clock) > calls
+
+
+def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_path):
+    """No clock of ours: half a second of training, by the real one."""
+    torch.manual_seed(0)
+    network, lines = DnCNN(2, 4), []
+    model, history = train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
+                                  Run(CPU, tmp_path / "a", log=lines.append), minutes=0.5 / 60)
+    assert 0.1 < history.seconds.sum() < 2.5
+    cards = read_cards(tmp_path / "a", ["unrolled"])
+    assert cards["unrolled"]["minutes"] == 0.5 / 60 and len(cards["unrolled"]["search"]) == 3
+    table, schedules = trainings(cards)
+    assert table.Minutes[0] == pytest.approx(history.seconds.sum() / 60)
+    assert table.Steps[0] == round(history.epoch.iloc[-1] * 3)
+    assert len(schedules) == 4 and schedules.chosen.sum() == 2
+    taken, same = train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
+                               Run(CPU, tmp_path / "b", weights=tmp_path / "a"), minutes=0.5 / 60)
+    assert same.seconds.tolist() == history.seconds.tolist()
+    assert all(torch.equal(a, b) for a, b in zip(
+        model.state_dict().values(), taken.state_dict().values(), strict=True))
+    for minutes, message in ((1.0, "of training, not of 1.0"), (None, "was trained with")):
+        with pytest.raises(UserError, match=message):
+            train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
+                         Run(CPU, weights=tmp_path / "a"), minutes=minutes)
+
+
+def test_a_card_without_a_search_cannot_be_taken_by_the_clock(problem, tmp_path):
+    (tmp_path / "unrolled.json").write_text(json.dumps({"training": asdict(CONFIG)}))
+    with pytest.raises(UserError, match="no record of a training by the clock"):
+        find(problem, Run(CPU, weights=tmp_path))
+    with pytest.raises(UserError, match="no model card in"):
+        read_cards(tmp_path, ["unrolled", "jfb"])
