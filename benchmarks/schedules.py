@@ -9,23 +9,21 @@ What is in schedules.csv is not done again, so that a run that was stopped goes 
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from jfbnb.common import UserError
 from jfbnb.datasets import load_splits
-from jfbnb.figures import new_figure, save_data, save_figure, save_table
+from jfbnb.figures import quality_against_time, save_data, save_figure, save_table
 from jfbnb.methods import METHODS, Method, load_model
 from jfbnb.models import Model
 from jfbnb.networks import load_denoiser
 from jfbnb.operators import get_protocol
-from jfbnb.recipes import Problem, Run, measured, pose, score, train_method
+from jfbnb.recipes import Problem, Run, measured, pose, read_cards, score, train_method
 from jfbnb.training import LossSettings, TrainingConfig
 
 CPU = torch.device("cpu")
@@ -43,7 +41,7 @@ def planned(bench: argparse.Namespace) -> Iterator[tuple[float, int]]:
 def trained(method: Method, length: float, seed: int, weights: Path,
             problem: Problem) -> tuple[Model, float, float]:
     """A model, its minutes by the card, and the seconds that its training took here."""
-    card = json.loads((weights / f"{method.name}.json").read_text(encoding="utf-8"))
+    card = read_cards(weights, [method.name])[method.name]
     if length == 1 and seed == card["training"]["seed"]:
         return (load_model(method, card["settings"], weights), card["minutes"],
                 card["training seconds"])
@@ -108,24 +106,6 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
         "± over pairs": apart[order].sem().values})
 
 
-def curves(rows: pd.DataFrame) -> Figure:
-    """Validation PSNR at the end of whole schedules; two networks dashed."""
-    figure, (ax,) = new_figure()
-    part = rows[rows.images == "validation"]
-    for name in [name for name in METHODS if name in set(part.method)]:
-        method = METHODS[name]
-        ends = part[part.method == name].groupby("minutes").psnr.agg(["mean", "sem"]).fillna(0)
-        ax.errorbar(ends.index, ends["mean"], ends["sem"], color=method.colour, marker="o",
-                    linestyle="--" if method.behind else "-", capsize=3, label=method.label)
-    ax.set_xscale("log", base=2)
-    ticks = sorted(part.minutes.unique())
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.set(xlabel="minutes of training, each point a whole schedule",
-           ylabel="PSNR on validation images (dB)", title="Quality against training time")
-    ax.legend(fontsize="small")
-    return figure
-
-
 def report(out: Path) -> None:
     """The figure and the table, of schedules.csv alone."""
     rows = with_heads(pd.read_csv(out / "schedules.csv"))
@@ -135,7 +115,7 @@ def report(out: Path) -> None:
                f"{minutes:g} minutes of training each, from the same denoiser, on "
                f"{test['count'].max()} test images and the same measurements. ± is the standard "
                "error over trainings.")
-    save_figure(curves(rows), out / "schedules", "CelebA")
+    save_figure(quality_against_time(rows[rows.images == "validation"]), out / "schedules", "CelebA")
 
 
 def main(arguments: list[str] | None = None) -> int:

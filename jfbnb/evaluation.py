@@ -160,8 +160,8 @@ def evaluate_conditions(
             found[key] = {name: tuned_under(condition, name, x, d, candidates) for name in tuned}
         x, d = condition.measure(condition.images, seed, device)
         here = {name: _with(name, settings) for name, settings in found[key].items()}
-        table = pd.concat([_under(condition, methods, x, d).assign(version=version)
-                           for version, methods in {TUNED_HERE: here, **versions}.items()])
+        table = pd.concat([_under(condition, methods, x, d).assign(version=version) for
+                           version, methods in {TUNED_HERE: here, **versions}.items() if methods])
         words = {name: ", ".join(f"{k} {value:.3g}" for k, value in settings.items())
                  for name, settings in found[key].items()}
         table["settings"] = table.method.map(words).where(table.version == TUNED_HERE, "")
@@ -344,9 +344,8 @@ def table2(summary: pd.DataFrame, minutes: Mapping[str, float] | None = None) ->
     rows["± SSIM"] = ours.ssim_se.reindex(order)
     rows["Converged"] = ours.converged.reindex(order)
     rows["Seconds per image"] = ours.seconds_per_image.reindex(order)
-    rows["Minutes of training"] = [
-        dict(minutes or {}).get((METHODS[m].behind or METHODS[m]).name, np.nan)
-        if m in METHODS else np.nan for m in order]
+    own = [(METHODS[m].behind or METHODS[m]).name if m in METHODS else m for m in order]
+    rows["Minutes of training"] = pd.Series(minutes or {}, dtype=float).reindex(own).values
     rows["Published PSNR"] = published.psnr.reindex(order)
     rows["Published PSNR, range 1"] = published.usual_psnr.reindex(order, fill_value="")
     rows["Published SSIM"] = published.ssim.reindex(order)

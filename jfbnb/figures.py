@@ -127,6 +127,30 @@ def image_table(rows: dict[str, Tensor]) -> Figure:
     return figure
 
 
+def quality_against_time(ends: pd.DataFrame) -> Figure:
+    """PSNR on validation images at the end of whole schedules, by their minutes.
+
+    Args:
+        ends: method, minutes, psnr (dB); a row for each training. Where a method has several of one
+            length, their mean and its standard error are drawn.
+    """
+    figure, (ax,) = new_figure(height=4.6)
+    for name in [name for name in METHODS if name in set(ends.method)]:
+        own, method = ends[ends.method == name], METHODS[name]
+        points = own.groupby("minutes").psnr.agg(["mean", "sem"]).fillna(0)
+        ax.errorbar(points.index, points["mean"], points["sem"], color=method.colour, marker="o",
+                    markersize=4, linestyle="--" if method.behind else "-", capsize=3,
+                    label=method.label)
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set(xlabel="minutes of training, each point a whole schedule",
+           ylabel="PSNR on validation images (dB)", title="Quality against training time")
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def training_loss(history: pd.DataFrame, title: str, method: str) -> Figure:
     """Fig. 1: average training loss per image against the epoch, in the method's colour."""
     figure, (ax,) = new_figure()

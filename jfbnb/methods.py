@@ -180,7 +180,8 @@ register(Method(
 register(Method(
     name="total-variation", label="Total variation", colour="#009E73", noise_power=1.5,
     restore=lambda A, d, s, ratio: total_variation(A, d, s["weight"] * ratio),
-    candidates=lambda noise_std, n: grid(n, weight=(10**-1.5 * noise_std, noise_std))))
+    candidates=lambda noise_std, n: grid(n, weight=(10**-0.5 * noise_std**1.5,
+                                                    10 * noise_std**1.5))))
 PLUG_AND_PLAY = register(Method(
     name="plug-and-play", label="Plug-and-play", colour="#56B4E9", candidates=prior,
     model=lambda A, D, s: Equilibrium(SplittingMap(A, D, s["tau"]))))

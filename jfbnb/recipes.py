@@ -26,8 +26,10 @@ from jfbnb.operators import LinearOperator, Protocol, measure
 from jfbnb.sources import digest
 from jfbnb.training import BatchLoss, DenoiserLoss, LossSettings, TrainingConfig, train
 
-RATES = (0.5, 1.0, 2.0)  # times the learning rate: what a search tries
-SHORT = 1 / 6  # of the minutes: how long each of them is tried
+RATES = (0.5, 1.0, 2.0)  # times the learning rate: what a search tries first
+TRIES = 6  # of learning rates, at most
+SHORT = 1 / 8  # of the minutes: how long each of them is tried
+FIRST = 12  # steps, to see what one takes; the first are slower than the rest
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,7 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
 def train_method(method: Method, network: nn.Module, settings: Settings, problem: Problem,
                  config: TrainingConfig, losses: LossSettings, run: Run,
                  watch: Callable[[Model], dict[str, float]] | None = None,
-                 minutes: float | None = None, rates: Sequence[float] = RATES
-                 ) -> tuple[Model, pd.DataFrame]:
+                 minutes: float | None = None) -> tuple[Model, pd.DataFrame]:
     """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
 
     With each record the validation images of the problem are restored.
@@ -117,16 +118,14 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
         settings: the method's, as tuned.
         watch: what else to record.
         minutes: how long to train, whatever a step costs: `search` then says how many epochs that
-            is, and at which of `rates`, times the config's, to learn. The search's own time comes
-            on top.
+            is, and at which rate to learn. The search's own time comes on top.
 
     Returns:
         The model, for crops, and the records.
     """
     tried = None
     if minutes is not None:
-        config, tried = search(method, network, settings, problem, config, losses, run, minutes,
-                               rates)
+        config, tried = search(method, network, settings, problem, config, losses, run, minutes)
     A = problem.setup.operator(config.crop).to(run.device)
     model, loss = prepare(method, network, settings, A, losses)
 
@@ -158,17 +157,21 @@ def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOpe
 
 
 def search(method: Method, network: nn.Module, settings: Settings, problem: Problem,
-           config: TrainingConfig, losses: LossSettings, run: Run, minutes: float,
-           rates: Sequence[float] = RATES) -> tuple[TrainingConfig, list[dict[str, float]]]:
+           config: TrainingConfig, losses: LossSettings, run: Run, minutes: float
+           ) -> tuple[TrainingConfig, list[dict[str, float]]]:
     """The training that takes so many minutes, at the learning rate that is best on short ones.
 
-    For each rate a whole schedule of a sixth of the time is run from the pretrained denoiser. Their
-    seconds say how many steps there are in all of it. A search that is done is not done again, and
-    with weights that are taken their own is.
+    Half the config's rate, the rate itself and twice of it are tried, and further ones, by factors
+    of 2, as long as the best so far is at an end. For each a whole schedule of an eighth of the
+    time is run from the pretrained denoiser. Their seconds say how many steps there are in all of
+    it. A search that is done is not done again, and with weights that are taken their own is.
 
     Returns:
-        The config with its epochs and its learning rate; for each rate learning_rate, epochs,
-        seconds, and psnr in dB on the problem's images.
+        The config with its epochs and its learning rate; for each rate that could be trained, the
+        lowest first, learning_rate, epochs, seconds, and psnr in dB on the problem's images.
+
+    Raises:
+        UserError: where none could.
     """
     if run.weights:
         return _searched(Path(run.weights) / f"{method.name}.json", config, minutes)
@@ -177,39 +180,45 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
     found = None
     if run.out is not None:
         key = digest(search, *prepare(method, network, settings, A, losses), images, config,
-                     minutes, rates)
+                     minutes)
         found = run.out / "checkpoints" / f"{processes.gather(key)[0][:16]}.json"
         with processes.rank_0_first():
             if found.is_file():
                 return _searched(found, config, minutes)
     batches = math.ceil(len(images) / config.batch_size)
 
-    def attempt(rate: float, steps: int) -> dict[str, float]:
+    def attempt(rate: float, steps: int) -> tuple[Model, list[dict[str, float]]]:
         own = replace(config, epochs=steps / batches, unconverged_limit=1.0,
                       learning_rate=rate * config.learning_rate)
         model, loss = prepare(method, network, settings, A, losses)
-        tried = {"learning_rate": own.learning_rate, "epochs": own.epochs}
+        return model, train(model.to(device), loss, images, own, device, log=lambda line: None)
+
+    _, history = attempt(RATES[0], FIRST)
+    seconds = processes.gather(history[-1]["seconds"] * len(history) / FIRST)[0]
+    short = max(1, round(SHORT * 60 * minutes / seconds))
+    tries: dict[float, dict[str, float]] = {}
+    todo = list(RATES)
+    while todo:
+        rate = todo.pop(0)
+        tries[rate] = {"learning_rate": rate * config.learning_rate, "epochs": short / batches,
+                       "seconds": -math.inf, "psnr": -math.inf}
         try:
-            history = train(model.to(device), loss, images, own, device, log=lambda line: None)
+            model, history = attempt(rate, short)
+            tries[rate]["seconds"] = sum(record["seconds"] for record in history)
+            tries[rate]["psnr"] = score(model.on(problem.A), problem)["psnr"]
         except UserError as error:  # such a rate is none
             run.log(f"{method.name}: {error}")
-            return {**tried, "seconds": math.nan, "psnr": math.nan}
-        return {**tried, "seconds": sum(record["seconds"] for record in history),
-                "psnr": score(model.on(problem.A), problem)["psnr"]}
-
-    def per_step(tries: list[dict[str, float]]) -> float:
-        done = [t for t in tries if t["seconds"] == t["seconds"]]
-        if not done:
-            raise UserError(f"{method.name} cannot be trained at any of the learning rates: lower "
-                            "learning_rate")
-        return processes.gather(sum(t["seconds"] for t in done)
-                                / sum(t["epochs"] * batches for t in done))[0]
-
-    attempt(rates[0], 2)  # the first steps are slower
-    short = max(1, round(SHORT * 60 * minutes / per_step([attempt(rates[0], 5)])))
-    tries = processes.gather([attempt(rate, short) for rate in rates])[0]
-    steps = max(1, round(60 * minutes / per_step(tries)))
-    best = max(tries, key=lambda t: (t["psnr"] == t["psnr"], t["psnr"]))
+        tries[rate] = processes.gather(tries[rate])[0]
+        best = max(tries, key=lambda rate: tries[rate]["psnr"])
+        if not todo and len(tries) < TRIES and best in (min(tries), max(tries)):
+            todo.append(best / 2 if best == min(tries) else best * 2)
+    if tries[best]["psnr"] == -math.inf:
+        raise UserError(f"{method.name} cannot be trained at any of {TRIES} learning rates from "
+                        f"{tries[min(tries)]['learning_rate']:.1e} on")
+    best = tries[best]
+    tries = [tries[rate] for rate in sorted(tries) if tries[rate]["seconds"] > 0]
+    seconds = sum(tried["seconds"] for tried in tries) / (short * len(tries))
+    steps = max(1, round(60 * minutes / seconds))
     config = replace(config, epochs=steps / batches, learning_rate=best["learning_rate"])
     if found is not None and processes.rank() == 0:
         atomic_write(found, json.dumps({"training": asdict(config), "minutes": minutes,

@@ -29,7 +29,7 @@ from jfbnb.sources import digest
 # and the crops' places in their batch: whoever shares a batch out gets the same draws.
 BatchLoss = Callable[[Tensor, tuple[int, ...], Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
 COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allowed
-ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved
+ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved, at least
 TYPICAL = 1e-3  # mean squared error
 RECORDS = 6  # of a training, at least; at most an epoch lies between two
 WATCHED = 4  # of so many crops one is watched by the penalty
@@ -206,7 +206,7 @@ class EquilibriumLoss:
 
 @dataclass(frozen=True)
 class ImplicitLoss(EquilibriumLoss):
-    """The same by the exact gradient, Eq. 5, whose equation is solved to a residual of 1e-3."""
+    """The same by the exact gradient, Eq. 5; its equation is solved to 1e-3, if not further."""
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
               figures: dict[str, Tensor]) -> Tensor:
@@ -214,7 +214,8 @@ class ImplicitLoss(EquilibriumLoss):
             figures["adjoint_residual"] = adjoint.residual
 
         with precision(self.model, False):  # its own solve, too, would stall in bfloat16
-            return implicit(T, x_star, ADJOINT, self.settings.max_iterations, report)
+            return implicit(T, x_star, min(ADJOINT, self.settings.tolerance),
+                            self.settings.max_iterations, report)
 
 
 def _mean_square(error: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The benchmark's driver, tiny and within this process; its workers; what it computes."""
 
 import functools
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,13 +15,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import bench
 import contenders
 import measurements
+import schedules
 from contenders import KEYS, RECONSTRUCTIONS, STEPS, load_problem, ours, solve_problem
 from processes import Worker, alone, in_turns
 from report import exponent, verdicts
 
-from jfbnb.methods import METHODS
-from jfbnb.recipes import prepare
-from jfbnb.training import EquilibriumLoss, ExplicitLoss, ImplicitLoss, LossSettings
+from jfbnb.datasets import ImageSet, Splits
+from jfbnb.methods import METHODS, load_model
+from jfbnb.networks import Denoiser, DnCNN, save_weights
+from jfbnb.recipes import Run, measured, pose, prepare, score, train_method
+from jfbnb.training import (
+    EquilibriumLoss,
+    ExplicitLoss,
+    ImplicitLoss,
+    LossSettings,
+    TrainingConfig,
+)
 
 NAMED = {contender.name: contender for contender in (*STEPS, *RECONSTRUCTIONS)}
 
@@ -266,3 +276,51 @@ def test_verdicts_are_read_from_the_tables(tmp_path):
     table = verdicts(tmp_path)
     assert table.measured.tolist() == pytest.approx([0.2, 0.96, 0.56, np.nan], nan_ok=True)
     assert table.met.tolist() == ["yes", "no", "yes", "no"]  # who does not arrive has not met it
+
+
+# --- schedules ----------------------------------------------------------------------------------
+
+
+def test_schedules_are_trained_once_each_and_paired_by_seed(tmp_path, monkeypatch, capsys):
+    """Cards of trainings by the clock; lengths, seeds and images counted; what is done is kept."""
+    torch.manual_seed(0)
+    images = torch.randint(256, (20, 3, 128, 128), dtype=torch.uint8)
+    whole = ImageSet(images, [str(i) for i in range(20)], list(range(20)))
+    splits = Splits(whole[8:], whole[:4], whole[4:8], "noise")
+    monkeypatch.setattr(schedules, "load_splits", lambda *arguments: splits)
+    network, settings = DnCNN(2, 4), {"tau": 0.1, "sigma": 0.03, "iterations": 2}
+    weights, run = tmp_path / "weights", Run(contenders.CPU, tmp_path / "weights", log=lambda _: 0)
+    save_weights(weights / "denoiser.safetensors", Denoiser(network, 0.0), {})
+    problem = pose(contenders.PAPER, splits, 1, 0, contenders.CPU)
+    for name in ("jfb", "unrolled"):
+        train_method(METHODS[name], network, settings, problem,
+                     TrainingConfig(1, 4, 16, 1e-3, 0, 1.0), LossSettings(0.01, 1e-2, 4, 1), run,
+                     minutes=0.5 / 60)
+    words = ["--weights", str(weights), "--out", str(tmp_path), "--methods", "jfb", "unrolled",
+             "--lengths", "0.5", "1", "--seeds", "2", "--validation", "2", "--test", "3"]
+    assert schedules.main(words) == 0
+    rows = pd.read_csv(tmp_path / "schedules.csv")
+    assert len(rows) == 2 * (2 * 2 + 1)  # two seeds on both sets, and the half length on one
+    assert set(rows["count"][rows.images == "test"]) == {3}
+    stored = METHODS["jfb"], json.loads((weights / "jfb.json").read_text())
+    model = load_model(stored[0], stored[1]["settings"], weights)
+    own = score(model.on(problem.A), measured(problem, splits.test[:3]))
+    first = rows[(rows.method == "jfb") & (rows.seed == 0) & (rows.images == "test")]
+    assert first.psnr.item() == pytest.approx(own["psnr"], abs=1e-4)  # the stored one, not another
+    table = pd.read_csv(tmp_path / "seeds.csv").set_index("Method")
+    assert set(table.index) == {"Deep unrolling", "JFB", "JFB + head"}
+    assert table.loc["JFB", "minus JFB (dB)"] == table.loc["JFB", "± over pairs"] == 0
+    test = rows[(rows.images == "test") & (rows.length == 1)].set_index(["method", "seed"]).psnr
+    apart = (test["unrolled"] - test["jfb"]).to_numpy()
+    assert table.loc["Deep unrolling", "minus JFB (dB)"] == pytest.approx(apart.mean())
+    assert table.loc["Deep unrolling", "± over pairs"] == pytest.approx(
+        abs(apart[0] - apart[1]) / 2)
+    monkeypatch.setattr(schedules, "trained", None)  # would be called for whatever is not done
+    assert schedules.main(words) == 0
+    assert (tmp_path / "schedules.png").exists()
+
+
+def test_schedules_without_cards_is_one_line(tmp_path, capsys):
+    assert schedules.main(["--weights", str(tmp_path), "--out", str(tmp_path)]) == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("schedules: error: ")

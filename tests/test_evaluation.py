@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -5,12 +7,14 @@ import skimage.metrics
 import torch
 
 from jfbnb import evaluation
-from jfbnb.datasets import load_images
-from jfbnb.evaluation import on_published_scale, reference_table2, summarise, table2
-from jfbnb.figures import save_table
+from jfbnb.datasets import bundled_photos, load_images
+from jfbnb.evaluation import Condition, on_published_scale, reference_table2, summarise, table2
+from jfbnb.figures import other_conditions, save_table
+from jfbnb.fixed_point import SolveInfo
 from jfbnb.maps import SplittingMap
-from jfbnb.methods import METHODS, Tuning, make_methods
+from jfbnb.methods import METHODS, Restorer, Tuning, make_methods, tune
 from jfbnb.metrics import psnr, ssim
+from jfbnb.models import Equilibrium
 from jfbnb.networks import Denoiser
 from jfbnb.operators import Blur, measure
 
@@ -120,25 +124,215 @@ def test_certificate_tells_an_equilibrium_from_an_iteration_stopped_early(pair, 
     largest = factor * tau / (A.spectrum.square().min().item() + tau)
     np.testing.assert_allclose(found.radius, largest, rtol=2e-2)
     np.testing.assert_allclose(found.norm, largest, rtol=2e-2)
-    assert ((found.psnr_later - found.psnr).abs() < 0.02).all() == contracts
+    assert (found.drift.abs() < 0.02).all() == contracts
+    assert (found.residual_later <= evaluation.ROUNDING).all() == contracts
     assert (found.radius < 1).all() == contracts
 
 
-def test_conditions_tell_the_methods_the_assumed_blur_and_the_noise(weights, image_folder):
+class Towards(torch.nn.Module):
+    """T(x) = x* + rate (x - x*), from a known distance away: a linear map."""
+
+    scale = 1.0
+
+    def __init__(self, A, fixed, rate):
+        super().__init__()
+        self.A, self.fixed, self.rate = A, fixed, rate
+
+    def start(self, d):
+        return 1.5 * self.fixed
+
+    def image(self, state):
+        return state
+
+    def forward(self, x, d):
+        return self.fixed + self.rate * (x - self.fixed)
+
+
+def test_certificate_starts_at_the_tables_tolerance_and_has_the_distance_beside_the_residual(pair):
+    """In closed form: at x = (1 + e) x* the residual is (1 - rate) e / (1 + e), the distance e."""
+    _, x = pair
+    fixed, rate = x[:1] + 0.01, 0.95
+    T = Towards(Blur(40, 5, 2.0), fixed, rate)
+    row = evaluation.certify(T, x[:1], x[:1], ["a"], tolerance=1e-4, max_iterations=1).iloc[0]
+    assert row.evaluations == float("inf")  # one evaluation is not enough, and Anderson is not used
+    assert row.residual == pytest.approx((1 - rate) * 0.5 / 1.5, rel=1e-4)
+    assert row.distance == pytest.approx(0.5, rel=1e-3)
+    assert row.radius == row.norm == pytest.approx(rate, rel=1e-4)
+    before, after = psnr(1.5 * fixed, x[:1]).item(), psnr(fixed, x[:1]).item()
+    assert row.drift == pytest.approx(after - before, rel=1e-3) and row.drift > 0
+    T.scale = 1e4  # of a map's steps: its tolerance is 1 now, which the start meets
+    assert evaluation.certify(T, x[:1], x[:1], ["a"]).evaluations.item() == 1
+    away = Towards(T.A, x[:1], rate)
+    assert evaluation.certify(away, x[:1] + 0.3, x[:1], ["a"], max_iterations=1).drift.item() < 0
+
+
+def test_certificate_ends_its_solve_as_the_tables_do(weights, pair):
+    _, x = pair
+    A = Blur(40, 5, 2.0)
+    d = measure(A, x, 0.01, 0, [0, 1, 2])
+    restorer = make_methods(["jfb"], weights, CPU)["jfb"]
+    table = evaluation.evaluate({"jfb": restorer}, A, x, d, 0.01, ["a", "b", "c"])
+    found = evaluation.certify(restorer.model(A, 0.01).T, x, d, ["a", "b", "c"], further=5)
+    solved = table.converged == 1
+    np.testing.assert_array_equal(found.evaluations < np.inf, solved)
+    assert found.evaluations[solved].tolist() == table.iterations[solved].tolist()
+    np.testing.assert_allclose(found.psnr, table.psnr, rtol=1e-6)
+    np.testing.assert_allclose(found.residual, table.residual, rtol=1e-6)
+
+
+def conditions_of(image_folder, **others):
+    """(truths, conditions): the same images, by name what measures, what is told, the noise."""
     images = load_images(image_folder, 40, 3, print)
+    return images, {("study", name): Condition(images, *condition)
+                    for name, condition in others.items()}
+
+
+def test_conditions_tell_the_methods_the_assumed_blur_and_the_noise(weights, image_folder):
     sharp, wide = Blur(40, 5, 1.0), Blur(40, 5, 3.0)
-    conditions = {"told": (wide, wide, 0.01), "wrong": (wide, sharp, 0.01),
-                  "noisy": (wide, wide, 0.02)}
+    images, conditions = conditions_of(image_folder, told=(wide, wide, 0.01),
+                                       wrong=(wide, sharp, 0.01), noisy=(wide, wide, 0.02))
     methods = make_methods(["measurement", "tikhonov"], weights, CPU)
-    table = evaluation.evaluate_conditions(methods, conditions, images, 0, CPU)
+    table = evaluation.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
     psnrs = table.pivot(index="condition", columns="method", values="psnr")
     assert psnrs.measurement["told"] == pytest.approx(psnrs.measurement["wrong"])
     assert psnrs.tikhonov["told"] > psnrs.tikhonov["wrong"]
     x = images.as_float()
     d = measure(wide, x, 0.02, 0, images.indices)
-    lam = 4 * Tuning.load(weights / "tuning.json").chosen["tikhonov"]["lam"]  # (0.02 / 0.01)^2
+    lam = 2 * Tuning.load(weights / "tuning.json").chosen["tikhonov"]["lam"]  # 0.02 / 0.01
     expected = psnr(wide.solve_normal(wide.adjoint(d), lam), x).mean().item()
     assert psnrs.tikhonov["noisy"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_classical_methods_are_tuned_under_each_condition_as_by_brute_force(image_folder):
+    """On the images that choose: the best of all candidates, and so never below the rule's."""
+    sharp, wide = Blur(40, 5, 1.0), Blur(40, 5, 3.0)
+    images, conditions = conditions_of(image_folder, quiet=(wide, wide, 0.002),
+                                       loud=(wide, wide, 0.05), wrong=(wide, sharp, 0.01))
+    table = evaluation.evaluate_conditions({}, conditions, ["tikhonov", "total-variation"], images,
+                                           0, CPU, candidates=5)
+    assert (table.version == "tuned here").all() and len(table) == 6
+    x = images.as_float()
+    for (_, name), c in conditions.items():
+        d = measure(c.true_A, x, c.noise_std, 0, images.indices)
+        for method in ("tikhonov", "total-variation"):
+            tuning = Tuning(c.noise_std, len(x))
+            settings = tune(METHODS[method], tuning, c.A, d, x, 5)
+            best = max(tried["psnr"] for tried in tuning.searches[method])
+            (row,) = table[(table.condition == name) & (table.method == method)].itertuples()
+            assert row.psnr == pytest.approx(best, abs=1e-4)
+            ((key, value),) = settings.items()
+            assert row.settings == f"{key} {value:.3g}"
+
+
+def test_methods_with_more_than_one_setting_are_tuned_over_all(image_folder, monkeypatch):
+    """A walk along a list would stop at the first row's best."""
+    images, conditions = conditions_of(image_folder, one=(A := Blur(40, 5, 2.0), A, 0.01))
+    shift = {(0, 0): 0.2, (0, 1): 0.3, (1, 0): 0.25, (1, 1): 0.1, (2, 0): 0.3, (2, 1): 0.0}
+    truth = images.as_float()
+    method = replace(METHODS["tikhonov"], candidates=lambda noise_std, n: [
+        {"a": a, "b": b} for a, b in shift], restore=lambda A, d, s, ratio: (
+            truth + shift[s["a"], s["b"]] + 0.01, None))
+    monkeypatch.setitem(METHODS, "tikhonov", method)
+    x, d = conditions["study", "one"].measure(images, 0, CPU)
+    assert evaluation.tuned_under(conditions["study", "one"], "tikhonov", x, d, 6) == {"a": 2,
+                                                                                       "b": 1}
+
+
+@pytest.mark.parametrize("noise_std", [0.002, 0.005, 0.01, 0.02, 0.05])
+def test_candidates_of_the_classical_methods_enclose_the_best(noise_std):
+    """On photographs, at each noise level; at the protocols' blur and at a wider one."""
+    photographs = bundled_photos("validation", 64)[:2]
+    for A in (Blur(64, 5, 5**0.5), Blur(64, 9, 5**0.5)):
+        condition = Condition(photographs, A, A, noise_std)
+        x, d = condition.measure(photographs, 0, CPU)
+        for name in ("tikhonov", "total-variation"):
+            candidates = METHODS[name].candidates(noise_std, 9)
+            best = evaluation.tuned_under(condition, name, x, d, 9)
+            assert 0 < candidates.index(best) < len(candidates) - 1, (name, best)
+
+
+def test_points_that_did_not_converge_have_their_certificate(image_folder):
+    """Solved on, a slow map arrives at x*, and one without a fixed point in reach does not."""
+    images, conditions = conditions_of(image_folder, one=(A := Blur(40, 5, 2.0), A, 0.01))
+
+    def restorer(factor, tau, most):
+        def model(A, noise_std):
+            found = Equilibrium(SplittingMap(A, Denoiser(Scale(factor), 0.0), tau))
+            found.max_iterations = most
+            return found
+        return Restorer(lambda A, d, noise_std: model(A, noise_std)(d), model=model)
+
+    methods = {"jfb": restorer(0.9, 0.05, 3), "deq": restorer(0.9, 0.05, 100),
+               "plug-and-play": restorer(3.0, 0.05, 3)}
+    table = evaluation.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
+    table = table.set_index("method")
+    assert table.converged.to_dict() == {"jfb": 0.0, "deq": 1.0, "plug-and-play": 0.0}
+    assert table.run_on.to_dict() == {"jfb": 3, "deq": 0, "plug-and-play": 3}
+    assert table.converged_later["jfb"] == 1 and np.isnan(table.converged_later["deq"])
+    assert table.drift["jfb"] == pytest.approx(table.psnr["deq"] - table.psnr["jfb"], abs=0.01)
+    assert np.isnan(table.drift["deq"])
+
+
+def test_the_worst_eight_are_solved_on():
+    """Of ten that did not converge, not those with the smallest residuals."""
+    seen = []
+
+    class Counting:
+        max_iterations = 100
+
+        def __call__(self, d):
+            seen.append(d.flatten().tolist())
+            return d, SolveInfo(*[torch.ones(len(d))] * 4)
+
+    rows = pd.DataFrame({"converged": [0.0] * 10 + [1.0], "residual": [*range(10), 99.0],
+                         "psnr": 30.0})
+    rows.loc[3, "residual"] = np.nan  # overflowed: the worst of all
+    d = torch.arange(11.0).view(11, 1, 1, 1)
+    model = Counting()
+    found = evaluation._run_on(Restorer(None, model=lambda A, noise_std: model), rows,
+                               Blur(1, 1, 1.0), d, d, 0.01)
+    assert seen == [[3, 9, 8, 7, 6, 5, 4, 2]] and found["run_on"] == 8
+    assert model.max_iterations == 100 + evaluation.FURTHER
+
+
+def test_a_condition_that_studies_share_is_evaluated_once(weights, image_folder, monkeypatch):
+    images, conditions = conditions_of(image_folder, one=(A := Blur(40, 5, 2.0), A, 0.01))
+    conditions["another study", 0.01] = conditions["study", "one"]
+    calls = []
+    monkeypatch.setattr(evaluation, "evaluate",
+                        lambda *args, real=evaluation.evaluate: calls.append(1) or real(*args))
+    table = evaluation.evaluate_conditions(
+        {"protocol": make_methods(["measurement"], weights, CPU)}, conditions, [], images, 0, CPU)
+    assert len(calls) == 1 and table.study.tolist() == ["study", "another study"]
+    assert table.psnr.nunique() == 1
+
+
+def test_the_figure_on_conditions_marks_what_has_not_converged():
+    rows = [("noise", noise, "jfb", version, 30.0, converged)
+            for noise in (0.01, 0.02)
+            for version, converged in (("protocol", 1.0 if noise == 0.01 else 0.9),
+                                       ("conditions", 1.0))]
+    rows += [("noise", noise, "tikhonov", "tuned here", 25.0, np.nan) for noise in (0.01, 0.02)]
+    rows += [(study, "wide", "jfb", "protocol", 30.0, 0.5) for study in ("kernel", "a", "b")]
+    table = pd.DataFrame(rows, columns=["study", "condition", "method", "version", "psnr",
+                                        "converged"])
+    panels = {study: (study, study) for study in ("noise", "kernel", "a", "b")}
+    figure = other_conditions(table, panels, {"noise": 0.01})
+    noise, kernel, *_ = figure.axes
+
+    def hollow(ax):
+        """(height, place) of each marker with a white face."""
+        return [tuple(point) for markers in ax.collections for point in markers.get_offsets().data
+                if np.allclose(markers.get_facecolor()[:, :3], 1)]
+
+    assert hollow(noise) == [(0.02, 30.0)] and len(hollow(kernel)) == 1
+    lines = [(line.get_color(), line.get_linestyle()) for line in noise.lines
+             if len(line.get_xdata()) == 2 and len(set(line.get_xdata())) == 2]
+    blue, orange = METHODS["jfb"].colour, METHODS["tikhonov"].colour
+    assert sorted(lines) == sorted([(blue, "-"), (blue, "--"), (orange, ":")])
+    labels = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert {"JFB", "Tikhonov", "tuned here", "trained: protocol", "trained: conditions",
+            "not all converged"} <= labels
 
 
 def test_standard_error():

@@ -208,7 +208,7 @@ def test_a_method(image_folder, tmp_path):
     assert done.returncode == 0, done.stderr + done.stdout
     figures, runs = tmp_path / "figures" / "quick", tmp_path / "runs" / "quick"
     assert "My own" in (figures / "table2_comparison.md").read_text()
-    for table in ("metrics", "conditions", "other_protocol"):
+    for table in ("metrics", "conditions"):
         assert "mine" in set(pd.read_csv(figures / f"{table}.csv").method), table
     assert "My own" in set(pd.read_csv(figures / "rivals.csv").Method)
     tuning = json.loads((runs / "tuning.json").read_text())

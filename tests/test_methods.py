@@ -256,14 +256,14 @@ def test_search_keeps_what_it_tried_and_chooses_the_best(tmp_path):
 
 
 def test_parameters_follow_the_noise(weights):
-    """At a tenth of the noise lam and tau go down by 100; DE-PROX stays as trained.
+    """At a tenth of the noise tau goes down by 100, and DE-PROX stays as trained.
 
-    Of the networks that end, Tikhonov's lam goes down by 10^1.5, as its `noise_power` says.
+    Tikhonov's lam goes down by 10, and by 10^1.5 in front of a network: their `noise_power`.
     """
     A, x = Blur(40, 5, 2.0), torch.rand(1, 3, 40, 40)
     lam = Tuning.load(weights / "tuning.json").chosen["tikhonov"]["lam"]
     methods = make_methods(["tikhonov", "jfb", "de-prox", "feedforward-tikhonov"], weights, CPU)
-    expected = A.solve_normal(A.adjoint(x), lam / 100)
+    expected = A.solve_normal(A.adjoint(x), lam / 10)
     torch.testing.assert_close(methods["tikhonov"](A, x, 0.001)[0], expected)
     lam = Tuning.load(weights / "tuning.json").chosen["feedforward-tikhonov"]["lam"]
     torch.testing.assert_close(methods["feedforward-tikhonov"](A, x, 0.001)[0],

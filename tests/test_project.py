@@ -110,6 +110,24 @@ def test_ranking_says_where_training_was_not_equal(publish):
     assert words in publish.ranking(unequal.get, "mine")
 
 
+def test_equilibrium_says_what_the_certificate_has(publish):
+    certificate = pd.DataFrame({
+        "evaluations": [10.0, 12.0, float("inf"), 14.0], "residual": [1e-4, 9e-5, 3e-4, 8e-5],
+        "distance": [1e-3, 9e-4, 2.7e-2, 8e-4], "further": [50, 60, 1000, 70],
+        "residual_later": [5e-7, 5e-7, 2e-6, 5e-7], "drift": [0.01, -0.01, -0.2, 0.0],
+        "radius": [0.9, 0.9, 1.01, 0.9], "norm": [0.95, 1.02, 1.1, 0.97]})
+    scales = ("JFB,PSNR as published (dB),PSNR with data range 1 (dB)\npublished,26.88,32.90\n"
+              "\"this run, protocol code\",30.0,36.0\n")
+    text = publish.equilibrium({"figures/mine/nb4_certificate.csv": certificate.to_csv(),
+                                "figures/mine/psnr_scales.csv": scales}.get, "mine")
+    for words in ("3 of 4 validation images are solved, to a relative residual of 1e-04",
+                  "within 14 evaluations", "up to 90 times the residual", "50 to 1000 times",
+                  "by 2e-06 at most", "on 75% of the images, by -0.200 dB at worst",
+                  "its mean by -0.050 dB", "at most 1.010: below 1, so locally stable, on 3",
+                  "at most 1.100: below 1, so a contraction there, on 2"):
+        assert words in text
+
+
 def test_claims_that_no_table_supports_are_not_made():
     unsupported = ("is ahead of all", "stopped improving", "trained longest", "get the best rule",
                    "A network that ends cannot", "keeps it contracting", "effort that JFB had",

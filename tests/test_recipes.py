@@ -33,25 +33,37 @@ def problem():
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def best():
+    """The best learning rate, in a list, to be changed."""
+    return [4e-3]
+
+
+@pytest.fixture
+def limit():
+    """The highest that can be trained."""
+    return [1.5e-3]
+
+
+@pytest.fixture
+def clock(monkeypatch, best, limit):
     """Trainings that take `COST` a step, and leave their learning rate where `score` finds it."""
     seen = []
 
     def train(module, loss, images, config, *arguments, **more):
         steps = round(config.epochs * math.ceil(len(images) / config.batch_size))
         seen.append((config.learning_rate, steps))
-        if config.learning_rate > 1.5e-3:
+        if config.learning_rate > limit[0] and steps != recipes.FIRST:
             raise UserError("the loss is nan")
         return [{"epoch": config.epochs, "seconds": COST * steps}]
 
     monkeypatch.setattr(recipes, "train", train)
     monkeypatch.setattr(recipes, "score", lambda model, problem: {
-        "psnr": 30 + 1e3 * seen[-1][0]})  # the faster the better
+        "psnr": 30 - abs(math.log2(seen[-1][0] / best[0]))})
     return seen
 
 
-def find(problem, run, minutes=1.0, **more):
-    return search(UNROLLED, DnCNN(2, 4), SETTINGS, problem, CONFIG, LOSSES, run, minutes, **more)
+def find(problem, run, minutes=1.0):
+    return search(UNROLLED, DnCNN(2, 4), SETTINGS, problem, CONFIG, LOSSES, run, minutes)
 
 
 def test_a_search_fills_the_minutes_at_the_best_rate_that_trains(problem, clock):
@@ -60,16 +72,30 @@ def test_a_search_fills_the_minutes_at_the_best_rate_that_trains(problem, clock)
     assert config.learning_rate == 1e-3  # 2e-3 would be better, and does not train
     assert lines == ["unrolled: the loss is nan"]
     assert round(config.epochs * 3) == 60 / COST  # three steps an epoch
-    short = round(10 / COST)  # a sixth of the minute
-    assert [(rate, steps) for rate, steps in clock if steps > 5] == [
+    short = round(7.5 / COST)  # an eighth of the minute
+    assert [(rate, steps) for rate, steps in clock if steps != recipes.FIRST] == [
         (5e-4, short), (1e-3, short), (2e-3, short)]
-    assert [t["learning_rate"] for t in tried] == [5e-4, 1e-3, 2e-3]
-    assert math.isnan(tried[2]["psnr"]) and tried[1]["psnr"] == pytest.approx(31)
+    assert [t["learning_rate"] for t in tried] == [5e-4, 1e-3]
+    assert [t["psnr"] for t in tried] == pytest.approx([27, 28])
 
 
-def test_no_rate_that_trains_is_an_error_that_says_so(problem, clock):
-    with pytest.raises(UserError, match="unrolled cannot be trained at any of the learning rates"):
-        find(problem, Run(CPU, log=lambda line: None), rates=(2.0, 3.0))
+@pytest.mark.parametrize(("goal", "found", "tries"), [
+    (1e-3, 1e-3, [5e-4, 1e-3, 2e-3]),
+    (2e-3, 2e-3, [5e-4, 1e-3, 2e-3, 4e-3]),
+    (1.3e-4, 1.25e-4, [6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]),
+    (1e-9, 6.25e-5, [6.25e-5, 1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3])])  # six, and no more
+def test_a_search_goes_on_while_the_best_is_at_an_end(problem, clock, best, limit, goal, found,
+                                                      tries):
+    best[0], limit[0] = goal, 1.0
+    config, tried = find(problem, Run(CPU, log=lambda line: None))
+    assert config.learning_rate == pytest.approx(found)
+    assert [t["learning_rate"] for t in tried] == pytest.approx(tries)
+
+
+def test_no_rate_that_trains_is_an_error_that_says_so(problem, clock, limit):
+    limit[0] = 0.0
+    with pytest.raises(UserError, match=r"unrolled cannot be trained at any of 6 learning rates"):
+        find(problem, Run(CPU, log=lambda line: None))
 
 
 def test_a_search_that_is_done_is_not_done_again(problem, clock, tmp_path):
@@ -95,11 +121,11 @@ def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_
                                   Run(CPU, tmp_path / "a", log=lines.append), minutes=0.5 / 60)
     assert 0.1 < history.seconds.sum() < 2.5
     cards = read_cards(tmp_path / "a", ["unrolled"])
-    assert cards["unrolled"]["minutes"] == 0.5 / 60 and len(cards["unrolled"]["search"]) == 3
+    assert cards["unrolled"]["minutes"] == 0.5 / 60 and len(cards["unrolled"]["search"]) >= 3
     table, schedules = trainings(cards)
     assert table.Minutes[0] == pytest.approx(history.seconds.sum() / 60)
     assert table.Steps[0] == round(history.epoch.iloc[-1] * 3)
-    assert len(schedules) == 4 and schedules.chosen.sum() == 2
+    assert len(schedules) == len(cards["unrolled"]["search"]) + 1 and schedules.chosen.sum() == 2
     taken, same = train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
                                Run(CPU, tmp_path / "b", weights=tmp_path / "a"), minutes=0.5 / 60)
     assert same.seconds.tolist() == history.seconds.tolist()

@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub = commands.add_parser("reproduce", help="run the notebooks; regenerate figures and tables")
     _add_parameters(sub)
     sub.add_argument("--weights", type=checkout.find_path, metavar="DIR",
-                     help="take the trained networks in this folder, e.g. jfbnb/weights, and do "
+                     help="take the trained networks in this folder, e.g. data/weights/cpu, and do "
                           "not train")
     sub.add_argument("--frozen", action="store_true",
                      help="redo figures and tables from the networks in runs/PROFILE; do not train")

@@ -52,7 +52,8 @@ TRAINED = [name for name, method in METHODS.items() if method.trainable]
 RIVALS = [name for name in TRAINED if name != JFB.name]  # notebook 5 trains them
 OVER = [f"conditions/{name}" for name in TRAINED if METHODS[name].compared]  # for its section 5.5
 SMALLEST = sys.float_info.min  # all numbers among the parameters are positive, except:
-LEAST = {"depth": 2, "seed": 0, "epochs": 0, "penalty": 0, "power_iterations": 0, "unconverged_limit": 0}
+LEAST = {"depth": 2, **dict.fromkeys(("seed", "epochs", "penalty", "power_iterations",
+                                      "unconverged_limit"), 0)}
 
 
 @dataclass(frozen=True)

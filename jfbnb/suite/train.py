@@ -79,8 +79,8 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
                     problem.d, problem.x, p["candidates"], network)
         losses = LossSettings(setup.noise_std, bf16=bf16, **{k: p[k] for k in (
             "tolerance", "max_iterations", "power_iterations", "contraction", "penalty")})
-        config = TrainingConfig(p["epochs"] or 1, p["batch_size"], p["crop"], p["learning_rate"], p["seed"],
-                                p["unconverged_limit"])
+        config = TrainingConfig(p["epochs"] or 1, p["batch_size"], p["crop"], p["learning_rate"],
+                                p["seed"], p["unconverged_limit"])
         watch = (lambda model: direction(model.T, few.d, few.x)) if method is JFB else None
         if conditions:
             losses = replace(losses, conditions=Conditions())
