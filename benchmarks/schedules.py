@@ -115,7 +115,8 @@ def report(out: Path) -> None:
                f"{minutes:g} minutes of training each, from the same denoiser, on "
                f"{test['count'].max()} test images and the same measurements. ± is the standard "
                "error over trainings.")
-    save_figure(quality_against_time(rows[rows.images == "validation"]), out / "schedules", "CelebA")
+    watched = rows[rows.images == "validation"]
+    save_figure(quality_against_time(watched), out / "schedules", "CelebA")
 
 
 def main(arguments: list[str] | None = None) -> int:
