@@ -111,12 +111,12 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
                  minutes: float | None = None) -> tuple[Model, pd.DataFrame]:
     """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
 
-    With each record the validation images of the problem are restored.
+    Its model card says how well it restores the problem's images, and four photographs.
 
     Args:
         network: the denoiser's; a copy of it is trained.
         settings: the method's, as tuned.
-        watch: what else to record.
+        watch: what else to record on the way.
         minutes: how long to train, whatever a step costs: `search` then says how many epochs that
             is, and at which rate to learn. The search's own time comes on top.
 
@@ -128,12 +128,8 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
         config, tried = search(method, network, settings, problem, config, losses, run, minutes)
     A = problem.setup.operator(config.crop).to(run.device)
     model, loss = prepare(method, network, settings, A, losses)
-
-    def validate() -> dict[str, float]:
-        found = {f"validation_{k}": v for k, v in score(model.on(problem.A), problem).items()}
-        return {**found, **(watch(model) if watch else {})}
-
-    history = _train(method.name, model, loss, problem.splits, config, run, validate)
+    history = _train(method.name, model, loss, problem.splits, config, run,
+                     watch and (lambda: watch(model)))
     card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
             "settings": settings, "loss": asdict(losses), "minutes": minutes,
             "search": tried}
@@ -143,6 +139,8 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
         card["measured"] = {
             name: {"images": len(some.x), **score(model.on(some.A), some)} for name, some in (
                 ("validation images", problem), ("photographs", others))}
+        run.log(f"{method.label}: {card['measured']['validation images']['psnr']:.2f} dB on "
+                f"{len(problem.x)} validation images")
     _store(method.name, model, history, problem.splits, config, run, card)
     return model, history
 
@@ -274,7 +272,8 @@ def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
                        "chosen": tried["learning_rate"] == own["learning_rate"]}
                       for tried in card["search"] or ()]
         schedules.append({"method": name, "learning_rate": own["learning_rate"],
-                          "minutes": minutes, "psnr": last["validation_psnr"], "chosen": True})
+                          "minutes": minutes, "chosen": True,
+                          "psnr": card["measured"]["validation images"]["psnr"]})
     return pd.DataFrame(rows), pd.DataFrame(schedules)
 
 

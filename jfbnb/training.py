@@ -377,7 +377,8 @@ def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dic
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{finished} has no model card with this training ({error}): leave the "
                         "parameter `weights` empty to train") from error
-    if trained != asdict(config):
+    # When it would have been stopped does not matter any more.
+    if {**trained, "unconverged_limit": config.unconverged_limit} != asdict(config):
         raise UserError(f"{finished} was trained with {trained}, not with {asdict(config)}: leave "
                         "the parameter `weights` empty to train")
     fill(finished, module)
