@@ -42,6 +42,9 @@ def trained(method: Method, length: float, seed: int, weights: Path,
             problem: Problem) -> tuple[Model, float, float]:
     """A model, its minutes by the card, and the seconds that its training took here."""
     card = read_cards(weights, [method.name])[method.name]
+    if card["minutes"] is None:
+        raise UserError(f"{weights / method.name}.json is of a training by epochs, which has no "
+                        "length in minutes")
     if length == 1 and seed == card["training"]["seed"]:
         return (load_model(method, card["settings"], weights), card["minutes"],
                 card["training seconds"])
@@ -57,7 +60,7 @@ def measure(bench: argparse.Namespace) -> None:
     """Write a row for each training and set of images, as soon as it is known."""
     setup = get_protocol(bench.protocol)
     splits = load_splits(bench.data, setup.image_size, 8000, 200, 2000)
-    few = pose(setup, splits, 1, 0, CPU)  # what a training watches
+    few = pose(setup, splits, 1, 0, CPU)  # nothing is chosen on it
     sets = {"validation": measured(few, splits.validation[:bench.validation]),
             "test": measured(few, splits.test[:bench.test])}
     file = bench.out / "schedules.csv"

@@ -1,7 +1,7 @@
 """Methods x images -> one long table of metrics; its summary; the paper's Table 2."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ ROUNDING = 5e-7  # a relative change that float32 cannot tell from none
 TUNED_HERE = "tuned here"  # the version of a method that is tuned under each condition
 RUN_ON = 8  # images of a method under a condition that are solved on, at most
 FURTHER = 300  # evaluations of T in which they are
+EQUALLY = 1.1  # times the least minutes of training that the most may be
 
 # --- tables -------------------------------------------------------------------------------------
 
@@ -132,9 +133,10 @@ def evaluate_conditions(
 ) -> pd.DataFrame:
     """Methods under conditions that they were not all made for: means, and what solves come to.
 
-    Those without weights are tuned anew under every condition, so that they are as good there as
-    they can be. Where a network's solves have not all converged, at most 8 of the images, the worst
-    of them, are solved on for 300 more evaluations of T: what does their PSNR say then?
+    Those without weights are tuned anew for every operator and noise level, so that they are about
+    as good there as they can be. Where a network's solves have not all converged, at most 8 of the
+    images, the worst of them, are solved on for 300 more evaluations of T: what does their PSNR say
+    then?
 
     Args:
         versions: methods that are ready to use, by what they were trained for.
@@ -229,6 +231,31 @@ def _run_on(method: Restorer, rows: pd.DataFrame, A: LinearOperator, x: Tensor, 
     change = psnr(A.visible(y), A.visible(x[at])).cpu().numpy() - rows.psnr[at].to_numpy()
     return {"run_on": len(at), "converged_later": info.converged.double().mean().item(),
             "drift": change.mean()}
+
+
+@torch.no_grad()
+def by_computation(methods: dict[str, Restorer], counts: list[int], A: LinearOperator, x: Tensor,
+                   d: Tensor, noise_std: float) -> pd.DataFrame:
+    """Does more computation make a better image? An iterative method after k evaluations of T.
+
+    An equilibrium's solver is stopped after k, an unrolled network is given k layers, whatever
+    number it was trained with.
+
+    Args:
+        counts: the k, at least 1 each.
+
+    Returns:
+        A row for each method and k: method, evaluations, psnr (dB, mean over the images).
+    """
+    rows = []
+    for name, method in methods.items():
+        for k in counts:
+            model = method.model(A, noise_std)  # a fresh shell around the same weights
+            model.tolerance, model.max_iterations, model.iterations = 0.0, k, k
+            y = torch.cat([model(d[i:i + 1])[0] for i in range(len(d))])
+            rows.append({"method": name, "evaluations": k,
+                         "psnr": psnr(A.visible(y), A.visible(x)).mean().item()})
+    return pd.DataFrame(rows)
 
 
 def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
@@ -350,6 +377,16 @@ def table2(summary: pd.DataFrame, minutes: Mapping[str, float] | None = None) ->
     rows["Published PSNR, range 1"] = published.usual_psnr.reindex(order, fill_value="")
     rows["Published SSIM"] = published.ssim.reindex(order)
     return rows.reset_index(drop=True)
+
+
+def trained_for(minutes: Iterable[float]) -> str:
+    """For how long the trained methods of a table were trained, and whether equally: a sentence."""
+    least, most = min(minutes := list(minutes)), max(minutes)
+    span = " to ".join(dict.fromkeys(f"{m:.2g}" for m in (least, most)))
+    if most <= EQUALLY * least:
+        return f"Each trained method had {span} minutes of training."
+    return (f"The trained methods had {span} minutes of training: this order is one of efforts as "
+            "well as of methods.")
 
 
 def on_published_scale(x: Tensor, truth: Tensor) -> Tensor:

@@ -141,14 +141,30 @@ def quality_against_time(ends: pd.DataFrame) -> Figure:
         ax.errorbar(points.index, points["mean"], points["sem"], color=method.colour, marker="o",
                     markersize=4, linestyle="--" if method.behind else "-", capsize=3,
                     label=method.label)
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    ax.xaxis.set_major_formatter("{x:g}")
+    _logarithmic(ax)
     ax.set(xlabel="minutes of training, each point a whole schedule",
            ylabel="PSNR on validation images (dB)", title="Quality against training time")
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
+
+
+def more_computation(table: pd.DataFrame) -> Figure:
+    """PSNR after so many evaluations of T, as `evaluation.by_computation` has found it."""
+    figure, (ax,) = new_figure()
+    for name, own in table.groupby("method", sort=False):
+        labelled_line(ax, own.evaluations, own.psnr, name, "o")
+    _logarithmic(ax)
+    ax.set(xlabel="evaluations of T for an image", ylabel="PSNR (dB)", title="More computation")
+    ax.legend()
+    return figure
+
+
+def _logarithmic(ax: Axes) -> None:
+    """x on a logarithmic axis, its ticks plain numbers."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    ax.xaxis.set_major_formatter("{x:g}")
 
 
 def training_loss(history: pd.DataFrame, title: str, method: str) -> Figure:

@@ -27,8 +27,9 @@ from jfbnb.sources import digest
 from jfbnb.training import BatchLoss, DenoiserLoss, LossSettings, TrainingConfig, train
 
 RATES = (0.5, 1.0, 2.0)  # times the learning rate: what a search tries first
-TRIES = 6  # of learning rates, at most
+TRIES = 5  # of learning rates, at most
 SHORT = 1 / 8  # of the minutes: how long each of them is tried
+ENOUGH = 50  # steps of such a try, or a third of all where that is less
 FIRST = 12  # steps, to see what one takes; the first are slower than the rest
 
 
@@ -131,8 +132,8 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
     history = _train(method.name, model, loss, problem.splits, config, run,
                      watch and (lambda: watch(model)))
     card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
-            "settings": settings, "loss": asdict(losses), "minutes": minutes,
-            "search": tried}
+            "settings": settings, "minutes": minutes, "search": tried,
+            "loss": asdict(replace(losses, noise_power=method.noise_power))}
     if run.out and not run.weights:  # those that are taken have been measured
         photographs = bundled_photos("validation", problem.setup.image_size)[:4]
         others = measured(problem, photographs)
@@ -161,8 +162,9 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
 
     Half the config's rate, the rate itself and twice of it are tried, and further ones, by factors
     of 2, as long as the best so far is at an end. For each a whole schedule of an eighth of the
-    time is run from the pretrained denoiser. Their seconds say how many steps there are in all of
-    it. A search that is done is not done again, and with weights that are taken their own is.
+    time, or of `ENOUGH` steps, is run from the pretrained denoiser. Their seconds say how many
+    steps there are in all of it. A search that is done is not done again, and with weights that are
+    taken their own is.
 
     Returns:
         The config with its epochs and its learning rate; for each rate that could be trained, the
@@ -177,8 +179,10 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
     A = problem.setup.operator(config.crop).to(device)
     found = None
     if run.out is not None:
+        # How far the minutes reach depends on the machine, and what is best on the problem.
         key = digest(search, *prepare(method, network, settings, A, losses), images, config,
-                     minutes)
+                     minutes, problem.x, problem.d, describe_device(device),
+                     processes.world_size())
         found = run.out / "checkpoints" / f"{processes.gather(key)[0][:16]}.json"
         with processes.rank_0_first():
             if found.is_file():
@@ -193,7 +197,8 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
 
     _, history = attempt(RATES[0], FIRST)
     seconds = processes.gather(history[-1]["seconds"] * len(history) / FIRST)[0]
-    short = max(1, round(SHORT * 60 * minutes / seconds))
+    whole = 60 * minutes / seconds
+    short = max(1, round(max(SHORT * whole, min(ENOUGH, whole / 3))))
     tries: dict[float, dict[str, float]] = {}
     todo = list(RATES)
     while todo:
@@ -202,8 +207,10 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
                        "seconds": -math.inf, "psnr": -math.inf}
         try:
             model, history = attempt(rate, short)
-            tries[rate]["seconds"] = sum(record["seconds"] for record in history)
-            tries[rate]["psnr"] = score(model.on(problem.A), problem)["psnr"]
+            quality = score(model.on(problem.A), problem)["psnr"]
+            if math.isfinite(quality):  # else its solves have overflowed
+                tries[rate] |= {"seconds": sum(record["seconds"] for record in history),
+                                "psnr": quality}
         except UserError as error:  # such a rate is none
             run.log(f"{method.name}: {error}")
         tries[rate] = processes.gather(tries[rate])[0]

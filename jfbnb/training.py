@@ -40,8 +40,8 @@ class TrainingConfig:
     """How long and how fast: Adam with a cosine schedule from `learning_rate` to 0.
 
     `epochs` is how often each training image is seen, on average; it need not be whole.
-    `unconverged_limit` is the share of an epoch's fixed-point solves that may end above their
-    tolerance: above half of it training warns, above all of it training stops.
+    `unconverged_limit` is the share of fixed-point solves, from one record to the next, that may
+    end above their tolerance: above half of it training warns, above all of it training stops.
     """
 
     epochs: float
@@ -108,9 +108,6 @@ class LossSettings:
 
 
 # --- losses -------------------------------------------------------------------------------------
-# `evaluations` is what a loss costs at most: evaluations of the network per image and step. One
-# forward counts as one, and so does each of the two halves of a backward pass, the gradient in
-# the input and the gradient in the weights.
 
 
 @dataclass(frozen=True)

@@ -365,3 +365,25 @@ def test_table2_has_published_and_own_rows(tmp_path):
     assert r"\begin{tabular}" in (tmp_path / "t.tex").read_text()
     stored = pd.read_csv(tmp_path / "t.csv").fillna({"Published PSNR, range 1": ""})
     pd.testing.assert_frame_equal(stored, table.reset_index())
+
+
+def test_more_computation_is_counted_in_evaluations_of_the_map(weights):
+    """Against iterates by hand; the methods themselves stay what they are."""
+    methods = make_methods(["jfb", "unrolled"], weights, torch.device("cpu"))
+    A = Blur(16, 5, 2.0)
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    d = A(x)
+    before = [methods[name](A, d, 0.01)[0] for name in methods]
+    table = evaluation.by_computation(methods, [1, 2, 30], A, x, d, 0.01).set_index(
+        ["method", "evaluations"])
+    T = methods["unrolled"].model(A, 0.01).T
+    with torch.no_grad():
+        once = T(T.start(d), d)
+        twice = T(once, d)
+    for k, y in ((1, once), (2, twice)):
+        assert table.psnr["unrolled", k] == pytest.approx(psnr(y, x).mean().item(), abs=1e-4)
+    # A solver returns the iterate that its last evaluation measured, so the start after one.
+    assert table.psnr["jfb", 1] == pytest.approx(psnr(d, x).mean().item(), abs=1e-4)
+    assert len(table) == 6
+    for name, y in zip(methods, before, strict=True):
+        assert torch.equal(methods[name](A, d, 0.01)[0], y)

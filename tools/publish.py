@@ -14,6 +14,7 @@ from pathlib import Path
 import nbformat
 import pandas as pd
 
+from jfbnb.evaluation import trained_for
 from jfbnb.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -84,6 +85,7 @@ def readme_blocks(read: Read) -> dict[str, str]:
             blocks[f"equilibrium {profile}"] = equilibrium(read, profile)
             blocks[f"training {profile}"] = read(f"figures/{profile}/rivals.md").strip()
     blocks["ranking cpu-code"] = ranking(read, "cpu-code")
+    blocks["computation"] = computation(read, "cpu")
     blocks["seeds"] = read("benchmarks/results/seeds.md").strip()
     blocks["bench"] = bench(read)
     blocks["speed"] = speed(read)
@@ -121,20 +123,26 @@ def ranking(read: Read, profile: str) -> str:
         lines.append(line + ".")
     errors = ("The errors are those of paired differences over images. They say nothing of other "
               "trainings, with other seeds.")
-    return "\n".join([*lines, "", f"{errors} {trained(read, profile)}"])
+    minutes = load(read, f"figures/{profile}/table2_comparison.csv")["Minutes of training"]
+    return "\n".join([*lines, "", f"{errors} {trained_for(minutes.dropna())}"])
 
 
-def trained(read: Read, profile: str) -> str:
-    """For how long the methods of Table 2 were trained: a sentence."""
-    table = load(read, f"figures/{profile}/table2_comparison.csv")
-    minutes = table.get("Minutes of training", pd.Series(dtype=float)).dropna()
-    if minutes.empty:
-        minutes = load(read, f"figures/{profile}/rivals.csv").Seconds / 60
-    span = " to ".join(dict.fromkeys(f"{m:.2g}" for m in (minutes.min(), minutes.max())))
-    if minutes.max() <= 1.1 * minutes.min():
-        return f"Each trained method had {span} minutes of training."
-    return (f"The trained methods had {span} minutes of training: this order is one of efforts as "
-            "well as of methods.")
+def computation(read: Read, profile: str) -> str:
+    """What an equilibrium has that unrolling has not, measured: memory and more computation."""
+    MB = load(read, f"figures/{profile}/nb4_cost.csv").pivot(index="K", columns="gradient",
+                                                             values="MB")
+    growth = MB.loc[MB.index.max()] / MB.loc[MB.index.min()]
+    psnr = load(read, f"figures/{profile}/computation.csv").pivot(
+        index="evaluations", columns="method", values="psnr")
+    most = psnr.index.max()
+    best = psnr["unrolled"].idxmax()
+    return (f"From K = {MB.index.min()} to {MB.index.max()} iterations the memory of a training "
+            f"step grows by a factor of {growth['JFB']:.2f} with JFB, of {growth['exact']:.2f} "
+            f"with the exact gradient and of {growth['unrolled']:.0f} with unrolling. After "
+            f"{', '.join(map(str, psnr.index))} evaluations of T the image of JFB has "
+            f"{', '.join(f'{p:.2f}' for p in psnr['jfb'])} dB; the unrolled network, which is best "
+            f"at {best} with {psnr['unrolled'][best]:.2f} dB, has {psnr['unrolled'][most]:.2f} dB "
+            f"at {most}.")
 
 
 def equilibrium(read: Read, profile: str) -> str:
@@ -153,8 +161,9 @@ def equilibrium(read: Read, profile: str) -> str:
         f"until once moves the image by {found.residual_later.max():.0e} at most, moves the PSNR "
         f"by less than 0.02 dB on {(drift.abs() < 0.02).mean():.0%} of the images, by "
         f"{drift[drift.abs().idxmax()]:+.3f} dB at worst, and its mean by {drift.mean():+.3f} dB. "
-        f"The Jacobian's spectral radius at x* is at most {found.radius.max():.3f}: below 1, so "
-        f"locally stable, on {(found.radius < 1).sum()}. Its norm is at most "
+        f"The Jacobian's spectral radius at x*, by 30 power iterations, is at most "
+        f"{found.radius.max():.3f}: below 1, so locally stable, on {(found.radius < 1).sum()}. "
+        f"Its norm, found likewise and so from below, is at most "
         f"{found.norm.max():.3f}: below 1, so a contraction there, on {(found.norm < 1).sum()}."
         "\n\n"
         f"Told the kernel and the noise of the authors' code instead, the same weights reach "

@@ -215,9 +215,11 @@ def run_train(args: argparse.Namespace) -> None:
     from jfbnb.suite.train import network_parameters, train_network
 
     runs, _ = checkout.workplace(args.profile)
+    command = " ".join([f"jfbnb train {args.network} --profile {args.profile}",
+                        *(f"-p {text}" for text in args.parameters),
+                        *(["--conditions"] if args.conditions else [])])
     train_network(args.network, network_parameters(args.profile, _overrides(args)),
-                  args.start or runs, args.out or runs / "trained",
-                  f"jfbnb train {args.network} --profile {args.profile}", args.conditions,
+                  args.start or runs, args.out or runs / "trained", command, args.conditions,
                   log=_say)
 
 

@@ -50,7 +50,6 @@ PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotli
             "jupyterlab")
 TRAINED = [name for name, method in METHODS.items() if method.trainable]
 RIVALS = [name for name in TRAINED if name != JFB.name]  # notebook 5 trains them
-OVER = [f"conditions/{name}" for name in TRAINED if METHODS[name].compared]  # for its section 5.5
 SMALLEST = sys.float_info.min  # all numbers among the parameters are positive, except:
 LEAST = {"depth": 2, **dict.fromkeys(("seed", "epochs", "penalty", "power_iterations",
                                       "unconverged_limit"), 0)}
@@ -60,7 +59,8 @@ LEAST = {"depth": 2, **dict.fromkeys(("seed", "epochs", "penalty", "power_iterat
 class Step:
     """A notebook, the artefacts that later ones read (runs/), its figures, tables and long data.
 
-    `reads`: files in the package, besides code, that its results depend on.
+    `reads`: files in the package, besides code, that its results depend on. `again`: further
+    artefacts, where the parameter over_conditions is true.
     """
 
     name: str
@@ -69,15 +69,20 @@ class Step:
     tables: tuple[str, ...] = ()
     data: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
+    again: tuple[str, ...] = ()
 
     @property
     def notebook(self) -> Path:
         return checkout.ROOT / "notebooks" / f"{self.name}.ipynb"
 
-    def outputs(self, folder: str) -> list[Path]:
+    def made(self, parameters: dict[str, Any]) -> tuple[str, ...]:
+        """Its artefacts, with these parameters."""
+        return self.artefacts + (self.again if parameters.get("over_conditions") else ())
+
+    def outputs(self, folder: str, parameters: dict[str, Any]) -> list[Path]:
         """All files the step writes, relative to the folder of runs/ and figures/."""
         runs, figures = Path("runs", folder), Path("figures", folder)
-        return [runs / f"{self.name}.ipynb", *(runs / a for a in self.artefacts),
+        return [runs / f"{self.name}.ipynb", *(runs / a for a in self.made(parameters)),
                 *(figures / f"{f}{s}" for f in self.figures for s in (".png", ".pdf")),
                 *(figures / f"{t}{s}" for t in self.tables for s in (".csv", ".md", ".tex")),
                 *(figures / f"{d}.csv" for d in self.data)]
@@ -97,13 +102,17 @@ STEPS = (
          ("nb4_maps", "nb4_gradient_angle", "nb4_cost", "fig1_training_loss"),
          ("nb4_cost", "nb4_certificate")),
     Step("05_evaluation_and_figures",
-         ("tuning.json", "conditions/tuning.json", *(f"{name}{suffix}" for name in RIVALS + OVER
-                                                     for suffix in (".safetensors", ".json"))),
-         ("table1_reconstructions", "nb5_per_image", "nb5_training", "nb5_conditions"),
+         ("tuning.json", *(f"{name}{suffix}" for name in RIVALS
+                           for suffix in (".safetensors", ".json"))),
+         ("table1_reconstructions", "nb5_per_image", "nb5_training", "nb5_computation",
+          "nb5_conditions"),
          ("table2_comparison", "rivals", "conditions", "other_protocol", "psnr_scales",
           "released"),
-         ("metrics", "schedules"),
-         ("published_table2.csv", "weights/tuning.json", "weights/jfb.safetensors")),
+         ("metrics", "schedules", "computation"),
+         ("published_table2.csv", "weights/tuning.json", "weights/jfb.safetensors"),
+         ("conditions/tuning.json", *(f"conditions/{name}{suffix}" for name in TRAINED
+                                      if METHODS[name].compared
+                                      for suffix in (".safetensors", ".json")))),
     Step("06_your_own_inverse_problem",
          tuple(f"super-resolution/jfb{end}" for end in (".safetensors", ".json", "_history.csv")),
          ("nb6_mosaic", "nb6_problems", "nb6_even_lines", "nb6_own_equilibrium"),
@@ -242,7 +251,7 @@ def weights_taken(step: Step, parameters: dict[str, Any]) -> dict[str, str]:
         return {}
     folder = Path(parameters["weights"])
     hashes = {}
-    for name in (a for a in step.artefacts if a.endswith(".safetensors")):
+    for name in (a for a in step.made(parameters) if a.endswith(".safetensors")):
         if not (folder / name).is_file():
             raise UserError(f"no {name} in the weights folder {folder}: leave the "
                             "parameter `weights` empty to train")
@@ -316,10 +325,13 @@ def reproduce(profile: str, overrides: dict[str, Any], only: str | None = None,
         for place in (runs, figures):
             remove_unfinished(place)
         if force:
-            shutil.rmtree(runs / "checkpoints", ignore_errors=True)
+            for place in {(runs / name).parent for step in steps
+                          for name in step.made(parameters[step.name])}:
+                shutil.rmtree(place / "checkpoints", ignore_errors=True)
         _run_steps(steps, parameters, folder, force, log)
         write_provenance(folder, given.get("device", "auto"))
-    written = [checkout.work() / path for step in steps for path in step.outputs(folder)]
+    written = [checkout.work() / path for step in steps
+               for path in step.outputs(folder, parameters[step.name])]
     return [path for path in written if path.parent == figures] + [figures / "provenance.json"]
 
 
@@ -343,7 +355,8 @@ def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], f
     clock = time.perf_counter()
     for number, step in enumerate(steps, 1):
         title = f"[{number}/{len(steps)}] {step.name}"
-        marker_file, outputs = runs / "markers" / f"{step.name}.json", step.outputs(folder)
+        marker_file = runs / "markers" / f"{step.name}.json"
+        outputs = step.outputs(folder, parameters[step.name])
         inputs = input_hashes(step, parameters[step.name], runs)
         if not force and is_done(read_marker(marker_file), inputs, outputs, base):
             log(f"{title}: unchanged, skipped")

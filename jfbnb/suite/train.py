@@ -79,11 +79,14 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
                     problem.d, problem.x, p["candidates"], network)
         losses = LossSettings(setup.noise_std, bf16=bf16, **{k: p[k] for k in (
             "tolerance", "max_iterations", "power_iterations", "contraction", "penalty")})
-        config = TrainingConfig(p["epochs"] or 1, p["batch_size"], p["crop"], p["learning_rate"],
-                                p["seed"], p["unconverged_limit"])
         watch = (lambda model: direction(model.T, few.d, few.x)) if method is JFB else None
+        limit = p["unconverged_limit"]
         if conditions:
             losses = replace(losses, conditions=Conditions())
+        if conditions or method is not JFB:
+            limit = 1.0  # as in notebook 5: how many converge is in a table there
+        config = TrainingConfig(p["epochs"] or 1, p["batch_size"], p["crop"], p["learning_rate"],
+                                p["seed"], limit)
         train_method(method, network, best, problem, config, losses, run, watch,
                      None if p["epochs"] else p["minutes"])
     run.log(f"written: {run.out / name}.safetensors")
