@@ -29,6 +29,7 @@ from jfbnb.training import LossSettings, TrainingConfig
 CPU = torch.device("cpu")
 RIVALS = ("jfb", "deq", "unrolled", "feedforward-tikhonov")
 KEYS = ["method", "length", "seed"]
+SAME = ["protocol", "learning_rate", "full_epochs"]  # of a method's rows: else they are of others
 Row = dict[str, object]
 
 
@@ -65,10 +66,15 @@ def measure(bench: argparse.Namespace) -> None:
             "test": measured(few, splits.test[:bench.test])}
     file = bench.out / "schedules.csv"
     rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
-    done = {tuple(row[key] for key in KEYS) for row in rows}
+    done = {tuple(row[key] for key in KEYS): [row[key] for key in SAME] for row in rows}
     for length, seed in planned(bench):
         for name in bench.methods:
-            if (name, length, seed) in done:
+            card = read_cards(bench.weights, [name])[name]["training"]
+            what = [bench.protocol, card["learning_rate"], card["epochs"]]
+            if before := done.get((name, length, seed)):
+                if before != what:
+                    raise UserError(f"{file} has trainings of {name} by other cards than those in "
+                                    f"{bench.weights}: move it away, or choose another --out")
                 continue
             model, minutes, seconds = trained(METHODS[name], length, seed, bench.weights, few)
             for images, problem in sets.items():
@@ -76,6 +82,7 @@ def measure(bench: argparse.Namespace) -> None:
                     continue  # they are for the table
                 rows.append({"method": name, "length": length, "seed": seed, "minutes": minutes,
                              "seconds": seconds, "images": images, "count": len(problem.x),
+                             **dict(zip(SAME, what, strict=True)),
                              **score(model.on(problem.A), problem)})
             save_data(pd.DataFrame(rows), file.with_suffix(""))
             print(name, length, seed, {k: round(v, 3) for k, v in rows[-1].items()

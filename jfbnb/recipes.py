@@ -30,7 +30,7 @@ RATES = (0.5, 1.0, 2.0)  # times the learning rate: what a search tries first
 TRIES = 5  # of learning rates, at most
 SHORT = 1 / 8  # of the minutes: how long each of them is tried
 ENOUGH = 50  # steps of such a try, or a third of all where that is less
-FIRST = 12  # steps, to see what one takes; the first are slower than the rest
+FIRST = 12  # steps, to see what one takes: the last of them, as the first are slower
 
 
 @dataclass(frozen=True)
@@ -163,8 +163,8 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
     Half the config's rate, the rate itself and twice of it are tried, and further ones, by factors
     of 2, as long as the best so far is at an end. For each a whole schedule of an eighth of the
     time, or of `ENOUGH` steps, is run from the pretrained denoiser. Their seconds say how many
-    steps there are in all of it. A search that is done is not done again, and with weights that are
-    taken their own is.
+    steps there are in all of it. What has been tried is not tried again after a stop, and with
+    weights that are taken their own search is.
 
     Returns:
         The config with its epochs and its learning rate; for each rate that could be trained, the
@@ -176,64 +176,76 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
     if run.weights:
         return _searched(Path(run.weights) / f"{method.name}.json", config, minutes)
     images, device = problem.splits.train.images, run.device
+    batches = math.ceil(len(images) / config.batch_size)
     A = problem.setup.operator(config.crop).to(device)
-    found = None
+    file = None
     if run.out is not None:
         # How far the minutes reach depends on the machine, and what is best on the problem.
         key = digest(search, *prepare(method, network, settings, A, losses), images, config,
                      minutes, problem.x, problem.d, describe_device(device),
                      processes.world_size())
-        found = run.out / "checkpoints" / f"{processes.gather(key)[0][:16]}.json"
-        with processes.rank_0_first():
-            if found.is_file():
-                return _searched(found, config, minutes)
-    batches = math.ceil(len(images) / config.batch_size)
+        file = run.out / "checkpoints" / f"{processes.gather(key)[0][:16]}.json"
+    with processes.rank_0_first():
+        state = _read_state(file)
 
-    def attempt(rate: float, steps: int) -> tuple[Model, list[dict[str, float]]]:
-        own = replace(config, epochs=steps / batches, unconverged_limit=1.0,
-                      learning_rate=rate * config.learning_rate)
+    def attempt(learning_rate: float, steps: int) -> tuple[Model, list[dict[str, float]]]:
+        own = replace(config, epochs=steps / batches, learning_rate=learning_rate,
+                      unconverged_limit=1.0)
         model, loss = prepare(method, network, settings, A, losses)
         return model, train(model.to(device), loss, images, own, device, log=lambda line: None)
 
-    _, history = attempt(RATES[0], FIRST)
-    seconds = processes.gather(history[-1]["seconds"] * len(history) / FIRST)[0]
-    whole = 60 * minutes / seconds
-    short = max(1, round(max(SHORT * whole, min(ENOUGH, whole / 3))))
-    tries: dict[float, dict[str, float]] = {}
-    todo = list(RATES)
-    while todo:
-        rate = todo.pop(0)
-        tries[rate] = {"learning_rate": rate * config.learning_rate, "epochs": short / batches,
-                       "seconds": -math.inf, "psnr": -math.inf}
+    if not state:
+        _, history = attempt(config.learning_rate / 100, FIRST)
+        whole = 60 * minutes * FIRST / (history[-1]["seconds"] * len(history))
+        short = max(1, round(max(SHORT * whole, min(ENOUGH, whole / 3))))
+        state = {"steps": processes.gather(short)[0], "tries": []}
+    while rate := _next_rate(config.learning_rate, state["tries"]):
+        tried = {"learning_rate": rate, "epochs": state["steps"] / batches, "seconds": 0.0,
+                 "psnr": -math.inf}
         try:
-            model, history = attempt(rate, short)
+            model, history = attempt(rate, state["steps"])
             quality = score(model.on(problem.A), problem)["psnr"]
             if math.isfinite(quality):  # else its solves have overflowed
-                tries[rate] |= {"seconds": sum(record["seconds"] for record in history),
-                                "psnr": quality}
+                tried |= {"seconds": sum(record["seconds"] for record in history), "psnr": quality}
         except UserError as error:  # such a rate is none
             run.log(f"{method.name}: {error}")
-        tries[rate] = processes.gather(tries[rate])[0]
-        best = max(tries, key=lambda rate: tries[rate]["psnr"])
-        if not todo and len(tries) < TRIES and best in (min(tries), max(tries)):
-            todo.append(best / 2 if best == min(tries) else best * 2)
-    if tries[best]["psnr"] == -math.inf:
+        state["tries"].append(processes.gather(tried)[0])
+        if file is not None and processes.rank() == 0:
+            atomic_write(file, json.dumps(state, indent=1) + "\n")
+    tries = sorted((t for t in state["tries"] if t["seconds"]), key=lambda t: t["learning_rate"])
+    if not tries:
         raise UserError(f"{method.name} cannot be trained at any of {TRIES} learning rates from "
-                        f"{tries[min(tries)]['learning_rate']:.1e} on")
-    best = tries[best]
-    tries = [tries[rate] for rate in sorted(tries) if tries[rate]["seconds"] > 0]
-    seconds = sum(tried["seconds"] for tried in tries) / (short * len(tries))
+                        f"{min(t['learning_rate'] for t in state['tries']):.1e} on")
+    best = max(tries, key=lambda tried: tried["psnr"])
+    seconds = sum(tried["seconds"] for tried in tries) / (state["steps"] * len(tries))
     steps = max(1, round(60 * minutes / seconds))
-    config = replace(config, epochs=steps / batches, learning_rate=best["learning_rate"])
-    if found is not None and processes.rank() == 0:
-        atomic_write(found, json.dumps({"training": asdict(config), "minutes": minutes,
-                                        "search": tries}, indent=1) + "\n")
-    return config, tries
+    return replace(config, epochs=steps / batches, learning_rate=best["learning_rate"]), tries
+
+
+def _next_rate(base: float, tries: list[dict[str, float]]) -> float | None:
+    """The learning rate to try next; None where the best is between two others, or is given up."""
+    found = {tried["learning_rate"]: tried["psnr"] for tried in tries}
+    for rate in (factor * base for factor in RATES):
+        if rate not in found:
+            return rate
+    best = max(found, key=found.get)
+    if len(found) == TRIES or min(found) < best < max(found):
+        return None
+    return best / 2 if best == min(found) else best * 2
+
+
+def _read_state(file: Path | None) -> dict:
+    """What a search has noted so far; nothing where the file is missing or damaged."""
+    try:
+        state = json.loads(file.read_text(encoding="utf-8")) if file else {}
+        return state if state.keys() == {"steps", "tries"} else {}
+    except (OSError, ValueError, AttributeError):
+        return {}
 
 
 def _searched(file: Path, config: TrainingConfig, minutes: float
               ) -> tuple[TrainingConfig, list[dict[str, float]]]:
-    """What a search found, in its own file or in a model card."""
+    """What a search found that is in a model card."""
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
         own, trained, tries = card["training"], card["minutes"], card["search"]

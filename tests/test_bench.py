@@ -318,6 +318,9 @@ def test_schedules_are_trained_once_each_and_paired_by_seed(tmp_path, monkeypatc
     monkeypatch.setattr(schedules, "trained", None)  # would be called for whatever is not done
     assert schedules.main(words) == 0
     assert (tmp_path / "schedules.png").exists()
+    stored[1]["training"]["learning_rate"] *= 2
+    (weights / "jfb.json").write_text(json.dumps(stored[1]))
+    assert schedules.main(words) == 1 and "other cards" in capsys.readouterr().out
 
 
 def test_schedules_without_cards_is_one_line(tmp_path, capsys):

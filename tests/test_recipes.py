@@ -53,6 +53,7 @@ def clock(monkeypatch, best, limit):
         steps = round(config.epochs * math.ceil(len(images) / config.batch_size))
         seen.append((config.learning_rate, steps))
         if config.learning_rate > limit[0] and steps != recipes.FIRST:
+            seen.pop()
             raise UserError("the loss is nan")
         return [{"epoch": config.epochs, "seconds": COST * steps}]
 
@@ -74,7 +75,7 @@ def test_a_search_fills_the_minutes_at_the_best_rate_that_trains(problem, clock)
     assert round(config.epochs * 3) == 60 / COST  # three steps an epoch
     short = 50  # an eighth of the minute would be fewer
     assert [(rate, steps) for rate, steps in clock if steps != recipes.FIRST] == [
-        (5e-4, short), (1e-3, short), (2e-3, short)]
+        (5e-4, short), (1e-3, short)]
     assert [t["learning_rate"] for t in tried] == [5e-4, 1e-3]
     assert [t["psnr"] for t in tried] == pytest.approx([27, 28])
 
@@ -98,19 +99,37 @@ def test_no_rate_that_trains_is_an_error_that_says_so(problem, clock, limit):
         find(problem, Run(CPU, log=lambda line: None))
 
 
-def test_a_search_that_is_done_is_not_done_again(problem, clock, tmp_path):
-    run = Run(CPU, tmp_path, log=lambda line: None)
-    torch.manual_seed(0)
-    network = DnCNN(2, 4)
+@pytest.mark.parametrize("damage", [False, True])
+def test_a_search_goes_on_where_it_was_stopped(problem, clock, tmp_path, monkeypatch, damage):
+    run, network = Run(CPU, tmp_path, log=lambda line: None), DnCNN(2, 4)
 
-    def again(minutes):
+    def again(minutes=1.0):
         return search(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES, run, minutes)
 
-    first, calls = again(1.0), len(clock)
-    assert json.dumps(again(1.0)[0].__dict__) == json.dumps(first[0].__dict__)
-    assert len(clock) == calls
-    assert again(2.0)[0].epochs == pytest.approx(2 * first[0].epochs)
-    assert len(clock) > calls
+    class Killed(Exception):
+        pass
+
+    ours = recipes.score
+
+    def die_in_the_second(model, problem):
+        if len(clock) == 3:  # the first steps, and two tries
+            raise Killed
+        return ours(model, problem)
+
+    monkeypatch.setattr(recipes, "score", die_in_the_second)
+    with pytest.raises(Killed):
+        again()
+    monkeypatch.setattr(recipes, "score", ours)
+    (file,) = (tmp_path / "checkpoints").glob("*.json")
+    if damage:
+        file.write_text("{")
+    calls = len(clock)
+    first = again()
+    rates = [rate for rate, steps in clock[calls:] if steps != recipes.FIRST]
+    assert rates == pytest.approx([5e-4, 1e-3] if damage else [1e-3])  # 2e-3 does not train
+    calls = len(clock)
+    assert again() == first and len(clock) == calls  # done is done
+    assert again(2.0)[0].epochs == pytest.approx(2 * first[0].epochs) and len(clock) > calls
 
 
 def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_path):

@@ -119,7 +119,9 @@ def ranking(read: Read, profile: str) -> str:
         behind = others[:1] + [name for name in others[1:] if name in ("jfb", "jfb-head")]
         for name in behind:
             gap = psnr[first] - psnr[name]
-            line += f"; {METHODS[name].label} is {gap.mean():.3f} ± {gap.sem():.3f} dB behind"
+            level = "level with it, " if gap.mean() < 2 * gap.sem() else ""
+            line += (f"; {METHODS[name].label} is {level}{gap.mean():.3f} ± {gap.sem():.3f} dB "
+                     "behind")
         lines.append(line + ".")
     errors = ("The errors are those of paired differences over images. They say nothing of other "
               "trainings, with other seeds.")
