@@ -58,7 +58,7 @@ bench: $(INSTALLED)
 	@$(BIN)/python -c 'import sys; from importlib.util import find_spec as f; \
 	  sys.exit(not (f("deepinv") and f("torchdeq")))' || \
 	  $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]' || true
-	$(BIN)/python benchmarks $(if $(DATA),--data "$(DATA)") $(ARGS)
+	$(BIN)/python benchmarks $(ARGS)
 
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
