@@ -255,12 +255,6 @@ def test_exponent_of_a_power_law():
     assert exponent(x, 0 * x + 5) == pytest.approx(0)
 
 
-def test_first_time_at_the_goal():
-    curve = pd.DataFrame({"time (s)": [1.0, 2.0, 3.0], "psnr": [30.0, 33.0, 32.0]})
-    assert bench.first_at(curve, 31.9) == 2.0
-    assert np.isnan(bench.first_at(curve, 34.0))
-
-
 def test_verdicts_are_read_from_the_tables(tmp_path):
     assert verdicts(tmp_path).empty
     step = pd.DataFrame([

@@ -13,7 +13,7 @@ import pytest
 import torch
 from in_two_processes import CONFIG, IMAGES, LOSSES, make, train_in
 
-from jfbnb import processes
+from jfbnb import processes, training
 from jfbnb.checkpoints import previous
 from jfbnb.common import UserError
 from jfbnb.evaluation import evaluate, join
@@ -59,6 +59,13 @@ def losses(history: list[dict]) -> list[float]:
 
 
 # --- training -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", autouse=True)
+def a_record_for_each_epoch():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "RECORDS", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +188,8 @@ def test_more_processes_than_a_batch_has_images(monkeypatch):
 def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path):
     words = ["train", "jfb", "--data", image_folder, "--from", weights]
     for setting in ("n_train=5", "n_validation=1", "n_test=1", "search_images=1", "candidates=1",
-                    "epochs=1", "batch_size=3", "crop=12", "unconverged_limit=1.0", "device=cpu"):
+                    "epochs=1", "max_iterations=8", "batch_size=3", "crop=12",
+                    "unconverged_limit=1.0", "device=cpu"):
         words += ["-p", setting]
     done = torchrun("-m", "jfbnb", *words, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
@@ -192,7 +200,7 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path):
     released = json.loads((RELEASED / "jfb.json").read_text())
     assert {k for k in released["history"][0] if not k.startswith("validation")} \
         == set(cards[1]["history"][0])
-    assert set(cards[1]["loss"]) == set(released["loss"])
+    assert set(cards[1]["loss"]) >= set(released["loss"])
     assert {name: set(found) for name, found in cards[1]["measured"].items()} == {
         name: set(found) for name, found in released["measured"].items()}
     jfb = METHODS["jfb"]
