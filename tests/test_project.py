@@ -101,6 +101,11 @@ def test_ranking_names_the_first_of_each_kind_and_where_jfb_is(publish):
     assert "Each trained method had 4 to 4.1 minutes of training." in text
 
 
+def test_ranking_says_which_differences_the_solves_cannot_tell(publish):
+    read = {"figures/mine/nb4_certificate.csv": "drift\n-0.1\n0.02\n"}.get
+    assert "moves by -0.040 dB (2 validation images)" in publish.undecided(read, "mine")
+
+
 def test_ranking_says_where_training_was_not_equal(publish):
     words = "this order is one of efforts as well as of methods"
     unequal = stored({"jfb": 2.0, "unrolled": 0.5})
