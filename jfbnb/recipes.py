@@ -174,7 +174,7 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
         UserError: where none could.
     """
     if run.weights:
-        return _searched(Path(run.weights) / f"{method.name}.json", config, minutes)
+        return _searched(method.name, Path(run.weights), config, minutes)
     images, device = problem.splits.train.images, run.device
     batches = math.ceil(len(images) / config.batch_size)
     A = problem.setup.operator(config.crop).to(device)
@@ -194,7 +194,7 @@ def search(method: Method, network: nn.Module, settings: Settings, problem: Prob
         model, loss = prepare(method, network, settings, A, losses)
         return model, train(model.to(device), loss, images, own, device, log=lambda line: None)
 
-    if not state:
+    if not state:  # at a rate that changes next to nothing: only the time matters
         _, history = attempt(config.learning_rate / 100, FIRST)
         whole = 60 * minutes * FIRST / (history[-1]["seconds"] * len(history))
         short = max(1, round(max(SHORT * whole, min(ENOUGH, whole / 3))))
@@ -243,14 +243,14 @@ def _read_state(file: Path | None) -> dict:
         return {}
 
 
-def _searched(file: Path, config: TrainingConfig, minutes: float
+def _searched(name: str, weights: Path, config: TrainingConfig, minutes: float
               ) -> tuple[TrainingConfig, list[dict[str, float]]]:
     """What a search found that is in a model card."""
+    card, file = read_cards(weights, [name])[name], weights / f"{name}.json"
     try:
-        card = json.loads(file.read_text(encoding="utf-8"))
         own, trained, tries = card["training"], card["minutes"], card["search"]
         config = replace(config, epochs=own["epochs"], learning_rate=own["learning_rate"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise UserError(f"{file} has no record of a training by the clock ({error}): leave the "
                         "parameter `weights` empty to train") from error
     if trained != minutes:

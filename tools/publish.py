@@ -149,8 +149,8 @@ def undecided(read: Read, profile: str) -> str:
     """Which differences in Table 2 its solves cannot tell: a sentence."""
     drift = load(read, f"figures/{profile}/nb4_certificate.csv").drift
     return ("Where its solver stops, JFB is not yet where it ends: solved on, its mean PSNR moves "
-            f"by {drift.mean():+.3f} dB ({len(drift)} validation images). Smaller differences decide "
-            "nothing.")
+            f"by {drift.mean():+.3f} dB ({len(drift)} validation images). Smaller differences "
+            "decide nothing.")
 
 
 def computation(read: Read, profile: str) -> str:
