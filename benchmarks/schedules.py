@@ -48,11 +48,11 @@ def trained(method: Method, card: dict, length: float, seed: int, weights: Path,
     if length == 1 and seed == card["training"]["seed"]:
         return (load_model(method, card["settings"], weights), card["minutes"],
                 card["training seconds"])
-    config = TrainingConfig(**card["training"])
+    config = TrainingConfig.read(card)
     config = replace(config, epochs=length * config.epochs, seed=seed, unconverged_limit=1.0)
     network = load_denoiser(weights / "denoiser.safetensors").network
     model, history = train_method(method, network, card["settings"], problem, config,
-                                  LossSettings(**card["loss"]), Run(CPU, log=lambda line: None))
+                                  LossSettings.read(card), Run(CPU, log=lambda line: None))
     return model, length * card["minutes"], history.seconds.sum()
 
 

@@ -72,21 +72,25 @@ PHOTOS = {
               "immunohistochemistry"),
     "validation": ("chelsea",),
     "test": ("astronaut",),
+    # To train on beside faces: none on which the benchmarks of photographs measure.
+    "beside": ("motorcycle", "hubble_deep_field", "retina", "immunohistochemistry", "camera",
+               "brick", "grass", "gravel", "coins", "moon", "page", "text"),
 }
 
 
 def bundled_photos(split: str, size: int = 128) -> ImageSet:
-    """`size` x `size` crops of scikit-image's colour photographs, at full and at half scale.
+    """`size` x `size` crops of scikit-image's photographs, at full and at half scale.
 
-    Not the paper's data: a stand-in that needs no download. "train" crops overlap by half;
-    "validation" (one photograph) and "test" (another) are disjoint within each scale.
+    Not the paper's data: a stand-in that needs no download. "train" crops overlap by half, and so
+    do those of "beside", in part grey ones; "validation" (one photograph) and "test" (another) are
+    disjoint within each scale.
     """
     crops, names = [], []
     for photo in PHOTOS[split]:
         for scale in (2, 1):
             image = _photo(photo)
             image = image.resize((image.width // scale, image.height // scale), Image.LANCZOS)
-            stride = size // 2 if split == "train" else size
+            stride = size // 2 if split in ("train", "beside") else size
             for top in range(0, image.height - size + 1, stride):
                 for left in range(0, image.width - size + 1, stride):
                     crops.append(np.asarray(image.crop((left, top, left + size, top + size))))
@@ -405,6 +409,7 @@ def load_splits(
     n_validation: int = 200,
     n_test: int = 2000,
     warn: Callable[[str], None] = print,
+    beside: bool = False,
 ) -> Splits:
     """The training, validation and test images.
 
@@ -412,6 +417,7 @@ def load_splits(
         data: "bundled" for scikit-image's photographs, else a folder, tar or zip: its first
             `n_train` files in order are for training, the next `n_test` for the table.
         n_validation: images held out from the end of the training part.
+        beside: whether crops of scikit-image's photographs are trained on, too.
 
     Raises:
         UserError: if the data cannot be read, or a split would be empty.
@@ -432,7 +438,15 @@ def load_splits(
         if not len(part):
             raise UserError(f"no {name} images: {data} has {len(whole)} readable images, but "
                             f"n_train={n_train}, n_validation={n_validation}, n_test={n_test}")
-    return Splits(train, validation, test, f"images from {Path(data).name}")
+    source = f"images from {Path(data).name}"
+    if beside:
+        photographs = bundled_photos("beside", size)
+        source += f", and {len(photographs)} crops of photographs from scikit-image to train on"
+        train = ImageSet(torch.cat([train.images, photographs.images]),
+                         [*train.names, *photographs.names],
+                         [*train.indices, *(len(whole) + i for i in photographs.indices)],
+                         train.skipped)
+    return Splits(train, validation, test, source)
 
 
 def random_crops(images: Tensor, size: int, *keys: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jfbnb.datasets import ImageSet
 from jfbnb.diagnostics import jacobian_norm, spectral_radius
-from jfbnb.fixed_point import SolveInfo, picard, solve
+from jfbnb.fixed_point import SolveInfo, anderson, picard, solve
 from jfbnb.maps import ImplicitMap
 from jfbnb.methods import METHODS, Restorer, Settings
 from jfbnb.metrics import psnr, ssim
@@ -265,7 +265,8 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
 
     Each is solved as `models.Equilibrium` does for all tables. From there on T is applied plainly:
     `further` times, or until once moves the image by less than 5e-7 of its norm, a few roundings
-    of float32. Where that ends is x*, and there T's Jacobian is measured.
+    of float32. A map whose solver is not Anderson's goes on by that. Where this ends is x*, and
+    there T's Jacobian is measured.
 
     Returns:
         Columns image, evaluations (of T, to the tolerance; infinite if it is not reached),
@@ -286,7 +287,9 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
             return T(z, d[part])
 
         state, info = solve(T, d[part], tolerance * T.scale, max_iterations)
-        later, rest = solve(T, d[part], ROUNDING, further, picard, state)
+        own = getattr(T, "solver", anderson)
+        onward = picard if own is anderson else own
+        later, rest = solve(T, d[part], ROUNDING, further, onward, state)
         distance = (state - later).flatten(1).norm(dim=1) / later.flatten(1).norm(dim=1)
         radius, norm = (measured(apply, later, 30, torch.Generator().manual_seed(seed)).cpu()
                         for measured in (spectral_radius, jacobian_norm))

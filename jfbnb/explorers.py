@@ -26,7 +26,7 @@ from jfbnb.fixed_point import anderson, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann
 from jfbnb.images import read_pictures
 from jfbnb.maps import SplittingMap
-from jfbnb.methods import METHODS, RELEASED, Restorer, make_methods
+from jfbnb.methods import METHODS, Restorer, make_methods
 from jfbnb.metrics import psnr
 from jfbnb.operators import Blur, LinearOperator, get_protocol, measure
 from jfbnb.widgets import Comparison
@@ -353,12 +353,12 @@ class MethodsExplorer(w.VBox):
     is measured as a camera does: its scene goes on beyond what is shown and compared.
 
     Args:
-        weights: the folder of trained networks.
+        weights: the folder of trained networks; None for those that are released.
     """
 
     START = ("tikhonov", "jfb")
 
-    def __init__(self, weights: Path = RELEASED):
+    def __init__(self, weights: Path | None = None):
         paper = get_protocol("paper")
         photos = bundled_photos("test", paper.image_size)
         self.scenes = {name: (paper, photos[i:i + 1].as_float())

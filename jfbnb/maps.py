@@ -12,7 +12,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from jfbnb.networks import Denoiser
+from jfbnb.fixed_point import Solver, anderson, descent
+from jfbnb.networks import Denoiser, precision
 from jfbnb.operators import LinearOperator
 
 
@@ -24,6 +25,7 @@ class ImplicitMap(nn.Module):
 
     name: str
     colour: str
+    solver: Solver = staticmethod(anderson)
     scale: float | Tensor = 1.0  # of its steps: a solver's tolerance is multiplied by it
 
     def __init__(self, A: LinearOperator | None, D: Denoiser):
@@ -60,15 +62,26 @@ class ImplicitMap(nn.Module):
 
 
 class WeightedMap(ImplicitMap):
-    """A map whose denoiser weighs tau > 0 against the data; tau is learned, as its logarithm."""
+    """A map whose denoiser weighs tau > 0 against the data.
+
+    tau is learned, as its logarithm; and so is how it follows the noise, with the power `follow` of
+    the ratio that `on` is told. The denoiser is told the noise level that goes with it, as
+    `networks.matched_sigma` has it: with a power of 1 that is the same for every noise.
+    """
 
     def __init__(self, A: LinearOperator, D: Denoiser, tau: float):
         super().__init__(A, D)
         self.log_tau = nn.Parameter(torch.tensor(float(tau)).log())
+        self.follow = nn.Parameter(torch.tensor(1.0))
 
     @property
     def tau(self) -> Tensor:
-        return self.ratio * self.log_tau.exp()
+        return self.log_tau.exp() * self.ratio**self.follow
+
+    @property
+    def sigma(self) -> Tensor:
+        """What the denoiser is told."""
+        return self.D.sigma * self.ratio ** ((1 - self.follow) / 2)
 
     def data_step(self, z: Tensor, d: Tensor) -> Tensor:
         """(A'A + tau I)^-1 (A'd + tau z): the minimiser of |A x - d|^2 + tau |x - z|^2."""
@@ -101,7 +114,7 @@ class GradientMap(WeightedMap):
         return self.eta * self.tau.detach()
 
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
-        A, S = self.A, self.tau * self.D.residual(x)
+        A, S = self.A, self.tau * self.D.residual(x, self.sigma)
         return x - self.eta * (A.adjoint(A(x) - d) + S)
 
 
@@ -118,7 +131,7 @@ class PreconditionedMap(WeightedMap):
     name, colour = "preconditioned", "#661100"
 
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
-        return self.data_step(self.D(x), d)
+        return self.data_step(self.D(x, self.sigma), d)
 
 
 class SplittingMap(WeightedMap):
@@ -135,11 +148,72 @@ class SplittingMap(WeightedMap):
     name, colour = "splitting", "#0072B2"
 
     def forward(self, z: Tensor, d: Tensor) -> Tensor:
-        return self.D(self.data_step(z, d))
+        return self.D(self.data_step(z, d), self.sigma)
 
     def before_denoising(self, image: Tensor, d: Tensor) -> Tensor:
         """x*, so that a head stands where the map has D, free to do what would not be stable."""
         return self.data_step(image, d)
+
+
+class EnergyMap(SplittingMap):
+    """The splitting map of a denoiser that is a gradient step: D(x) = x - grad g(x).
+
+    The gradient-step denoiser of Hurault et al. (2022), with g(x) = |R(x)|^2 / 2 of the network R,
+    so D(x) = x - J_R(x)' R(x). Then x* is a stationary point of the energy
+    E(x) = |A x - d|^2 / 2 + tau g(x), and T goes downhill: x moves by -(A'A + tau I)^-1 grad E(x).
+    So `descent` arrives, whatever the image, the operator and the weights, with a network whose
+    derivative is continuous: `UNet`'s is, `DnCNN`'s jumps where a ReLU switches, and E may have a
+    minimum in such a kink, where no gradient is small. An evaluation costs a forward and a backward
+    pass of the network.
+    """
+
+    name, colour = "energy", "#882255"
+    solver = staticmethod(descent)
+
+    def data_step(self, z: Tensor, d: Tensor) -> Tensor:
+        """The same, from z or from 0, whichever is nearer: rounding counts |A|^2 / tau times."""
+        from_z, from_0 = self.A.adjoint(d - self.A(z)), self.A.adjoint(d) + self.tau * z
+        near = (_square(from_z) < _square(from_0)).view(-1, 1, 1, 1)
+        x = self.A.solve_normal(torch.where(near, from_z, from_0), self.tau)
+        return torch.where(near, z, 0) + x
+
+    def forward(self, z: Tensor, d: Tensor) -> Tensor:
+        x = self.data_step(z, d)
+        return x - self.prior(x)[1]
+
+    def energy(self, z: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """T(z), E at the x of the data step, and a rate at which E falls towards T(z) at least.
+
+        With r = T(z) - z and M = A'A + tau I the rate is tau^2 r'M^-1 r, and by Cauchy and Schwarz
+        that is at least tau^2 |r|^4 / r'M r, for any A. In float32 whatever T is in: E's
+        differences would drown in bfloat16's rounding.
+        """
+        with precision(self, False):
+            x = self.data_step(z, d)
+            g, slope = self.prior(x)
+        f, tau = x - slope, self.tau.double()
+        r = f - z
+        size = _square(r)
+        bent = (_square(self.A(r)) + tau * size).clamp_min(torch.finfo(tau.dtype).tiny)
+        return f, _square(self.A(x) - d) / 2 + tau * g, (tau * size) ** 2 / bent
+
+    def metric(self, v: Tensor) -> Tensor:
+        """tau^2 (A'A + tau I)^-1 v: of z - T(z) it is E's gradient in z."""
+        return self.tau**2 * self.A.solve_normal(v, self.tau)
+
+    def prior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """g(x), (B,) in float64, and its gradient; the gradient is tracked where x would be."""
+        tracked = torch.is_grad_enabled()
+        with torch.enable_grad():
+            x = x if tracked and x.requires_grad else x.detach().requires_grad_()
+            g = _square(self.D.residual(x, self.sigma)) / 2
+            (slope,) = torch.autograd.grad(g.sum(), x, create_graph=tracked)
+        return g, slope
+
+
+def _square(v: Tensor) -> Tensor:
+    """|v|^2 of each image, (B,), in float64."""
+    return v.double().square().flatten(1).sum(dim=1)
 
 
 class ProximalMap(ImplicitMap):
@@ -186,5 +260,5 @@ class ADMMMap(WeightedMap):
     def forward(self, state: Tensor, d: Tensor) -> Tensor:
         z, u = state.chunk(2, dim=1)
         x = self.data_step(z - u, d)
-        z = self.D(x + u)
+        z = self.D(x + u, self.sigma)
         return torch.cat([z, u + x - z], dim=1)

@@ -30,7 +30,7 @@ from jfbnb.baselines import (
     total_variation,
 )
 from jfbnb.common import UserError, atomic_write
-from jfbnb.maps import ADMMMap, GradientMap, ProximalMap, SplittingMap
+from jfbnb.maps import ADMMMap, EnergyMap, GradientMap, ProximalMap, SplittingMap
 from jfbnb.metrics import psnr
 from jfbnb.models import Equilibrium, Feedforward, Model, Result, Unrolled
 from jfbnb.networks import Denoiser, load_denoiser, load_weights, matched_sigma
@@ -42,7 +42,8 @@ from jfbnb.training import (
     LossSettings,
 )
 
-RELEASED = Path(__file__).parent / "weights"  # the networks that come with the package
+RELEASED = Path(__file__).parent / "weights"  # the paper's networks, which come with the package
+BEST = RELEASED / "best"  # those to restore with: profile `best`
 
 Settings = dict[str, float]
 
@@ -68,6 +69,7 @@ class Method:
             CelebA's validation images at noise levels of 0.002 to 0.05.
         compared: whether it is in the figures that set methods side by side, image by image and
             under other conditions.
+        smooth: whether its network must have a continuous derivative, which ReLUs have not.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Method:
     tuned_as: "Method | None" = None
     noise_power: float = 2.0
     compared: bool = True
+    smooth: bool = False
 
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.restore, self.model, self.behind)) != 1:
@@ -96,6 +99,10 @@ class Method:
     def trainable(self) -> bool:
         """Whether it has weights of its own."""
         return self.loss is not None
+
+    def takes(self, network: nn.Module) -> bool:
+        """Whether such a network will do."""
+        return getattr(network, "smooth", False) or not self.smooth
 
     def build(self, A: LinearOperator | None, network: nn.Module, settings: Settings,
               head: nn.Module | None = None) -> Model:
@@ -223,6 +230,10 @@ JFB = register(Method(
     name="jfb", label="JFB", colour=SplittingMap.colour, head=True, candidates=prior,
     tuned_as=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=EquilibriumLoss))
 register(Method(name="jfb-head", label="JFB + head", colour="#7FB8DE", behind=JFB))
+register(Method(
+    name="jfb-energy", label="JFB, energy", colour=EnergyMap.colour, compared=False, smooth=True,
+    candidates=prior, tuned_as=PLUG_AND_PLAY, loss=EquilibriumLoss,
+    model=lambda A, D, s: Equilibrium(EnergyMap(A, D, s["tau"]))))
 
 
 # --- tuning -------------------------------------------------------------------------------------
@@ -331,10 +342,12 @@ class Restorer:
         return (y if self.head is None else self.head(A, y, d, noise_std)), info
 
 
-def make_methods(names: list[str], weights: Path, device: torch.device) -> dict[str, Restorer]:
-    """The named methods, with what a run stored in the folder `weights`.
+def make_methods(names: list[str], weights: Path | None,
+                 device: torch.device) -> dict[str, Restorer]:
+    """The named methods, with what a run stored in the folder `weights`, or as released.
 
-    That folder holds tuning.json, denoiser.safetensors (for those that are not trained), and
+    Released methods are of profile `best`, or of the paper's networks where that has none. A folder
+    holds tuning.json, denoiser.safetensors (for those that are not trained), and
     NAME.safetensors of each trained method. At another noise level than the tuned one the weight of
     the prior follows the noise, as `Method.noise_power` says. What has no such weight, DE-PROX and
     DnCNN alone, stays as trained.
@@ -343,12 +356,17 @@ def make_methods(names: list[str], weights: Path, device: torch.device) -> dict[
         UserError: for an unknown name, or where a file that a method needs is missing.
     """
     methods = [get_method(name) for name in names]
-    tuning = Tuning.load(weights / "tuning.json")
-    return {method.name: _make_method(method, tuning, weights, device) for method in methods}
+    return {method.name: _make_method(method, weights or _released(method), device)
+            for method in methods}
 
 
-def _make_method(method: Method, tuning: Tuning, weights: Path, device: torch.device) -> Restorer:
-    own = method.behind or method
+def _released(method: Method) -> Path:
+    needed = f"{method.name}.safetensors" if method.trainable else "tuning.json"
+    return BEST if method.behind is None and (BEST / needed).is_file() else RELEASED
+
+
+def _make_method(method: Method, weights: Path, device: torch.device) -> Restorer:
+    own, tuning = method.behind or method, Tuning.load(weights / "tuning.json")
     settings = tuning.settings(own)
 
     def ratio(noise_std: float) -> float:

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from jfbnb.common import UserError, atomic_path, atomic_write
 
@@ -34,6 +35,8 @@ class DnCNN(nn.Module):
     Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W).
     The attribute `bf16` runs the convolutions in bfloat16; see `precision`.
     """
+
+    smooth = False  # a ReLU has a kink
 
     def __init__(self, depth: int, width: int, channels: int = 3):
         super().__init__()
@@ -62,7 +65,99 @@ class DnCNN(nn.Module):
         return noise.to(x.dtype).contiguous()
 
 
-NETWORKS: list[type[nn.Module]] = [DnCNN]  # the classes that a weights file may name
+class UNet(nn.Module):
+    """A residual denoiser that sees far: R(x; sigma) by a U-Net (Ronneberger et al. 2015).
+
+    Of its `depth` levels, l = 0, 1, ..., each has 2^l times `width` channels at 2^-l of the
+    resolution, and a residual block of two 3 x 3 convolutions on the way down and one on the way
+    up, the last level two in a row, as in DRUNet (Zhang et al. 2021). Strided 2 x 2 convolutions
+    lead down, transposed ones up, and what was on a level is added to what comes up to it. The
+    noise level sigma is told to it as in `DnCNN`, and no layer normalises, for the reason given
+    there.
+
+    Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W). Other
+    sizes than multiples of the coarsest step, 2^(depth - 1) pixels, are extended to one by their
+    border values, and cut again. The attribute `bf16` runs it in bfloat16; see `precision`.
+
+    Raises:
+        ValueError: where its last level would have more than `LARGEST` channels.
+    """
+
+    smooth = True
+
+    def __init__(self, depth: int, width: int, channels: int = 3):
+        super().__init__()
+        self.depth, self.width, self.channels = depth, width, channels
+        self.bf16 = False
+        widths = [width * 2**level for level in range(depth)]
+        if widths[-1] > LARGEST:
+            raise ValueError(f"its depth is the number of its levels, and the last of {depth} has "
+                             f"2^{depth - 1} times the width, {width}: over {LARGEST} channels")
+        self.first = nn.Conv2d(channels + 1, width, kernel_size=3, padding=1)
+        self.before = nn.ModuleList(ResidualBlock(fine) for fine in widths[:-1])
+        self.down = nn.ModuleList(nn.Conv2d(fine, coarse, kernel_size=2, stride=2, bias=False)
+                                  for fine, coarse in pairwise(widths))
+        self.bottom = nn.Sequential(ResidualBlock(widths[-1]), ResidualBlock(widths[-1]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2,
+                                                   bias=False) for fine, coarse in pairwise(widths))
+        self.after = nn.ModuleList(ResidualBlock(fine) for fine in widths[:-1])
+        self.last = nn.Conv2d(width, channels, kernel_size=3, padding=1)
+        nn.init.zeros_(self.last.weight)  # starts as the identity, like DnCNN
+        nn.init.zeros_(self.last.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def extra_repr(self) -> str:
+        return f"{self.depth} x {self.width}"
+
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        step = 2 ** (self.depth - 1)
+        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        told = torch.cat([x, level.expand(len(x), 1, height, width)], dim=1)
+        told = pad(told, (0, -width % step, 0, -height % step), mode="replicate")
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            z, skipped = self.first(told.contiguous(memory_format=torch.channels_last)), []
+            for before, down in zip(self.before, self.down, strict=True):
+                skipped.append(before(z))
+                z = down(skipped[-1])
+            z = self.bottom(z)
+            for up, after in zip(reversed(self.up), reversed(self.after), strict=True):
+                z = after(up(z) + skipped.pop())
+            noise = self.last(z)
+        return noise[..., :height, :width].to(x.dtype).contiguous()
+
+
+class ResidualBlock(nn.Module):
+    """z + C2 elu(C1 z), of two 3 x 3 convolutions; ELU has a continuous derivative, unlike ReLU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+                                    nn.ELU(inplace=True),
+                                    nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.layers(z)
+
+
+NETWORKS: list[type[nn.Module]] = [DnCNN, UNet]  # the classes that a weights file may name
+
+
+def make_network(name: str, depth: int, width: int) -> nn.Module:
+    """One of `NETWORKS`, by the name of its class, untrained.
+
+    Raises:
+        UserError: for a name that is none of theirs, or a size that makes no network.
+    """
+    known = {kind.__name__: kind for kind in NETWORKS}
+    if name not in known:
+        raise UserError(f"unknown network {name!r}: choose from {', '.join(known)}")
+    if min(depth, width) < 1:
+        raise UserError(f"a network of depth {depth} and width {width}: both must be at least 1")
+    try:
+        return known[name](depth, width)
+    except ValueError as error:
+        raise UserError(f"{name} of depth {depth} and width {width}: {error}") from error
 
 
 class Denoiser(nn.Module):
@@ -88,8 +183,8 @@ class Denoiser(nn.Module):
                             f"{tuple(x.shape)}: a denoiser keeps the shape")
         return noise
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x - self.residual(x)
+    def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        return x - self.residual(x, sigma)
 
 
 def matched_sigma(noise_std: float, tau: float) -> float:
@@ -147,6 +242,7 @@ def pick_bf16(choice: str, device: torch.device) -> bool:
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
 LARGEST = 4096  # of the numbers that a weights file gives a constructor
+LATER = (".follow",)  # which tensors' names end so is not in files of an earlier release
 
 
 def save_weights(path: str | Path, module: nn.Module, card: dict) -> None:
@@ -220,7 +316,7 @@ def load_weights(path: str | Path, build: Callable[..., Built],
                             "an earlier release must be fetched again")
         with torch.device("meta"):  # hardly any memory, whatever size is claimed
             wanted = shapes(whole(descriptions))
-        if tensor_list(stored) != wanted:
+        if _completed(tensor_list(stored), wanted) != wanted:
             raise UserError(f"the weights {path} do not fit the networks that they name: "
                             f"{descriptions}")
     module = whole(descriptions)
@@ -235,12 +331,17 @@ def fill(path: Path, module: nn.Module) -> None:
         UserError: if they are not the module's own, or not all finite.
     """
     with _opened(path) as stored:
-        if tensor_list(stored) != shapes(module):
+        if _completed(tensor_list(stored), shapes(module)) != shapes(module):
             raise UserError(f"the weights {path} are not those of {type(module).__name__}")
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     if not all(value.isfinite().all() for value in tensors.values()):
         raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
-    module.load_state_dict(tensors)
+    module.load_state_dict(_completed(tensors, module.state_dict()))
+
+
+def _completed(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What a file has of a module, and where it is of an earlier release the module's own."""
+    return {name: value for name, value in own.items() if name.endswith(LATER)} | found
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from jfbnb import kernels
 from jfbnb.common import UserError, atomic_path, pick_device
 from jfbnb.explorers import ACCEPTED, WITHOUT_KERNEL, int_slider, log_slider, slider
 from jfbnb.images import Picture, read_pictures, write_pictures
-from jfbnb.methods import METHODS, RELEASED, Restorer, make_methods
+from jfbnb.methods import METHODS, Restorer, make_methods
 from jfbnb.photographs import Restored, restore
 from jfbnb.widgets import Comparison, to_png
 
@@ -106,11 +106,11 @@ class PhotographExplorer(w.VBox):
 
     Args:
         method: the one to start with.
-        weights: the folder of trained networks.
+        weights: the folder of trained networks; None for those that are released.
         folder: where results go that are too large for a link.
     """
 
-    def __init__(self, method: str = "jfb-head", weights: Path = RELEASED,
+    def __init__(self, method: str = "jfb-head", weights: Path | None = None,
                  folder: Path = Path(".")):
         self.weights, self.folder = weights, folder
         self.loaded: dict[str, Restorer] = {}

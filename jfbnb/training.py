@@ -10,11 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from jfbnb import processes
+from jfbnb import kernels, processes
 from jfbnb.checkpoints import resume, save_checkpoint
 from jfbnb.common import UserError, seeded_generator
 from jfbnb.datasets import random_crops
@@ -22,7 +23,7 @@ from jfbnb.fixed_point import SolveInfo, solve
 from jfbnb.gradients import implicit, jfb
 from jfbnb.models import Model, Unrolled
 from jfbnb.networks import Denoiser, fill, precision
-from jfbnb.operators import Blur, LinearOperator, measure
+from jfbnb.operators import PROTOCOLS, Blur, Convolution, LinearOperator, measure
 from jfbnb.sources import digest
 
 # The loss of each of some crops x, (b,), and figures of each, given the keys that seed the draws
@@ -32,14 +33,15 @@ COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allow
 ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved, at least
 TYPICAL = 1e-3  # mean squared error
 RECORDS = 6  # of a training, at least; at most an epoch lies between two
-WATCHED = 4  # of so many crops one is watched by the penalty
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long and how fast: Adam with a cosine schedule from `learning_rate` to 0.
 
-    `epochs` is how often each training image is seen, on average; it need not be whole.
+    `epochs` is how often each training image is seen, on average; it need not be whole. In the
+    first `warmup` steps the rate rises from 0: Adam's own scale is a guess there. A gradient longer
+    than `clip` is cut to it; 0 leaves it.
     `unconverged_limit` is the share of fixed-point solves, from one record to the next, that may
     end above their tolerance: above half of it training warns, above all of it training stops.
     """
@@ -50,26 +52,59 @@ class TrainingConfig:
     learning_rate: float
     seed: int
     unconverged_limit: float = 0.5
+    warmup: int = 0
+    clip: float = 0.0
+
+    @classmethod
+    def read(cls, card: dict) -> Self:
+        """That of a model card. What a card of an earlier release lacks is as it was then."""
+        return cls(**card["training"])
 
 
 @dataclass(frozen=True)
 class Conditions:
     """What a training may meet in the place of one blur and one noise level: ranges to draw from.
 
-    Gaussian kernels with a black border, their side odd, in pixels; the standard deviations of
-    kernel and noise are uniform on a logarithmic axis, and the noise's is on images in [0, 1].
+    Gaussian kernels, their side odd, in pixels; the standard deviations of kernel and noise are
+    uniform on a logarithmic axis, and the noise's is on images in [0, 1].
+
+    Args:
+        unknown: the share of steps whose scene goes on beyond the border; it is black in others.
+        moved, unfocused: the shares whose kernel is a motion, 3 pixels long or more, or a disk;
+            both are as wide as the Gaussians are.
+        home: the share that has one of the `PROTOCOLS`, as it is.
     """
 
     kernel_side: tuple[int, int] = (3, 13)
     kernel_std: tuple[float, float] = (0.6, 5.0)
     noise_std: tuple[float, float] = (0.002, 0.05)
+    unknown: float = 0.0
+    moved: float = 0.0
+    unfocused: float = 0.0
+    home: float = 0.0
 
     def draw(self, image_size: int, generator: torch.Generator) -> tuple[LinearOperator, float]:
-        """A blur of images of that size, and a noise level."""
-        side, kernel, noise = torch.rand(3, generator=generator, dtype=torch.float64).tolist()
+        """An operator on images of that size, and a noise level."""
+        u = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
+        side, kernel, noise = u[:3]
+        if u[3] < self.home:
+            protocol = list(PROTOCOLS.values())[math.floor(u[4] * len(PROTOCOLS))]
+            return protocol.operator(image_size), protocol.noise_std
+        border = "unknown" if u[4] < self.unknown else "black"
+        noise_std = _between(self.noise_std, noise)
         low, high = self.kernel_side
-        return (Blur(image_size, low + 2 * math.floor(side * ((high - low) // 2 + 1)),
-                     _between(self.kernel_std, kernel)), _between(self.noise_std, noise))
+        if u[5] < self.moved:
+            made = kernels.motion(_between((3.0, float(high)), side), 180 * u[6])
+        elif u[5] < self.moved + self.unfocused:
+            made = kernels.disk(_between((1.0, high / 2), side))
+        else:
+            return Blur(image_size, low + 2 * math.floor(side * ((high - low) // 2 + 1)),
+                        _between(self.kernel_std, kernel), border), noise_std
+        return Convolution(image_size, made, border), noise_std
+
+
+# Whatever a user may have; borders, kernels and noise that are met in photographs.
+EVERYWHERE = Conditions((3, 15), (0.5, 5.0), unknown=0.6, moved=0.2, unfocused=0.15, home=0.3)
 
 
 def _between(ends: tuple[float, float], share: float) -> float:
@@ -84,8 +119,7 @@ class LossSettings:
         noise_std: of the measurements, on images in [0, 1].
         tolerance, max_iterations: of the solve for x*, by Anderson without gradient. The adjoint
             equation has as many iterations.
-        power_iterations: of the stretch's estimate, on every fourth crop, which then counts four
-            times.
+        power_iterations: of the stretch's estimate.
         contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`; a penalty of 0
             leaves the estimate out.
         bf16: for the first evaluations of a solve, the tracked application and the head; of an
@@ -94,6 +128,7 @@ class LossSettings:
         conditions: what each step's operator and noise level are drawn from; None leaves both as
             they are. Every image then weighs alike: the loss is the logarithm of its error.
         noise_power: how the prior's weight follows a drawn noise level, as in `methods.Method`.
+        watched: of so many crops one has its stretch estimated, and counts so many times.
     """
 
     noise_std: float
@@ -105,6 +140,16 @@ class LossSettings:
     bf16: bool = False
     conditions: Conditions | None = None
     noise_power: float = 2.0
+    watched: int = 4
+
+    @classmethod
+    def read(cls, card: dict) -> Self:
+        """Those of a model card. What a card of an earlier release lacks is as it was then."""
+        drawn = card["loss"].get("conditions")
+        if drawn is not None:  # JSON knows no tuples
+            drawn = Conditions(**{name: tuple(value) if isinstance(value, list) else value
+                                  for name, value in drawn.items()})
+        return cls(**{**card["loss"], "conditions": drawn})
 
 
 # --- losses -------------------------------------------------------------------------------------
@@ -172,11 +217,11 @@ class EquilibriumLoss:
         loss, errors = _errors(model, s, x, y, d)
         figures.update(errors)  # in place: the backward pass may add to it
         if s.penalty > 0:
-            watched = [row for row, index in enumerate(indices) if index % WATCHED == 0]
+            watched = [row for row, index in enumerate(indices) if index % s.watched == 0]
             factor = contraction_estimate(lambda z: T(z, d[watched]), x_star[watched],
                                           s.power_iterations)
             excess = torch.zeros_like(loss)
-            excess[watched] = WATCHED * (factor - s.contraction).clamp_min(0).square()
+            excess[watched] = s.watched * (factor - s.contraction).clamp_min(0).square()
             loss = loss + s.penalty * excess
             figures["contraction"] = factor.detach()
         return loss, figures
@@ -370,14 +415,14 @@ def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dic
     """Load a finished training's weights into the module, in place; return its history."""
     try:
         card = json.loads(finished.with_suffix(".json").read_text(encoding="utf-8"))
-        history, trained = card["history"], card["training"]
-    except (OSError, ValueError, KeyError) as error:
+        history, trained = card["history"], TrainingConfig.read(card)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{finished} has no model card with this training ({error}): leave the "
                         "parameter `weights` empty to train") from error
     # When it would have been stopped does not matter any more.
-    if {**trained, "unconverged_limit": config.unconverged_limit} != asdict(config):
-        raise UserError(f"{finished} was trained with {trained}, not with {asdict(config)}: leave "
-                        "the parameter `weights` empty to train")
+    if replace(trained, unconverged_limit=config.unconverged_limit) != config:
+        raise UserError(f"{finished} was trained with {asdict(trained)}, not with "
+                        f"{asdict(config)}: leave the parameter `weights` empty to train")
     fill(finished, module)
     return history
 
@@ -399,13 +444,16 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
             order, shuffled = order.split(config.batch_size), epoch
         batch = order[step]
         for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * number / steps))
+            group["lr"] = (config.learning_rate * 0.5 * (1 + math.cos(math.pi * number / steps))
+                           * min(1.0, (number + 1) / (config.warmup + 1)))
         share = processes.share(len(batch))
         x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0)[share].to(device)
         losses, figures = batch_loss(x, (config.seed, epoch, step, 1), range(len(batch))[share])
         optimizer.zero_grad()
         (losses.sum() * (processes.world_size() / len(batch))).backward()
-        latest = means.add({"loss": losses.detach(), **figures})
+        length = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"],
+                                          config.clip or math.inf)
+        latest = means.add({"loss": losses.detach(), "gradient": length.expand(1), **figures})
         if not math.isfinite(latest["loss"]):
             raise UserError(f"the loss is {latest['loss']} at epoch {epoch}, step {step}, images "
                             f"{batch.tolist()}: lower the learning rate{last_good}")

@@ -149,8 +149,11 @@ def test_the_step_as_shipped_is_that_of_a_training(problem_file, prepared):
     assert value.item() == mine.item()
     value.backward()
     mine.backward()
-    for own, other in zip(step.trained.parameters(), model.parameters(), strict=True):
-        assert torch.equal(own.grad, other.grad) and own.grad.abs().sum() > 0
+    for (name, own), other in zip(step.trained.named_parameters(), model.parameters(),
+                                  strict=True):
+        # At the noise level of the tuning there is nothing to follow.
+        assert torch.equal(own.grad, other.grad)
+        assert own.grad.abs().sum() > 0 or name.endswith(".follow")
 
 
 @pytest.mark.parametrize("name", [c.name for c in STEPS if c.library == "jfbnb"])

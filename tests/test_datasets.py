@@ -278,6 +278,29 @@ def test_splits_that_cannot_be(image_folder):
         load_splits(str(image_folder), n_train=6, n_validation=6, n_test=2)
 
 
+def test_photographs_beside_the_images_are_trained_on_alone(image_folder):
+    """They come after the others, under numbers of their own; what is measured stays as it is."""
+    sizes = {"n_train": 4, "n_validation": 1, "n_test": 2}
+    alone = load_splits(str(image_folder), **sizes)
+    both = load_splits(str(image_folder), **sizes, beside=True)
+    photographs = bundled_photos("beside")
+    assert torch.equal(both.train.images, torch.cat([alone.train.images, photographs.images]))
+    assert len(both.train.names) == len(both.train.indices) == len(both.train.images)
+    for part in ("validation", "test"):
+        one, two = getattr(alone, part), getattr(both, part)
+        assert torch.equal(one.images, two.images) and one.indices == two.indices
+    numbers = [*both.train.indices, *both.validation.indices, *both.test.indices]
+    assert len(set(numbers)) == len(numbers)
+    assert f"{len(photographs)} crops of photographs" in both.source
+    assert "photographs" not in alone.source
+
+
+def test_photographs_that_are_measured_on_are_not_among_those_beside():
+    kept = {*datasets.PHOTOS["validation"], *datasets.PHOTOS["test"], "coffee", "rocket"}
+    assert not kept & set(datasets.PHOTOS["beside"])
+    assert not kept & {name.split("/")[0] for name in bundled_photos("beside").names}
+
+
 def test_random_crops_depend_on_their_keys_alone():
     images = torch.randint(0, 256, (5, 3, 20, 20), dtype=torch.uint8)
     a, b = random_crops(images, 8, 1, 2), random_crops(images, 8, 1, 2)

@@ -20,7 +20,7 @@ from jfbnb.gradients import implicit, jfb, neumann
 from jfbnb.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
 from jfbnb.methods import DEQ, JFB, METHODS, Method, Tuning, make_methods, register, tune
 from jfbnb.models import Equilibrium, Feedforward, Unrolled
-from jfbnb.networks import DnCNN, matched_sigma
+from jfbnb.networks import Denoiser, DnCNN, matched_sigma
 from jfbnb.operators import Blur, measure
 from jfbnb.recipes import prepare
 from jfbnb.training import EquilibriumLoss, ImplicitLoss, LossSettings, TrainingConfig, train
@@ -159,7 +159,10 @@ def test_every_learned_method_can_be_trained_and_used(weights, method):
     images = (torch.rand(12, 3, 4, 4).repeat_interleave(5, 2).repeat_interleave(5, 3) * 255).byte()
     settings = Tuning.load(weights / "tuning.json").settings(method)
     A = Blur(16, 5, 2.0)
-    model, loss = prepare(method, DnCNN(3, 8), settings, A, LossSettings(0.01, 1e-3, 8, 1))
+    network = DnCNN(3, 8)
+    if method.name == "jfb-energy":  # an energy of 0 is a saddle: pretraining leaves it
+        torch.nn.init.normal_(network.layers[-1].weight, std=0.05)
+    model, loss = prepare(method, network, settings, A, LossSettings(0.01, 1e-3, 8, 1))
     assert (model.H is not None) == method.head
     history = train(model, loss, images, TrainingConfig(25, 4, 16, 3e-3, 0, 1.0), CPU,
                     log=lambda _: None)
@@ -335,3 +338,48 @@ def test_building_a_model_leaves_the_operator_in_float64():
     A = Blur(16, 5, 2.0)
     METHODS["jfb"].build(A, DnCNN(2, 3), {"tau": 0.1, "sigma": 0.1})
     assert A.K_h.dtype == torch.float64
+
+
+def test_how_tau_follows_the_noise_is_learned():
+    network = DnCNN(2, 4)
+    torch.nn.init.normal_(network.layers[-1].weight, std=0.1)
+    T = SplittingMap(Blur(16, 3, 1.0), Denoiser(network, 0.04), 0.1)
+    with torch.no_grad():
+        T.follow.fill_(0.75)
+    other = T.on(T.A, 5.0**2)  # five times the noise
+    assert other.tau.item() == pytest.approx(0.1 * 5**1.5)
+    # What D is told goes with it: noise / sqrt(tau).
+    assert other.sigma.item() == pytest.approx(0.04 * 5 / 5**0.75)
+    assert T.tau.item() == pytest.approx(0.1) and T.sigma.item() == pytest.approx(0.04)
+    x = torch.rand(2, 3, 16, 16)
+    (other(x, x) - x).square().mean().backward()
+    assert T.follow.grad is not None and T.follow.grad != 0
+
+
+def test_released_methods_are_the_best_there_are(monkeypatch, weights, tmp_path):
+    monkeypatch.setattr(methods, "BEST", tmp_path)
+    monkeypatch.setattr(methods, "RELEASED", weights)
+    for file in ("tuning.json", "jfb.safetensors", "jfb.json", "denoiser.safetensors"):
+        shutil.copyfile(weights / file, tmp_path / file)
+    (tmp_path / "unrolled.safetensors").unlink(missing_ok=True)
+    assert methods._released(JFB) == methods._released(METHODS["plug-and-play"]) == tmp_path
+    assert methods._released(METHODS["unrolled"]) == weights
+    assert set(make_methods(["tikhonov", "jfb", "unrolled"], None, CPU)) == {
+        "tikhonov", "jfb", "unrolled"}
+
+
+def test_weights_of_an_earlier_release_load(weights, tmp_path):
+    """They have no `follow`; anything else that is missing is refused."""
+    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "jfb.safetensors"
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
+    tensors = load_file(file)
+    del tensors["T.follow"]
+    save_file(tensors, file, metadata)
+    settings = Tuning.load(tmp_path / "tuning.json").settings(JFB)
+    assert methods.load_model(JFB, settings, tmp_path).T.follow == 1
+    del tensors["T.log_tau"]
+    save_file(tensors, file, metadata)
+    with pytest.raises(UserError, match="do not fit the networks that they name"):
+        methods.load_model(JFB, settings, tmp_path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from jfbnb import networks
 from jfbnb.common import UserError
@@ -13,8 +14,11 @@ from jfbnb.methods import METHODS, load_model
 from jfbnb.networks import (
     Denoiser,
     DnCNN,
+    UNet,
+    fill,
     load_denoiser,
     load_weights,
+    make_network,
     pick_bf16,
     precision,
     save_weights,
@@ -55,6 +59,19 @@ def dncnn(**arguments) -> dict:
             "arguments": {"depth": 2, "width": 4, "channels": 3} | arguments}
 
 
+def unet(**arguments) -> dict:
+    return {"class": "jfbnb.networks.UNet",
+            "arguments": {"depth": 2, "width": 4, "channels": 3} | arguments}
+
+
+def scatter(network: torch.nn.Module) -> torch.nn.Module:
+    """With random weights, of the last layer too, that keep the size of what passes through."""
+    generator = torch.Generator().manual_seed(1)
+    for weight in network.parameters():
+        torch.nn.init.normal_(weight, std=(2 * weight[0].numel())**-0.5, generator=generator)
+    return network
+
+
 def refusal(file, match: str, load=load_denoiser, **more) -> None:
     with pytest.raises(UserError, match=match) as caught:
         load(file, **more)
@@ -78,6 +95,89 @@ def test_network_sees_its_receptive_field_and_no_more():
     rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
     assert rows.min() >= 15 - 4 and rows.max() <= 15 + 4
     assert len(rows) > 5
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_unet_starts_as_the_identity(depth):
+    x = torch.rand(1, 3, 16, 16)
+    assert torch.equal(Denoiser(UNet(depth, 4), 0.1)(x), x)
+
+
+def plain_unet(w: dict[str, torch.Tensor], depth: int, x: torch.Tensor,
+               sigma: float) -> torch.Tensor:
+    """A U-Net of its weights by name, on images whose sides the coarsest step divides."""
+    def block(z, name):
+        inner = F.elu(F.conv2d(z, w[f"{name}.layers.0.weight"], padding=1))
+        return z + F.conv2d(inner, w[f"{name}.layers.2.weight"], padding=1)
+
+    z = F.conv2d(torch.cat([x, torch.full_like(x[:, :1], sigma)], 1), w["first.weight"],
+                 w["first.bias"], padding=1)
+    levels = []
+    for level in range(depth - 1):
+        levels.append(block(z, f"before.{level}"))
+        z = F.conv2d(levels[-1], w[f"down.{level}.weight"], stride=2)
+    z = block(block(z, "bottom.0"), "bottom.1")
+    for level in reversed(range(depth - 1)):
+        z = block(levels[level] + F.conv_transpose2d(z, w[f"up.{level}.weight"], stride=2),
+                  f"after.{level}")
+    return F.conv2d(z, w["last.weight"], w["last.bias"], padding=1)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_unet_is_its_formula_on_any_size(depth):
+    network = scatter(UNet(depth, 4)).double()
+    weights = network.state_dict()
+    for height, width in ((16, 24), (13, 18), (5, 7)):
+        x = torch.rand(2, 3, height, width, dtype=torch.float64)
+        step = 2**(depth - 1)
+        whole = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
+        expected = plain_unet(weights, depth, whole, 0.05)[..., :height, :width]
+        torch.testing.assert_close(network(x, 0.05), expected)
+        torch.testing.assert_close(network(x, torch.full((2, 1, 1, 1), 0.05)), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 3), (2, 3, 5, 7), (0, 3, 5, 7)])
+def test_unet_keeps_the_shape_of_images_smaller_than_its_coarsest_step(shape):
+    network = scatter(UNet(4, 4))
+    x = torch.rand(shape)
+    noise = network(x, 0.1)
+    assert noise.shape == x.shape and noise.isfinite().all() and noise.is_contiguous()
+    assert network(x[..., :1, :1], 0.1).shape == x[..., :1, :1].shape
+
+
+def test_unet_sees_a_crop_as_it_sees_the_whole():
+    """Far from the border, for an offset by multiples of the coarsest step; by others not quite."""
+    network, x = scatter(UNet(3, 4)).double(), torch.rand(1, 3, 96, 104, dtype=torch.float64)
+    inner = (..., slice(36, 44), slice(36, 44))  # it sees 36 pixels at most
+    whole = network(x, 0.1)
+    for top, left in ((8, 12), (4, 0), (16, 24)):
+        part = network(x[..., top:top + 80, left:left + 80], 0.1)
+        torch.testing.assert_close(part[inner], whole[..., top:, left:][inner])
+    other = network(x[..., 1:81, 1:81], 0.1)
+    assert not torch.allclose(other[inner], whole[..., 1:, 1:][inner])
+
+
+def test_unet_in_bfloat16_is_within_a_few_percent():
+    network, x = scatter(UNet(3, 8)), torch.rand(2, 3, 20, 28)
+    exact = network(x, 0.1)
+    with precision(network, True):
+        rough = network(x, 0.1)
+    assert rough.dtype == torch.float32
+    assert 0 < (rough - exact).norm() < 0.03 * exact.norm()
+
+
+def test_a_network_is_made_by_its_name():
+    network = make_network("UNet", 3, 4)
+    assert isinstance(network, UNet) and (network.depth, network.width) == (3, 4)
+    assert isinstance(make_network("DnCNN", 3, 4), DnCNN)
+    for arguments, message in (
+            (("ResNet", 3, 4), "unknown network 'ResNet': choose from DnCNN, UNet$"),
+            (("", 3, 4), "unknown network ''"), (("unet", 3, 4), "unknown network 'unet'"),
+            (("UNet", 0, 4), "depth 0 and width 4: both must be at least 1"),
+            (("DnCNN", 3, -1), "depth 3 and width -1: both must be at least 1"),
+            (("UNet", 17, 64), "UNet of depth 17 and width 64: .*over 4096 channels")):
+        with pytest.raises(UserError, match=message):
+            make_network(*arguments)
 
 
 def test_precision_is_of_all_networks_that_know_it_and_ends_with_its_block():
@@ -123,6 +223,31 @@ def test_weights_round_trip(weights, file):
     assert card["weights"] == sum(value.numel() for value in D.state_dict().values())
 
 
+def test_a_unet_is_stored_by_its_class_and_arguments(file):
+    D = Denoiser(scatter(UNet(2, 4)), 0.03)
+    save_weights(file, D, {})
+    loaded = load_denoiser(file)
+    x = torch.rand(1, 3, 9, 10)
+    assert isinstance(loaded.network, UNet) and torch.equal(loaded(x), D(x))
+    assert json.loads(file.with_suffix(".json").read_text())["networks"] == [unet()]
+
+
+def test_weights_of_a_unet_of_another_depth(file):
+    D = Denoiser(UNet(2, 4), 0.03)
+    tensors = {name: value.contiguous() for name, value in D.state_dict().items()}
+    for depth in (1, 3):
+        forge(file, [unet(depth=depth)], tensors)
+        refusal(file, "do not fit the networks that they name")
+        forge(file, [unet()], tensors)
+        with pytest.raises(UserError, match="are not those of Denoiser"):
+            fill(file, Denoiser(UNet(depth, 4), 0.03))
+    for depth in (0, -1, 4096, 1.5, None):
+        forge(file, [unet(depth=depth)], tensors)
+        refusal(file, "are of something else")
+    forge(file, [dncnn()], tensors)
+    refusal(file, "do not fit the networks that they name")
+
+
 def test_a_model_round_trips_with_its_head_and_without_its_operator(weights):
     settings = {"tau": 9.0, "sigma": 0.5}  # not those that are stored
     model = load_model(METHODS["jfb"], settings, weights)
@@ -137,8 +262,8 @@ def test_a_model_round_trips_with_its_head_and_without_its_operator(weights):
 def test_a_network_of_ones_own_is_loaded_by_those_that_give_its_class(file, monkeypatch):
     D = Denoiser(Tent(3, steep=True), 0.1)
     save_weights(file, D, {})
-    refusal(file, r"of the class test_networks.Tent, which is none of jfbnb.networks.DnCNN: "
-                  "import it yourself and give it by `networks`")
+    refusal(file, r"of the class test_networks.Tent, which is none of jfbnb.networks.DnCNN, "
+                  "jfbnb.networks.UNet: import it yourself and give it by `networks`")
     loaded = load_denoiser(file, networks=[Tent])
     x = torch.rand(1, 3, 4, 4)
     assert torch.equal(loaded(x), D(x))

@@ -13,7 +13,10 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from jfbnb.networks import make_network
 from jfbnb.suite.checkout import ROOT
+from jfbnb.suite.cli import main
+from jfbnb.suite.reproduce import STEPS, known_parameters, load_profile, step_parameters
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 PIP_ONLY = ("deepinv", "latex2mathml", "playwright", "torchdeq")  # by pip alone
@@ -51,6 +54,35 @@ def test_lock_has_every_requirement_pinned_with_hashes():
     blocks = re.split(r"^(?=[\w.-]+==)", text, flags=re.M)[1:]
     assert len(blocks) > 100 and all("--hash=sha256:" in block for block in blocks)
     assert "://" not in text
+
+
+PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_sets_what_the_notebooks_have_and_says_what_it_is(profile):
+    given = load_profile(profile)
+    assert set(given) <= set(known_parameters())
+    for parameters in step_parameters(STEPS, given | {"device": "cpu"}).values():
+        assert parameters["profile"] == profile
+    asked = known_parameters() | given
+    make_network(asked["network"], 2, 1)  # there is one of that name
+    assert (ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text().startswith("# ")
+
+
+def test_the_command_names_every_profile(capsys):
+    assert PROFILES == ["best", "cpu", "paper", "quick"]
+    for command in ("reproduce", "train", "verify"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        assert "quick, cpu, paper or best" in " ".join(capsys.readouterr().out.split())
+
+
+def test_best_is_cpus_data_with_a_unet_everywhere():
+    best, cpu = load_profile("best"), load_profile("cpu")
+    assert (best["network"], best["everywhere"], best["beside"]) == ("UNet", True, True)
+    assert all(best[k] == cpu[k] for k in ("data", "n_train", "n_validation", "n_test", "seed"))
+    assert best["tolerance"] <= 1e-3  # a looser solve would train on what is no equilibrium yet
 
 
 def committed(path: str) -> str:

@@ -1,10 +1,14 @@
+import ast
 import importlib
+import json
 import math
 import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
+import nbformat
 import pytest
 import torch
 from conftest import Contractive, make_map
@@ -19,10 +23,14 @@ from jfbnb.gradients import neumann
 from jfbnb.maps import PreconditionedMap, SplittingMap
 from jfbnb.methods import METHODS, RELEASED, Tuning, load_model
 from jfbnb.models import Equilibrium, Feedforward, Unrolled
-from jfbnb.networks import Denoiser, DnCNN, save_weights
+from jfbnb.networks import Denoiser, DnCNN, UNet, load_denoiser, save_weights
 from jfbnb.operators import Blur, get_protocol
 from jfbnb.sources import digest
+from jfbnb.suite import train as command
+from jfbnb.suite.cli import main
+from jfbnb.suite.reproduce import STEPS
 from jfbnb.training import (
+    EVERYWHERE,
     Conditions,
     DenoiserLoss,
     EquilibriumLoss,
@@ -115,6 +123,84 @@ def test_the_learning_rate_falls_to_0_at_the_end_of_every_schedule(images, monke
     assert seen == pytest.approx([5e-4 * (1 + math.cos(math.pi * k / 7)) for k in range(7)])
 
 
+def test_the_learning_rate_rises_first(images, monkeypatch):
+    """Over three steps; from the fourth on it is the cosine's again."""
+    seen = []
+
+    class Adam(torch.optim.Adam):
+        def step(self, *arguments):
+            seen.append(self.param_groups[0]["lr"])
+            return super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    model, loss = make("denoiser")
+    train(model, loss, images, replace(CONFIG, epochs=7 / 3, warmup=3), CPU)
+    assert seen == pytest.approx([5e-4 * (1 + math.cos(math.pi * k / 7)) * min(1, (k + 1) / 4)
+                                  for k in range(7)])
+
+
+def test_a_gradient_is_cut_to_its_length_and_left_alone_by_0(images, monkeypatch):
+    lengths = []
+
+    class Adam(torch.optim.Adam):
+        def step(self, *arguments):
+            lengths.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]
+                                      ]).norm().item())
+            return super().step(*arguments)
+
+    monkeypatch.setattr(torch.optim, "Adam", Adam)
+    weights, found = {}, {}
+    for clip in (0.0, 1e9, 1e-6):
+        model, loss = make("denoiser")
+        history = train(model, loss, images, replace(CONFIG, epochs=1, clip=clip), CPU)
+        weights[clip], found[clip] = weights_of(model), history[0]["gradient"]
+    assert all(torch.equal(a, b) for a, b in zip(weights[0.0], weights[1e9], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(weights[0.0], weights[1e-6], strict=True))
+    assert found[0.0] == pytest.approx(sum(lengths[:3]) / 3)  # what is reported is uncut
+    assert min(lengths[:3]) > 1e-5 and found[1e-6] > 1e-5
+    assert lengths[6:] == pytest.approx(3 * [1e-6], rel=1e-2)
+
+
+# --- model cards --------------------------------------------------------------------------------
+
+
+def stored(**card) -> dict:
+    """As a model card comes back from its file, which has nothing that is not JSON."""
+    return json.loads(json.dumps({name: asdict(value) for name, value in card.items()},
+                                 allow_nan=False))
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, warmup=100, clip=0.02)])
+def test_a_card_gives_back_its_training(config):
+    assert TrainingConfig.read(stored(training=config)) == config
+
+
+@pytest.mark.parametrize("conditions", [None, Conditions(), EVERYWHERE])
+def test_a_card_gives_back_its_losses(conditions):
+    losses = replace(LOSSES, conditions=conditions, watched=8)
+    read = LossSettings.read(stored(loss=losses))
+    assert read == losses
+    if conditions:
+        draws = [given.draw(24, torch.Generator().manual_seed(3)) for given in
+                 (read.conditions, conditions)]
+        assert draws[0][1] == draws[1][1] and type(draws[0][0]) is type(draws[1][0])
+
+
+def test_cards_of_earlier_releases():
+    """They lack what came later."""
+    card = stored(training=CONFIG, loss=replace(LOSSES, conditions=Conditions()))
+    for name in ("warmup", "clip"):
+        del card["training"][name]
+    for name in ("watched", "noise_power"):
+        del card["loss"][name]
+    for name in ("unknown", "moved", "unfocused", "home"):
+        del card["loss"]["conditions"][name]
+    assert TrainingConfig.read(card) == CONFIG
+    assert LossSettings.read(card) == replace(LOSSES, conditions=Conditions())
+    card = json.loads((RELEASED / "jfb.json").read_text())
+    assert TrainingConfig.read(card).clip == 0.0 and LossSettings.read(card).conditions is None
+
+
 # --- over conditions ----------------------------------------------------------------------------
 
 
@@ -186,7 +272,7 @@ def test_training_lowers_the_loss_and_reports_the_solves(images):
     history = train(model, loss, images, TrainingConfig(20, 4, 16, 3e-3, 0, 1.0), CPU)
     assert history[-1]["loss"] < history[0]["loss"]
     assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "contraction",
-            "seconds"} == set(history[0])
+            "gradient", "seconds"} == set(history[0])
     assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
 
 
@@ -379,6 +465,107 @@ def test_a_finished_training_is_taken_and_another_one_refused(images, tmp_path):
         train(fresh, loss, images, CONFIG, CPU, finished=file)
 
 
+def test_a_finished_training_of_an_earlier_release_is_taken(images, tmp_path):
+    model, loss = make()
+    file, trained = tmp_path / "jfb.safetensors", asdict(CONFIG)
+    del trained["warmup"], trained["clip"]
+    save_weights(file, model, {"training": trained, "history": []})
+    assert train(model, loss, images, CONFIG, CPU, finished=file) == []
+    for other in ({"warmup": 1}, {"clip": 0.02}):
+        with pytest.raises(UserError, match=r"was trained with .*'clip': 0\.0.*, not with"):
+            train(model, loss, images, replace(CONFIG, **other), CPU, finished=file)
+    for damaged in ([], 3, trained | {"later": 1}, {"epochs": 3}):
+        save_weights(file, model, {"training": damaged, "history": []})
+        with pytest.raises(UserError, match="has no model card with this training"):
+            train(model, loss, images, CONFIG, CPU, finished=file)
+
+
+def test_a_checkpoint_of_a_unet_of_another_depth(tmp_path):
+    D = Denoiser(UNet(2, 4), 0.03)
+    optimizer = torch.optim.Adam(D.parameters())
+    file = tmp_path / "k.safetensors"
+    checkpoints.save_checkpoint(file, D, optimizer, [])
+    for depth in (1, 3):
+        other = Denoiser(UNet(depth, 4), 0.03)
+        with pytest.raises(UserError, match="not those of this training"):
+            load_checkpoint(file, other, torch.optim.Adam(other.parameters()))
+
+
+# --- the command --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["quick", "cpu", "paper", "best"])
+@pytest.mark.parametrize("name", ["denoiser", "jfb"])
+def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch, tmp_path):
+    """The same images, network, config and losses, from the same parameters."""
+    seen, asked = {}, []
+    problem = SimpleNamespace(A=None, x=[0], d=None)
+    for part, returned in (
+            ("tune", {}), ("pose", problem), ("middle", None),
+            ("load_splits", SimpleNamespace(train=[], source="")),
+            ("load_denoiser", SimpleNamespace(network=torch.nn.Identity()))):
+        monkeypatch.setattr(command, part, lambda *a, part=part, returned=returned, **k:
+                            (asked.append((part, a)), returned)[1])
+    monkeypatch.setattr(command, "train_denoiser", lambda network, splits, config, *rest:
+                        seen.update(network=network, config=config))
+    monkeypatch.setattr(command, "train_method", lambda method, network, best, problem, config,
+                        losses, *rest: seen.update(config=config, losses=losses))
+    p = command.network_parameters(profile, {"device": "cpu", "data": "bundled"})
+    command.train_network(name, p, tmp_path, tmp_path, "", log=lambda line: None)
+    assert dict(asked)["load_splits"][-1] is p["beside"]
+
+    step = STEPS[2] if name == "denoiser" else STEPS[3]
+    wanted = {"setup": get_protocol(p["protocol"]), "place": CPU, **p}
+
+    def needed(node: ast.stmt) -> bool:
+        if isinstance(node, ast.Assign):
+            return getattr(node.targets[0], "id", "") in ("config", "losses", "R")
+        return isinstance(node, ast.ImportFrom) and node.module.startswith("jfbnb")
+
+    for cell in nbformat.read(step.notebook, 4).cells:
+        if cell.cell_type == "code":
+            nodes = [node for node in ast.parse(cell.source).body if needed(node)]
+            exec(compile(ast.Module(nodes, []), step.name, "exec"), wanted)
+    assert seen["config"] == wanted["config"]
+    if name == "denoiser":
+        assert repr(seen["network"]) == repr(wanted["R"])
+    else:
+        assert seen["losses"] == wanted["losses"]
+        assert (seen["losses"].conditions == EVERYWHERE) is (profile == "best")
+
+
+def test_the_command_refuses_a_network_that_is_not_there(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "load_splits",
+                        lambda *_: SimpleNamespace(train=[], source=""))
+    for words, message in ((("network=ResNet",), "unknown network 'ResNet': choose from DnCNN, "),
+                           (("network=",), "unknown network ''"),
+                           (("network=3",), "parameter network takes a value like 'DnCNN'"),
+                           (("network=UNet", "depth=17", "width=64"), "over 4096 channels")):
+        settings = [part for word in words for part in ("-p", word)]
+        assert main(["train", "denoiser", "--out", str(tmp_path), "-p", "device=cpu",
+                     *settings]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+        assert message in line
+
+
+def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatch):
+    """From the denoiser on, on faces and photographs, by the parameters of the profile `best`."""
+    photographs = bundled_photos("beside", 128)[::60]
+    monkeypatch.setattr("jfbnb.datasets.bundled_photos", lambda *_: photographs)
+    words = ["--profile", "best", "--data", image_folder, "--out", tmp_path]
+    for setting in ("n_train=5", "n_validation=1", "n_test=1", "search_images=1", "candidates=1",
+                    "depth=2", "width=4", "pretrain_epochs=1", "pretrain_crop=24", "epochs=1",
+                    "crop=24", "max_iterations=6", "unconverged_limit=1.0"):
+        words += ["-p", setting]
+    assert main([str(word) for word in ("train", "denoiser", *words)]) == 0
+    assert isinstance(load_denoiser(tmp_path / "denoiser.safetensors").network, UNet)
+    assert main([str(word) for word in ("train", "jfb", *words, "--from", tmp_path)]) == 0
+    card = json.loads((tmp_path / "jfb.json").read_text(), parse_constant=pytest.fail)
+    assert card["training images"] == 4 + len(photographs) and "scikit-image" in card[
+        "training data"]
+    assert LossSettings.read(card).conditions == EVERYWHERE
+    assert TrainingConfig.read(card).clip == 0.02
+    assert {n["class"] for n in card["networks"]} == {"jfbnb.networks.UNet"}
 
 
 # --- what the loss of an equilibrium does -------------------------------------------------------

@@ -110,7 +110,7 @@ def readme_blocks(read: Read) -> dict[str, str]:
 
 def profiles() -> list[str]:
     """The profiles whose results are kept in the repository."""
-    return [p for p in ("quick", "cpu", "paper")
+    return [p for p in ("quick", "cpu", "paper", "best")
             if (ROOT / "figures" / p / "table2_comparison.md").exists()]
 
 

@@ -107,7 +107,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=run_data)
 
     sub = commands.add_parser("verify", help="measure a finished run again, and compare")
-    sub.add_argument("profile", metavar="PROFILE", help="quick, cpu or paper")
+    sub.add_argument("profile", metavar="PROFILE", help="quick, cpu, paper or best")
     _add_data(sub, "where its images are now")
     sub.add_argument("--limit", type=int, help="measure on the first N test images")
     sub.set_defaults(run=run_verify)
@@ -120,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = commands.add_parser("doctor", help="what is installed and found, and what would not work")
     _add_data(sub, "folder, tar or zip of images", default="data/celeba")
-    sub.add_argument("--weights", type=_weights, default=methods.RELEASED, metavar="DIR")
+    sub.add_argument("--weights", type=_weights, metavar="DIR")
     sub.set_defaults(run=run_doctor)
     return parser
 
@@ -130,7 +130,7 @@ def _add_data(sub: argparse.ArgumentParser, note: str, **options: object) -> Non
 
 
 def _add_parameters(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--profile", default="quick", help="quick, cpu or paper")
+    sub.add_argument("--profile", default="quick", help="quick, cpu, paper or best")
     _add_data(sub, "folder, tar or zip of CelebA JPEGs")
     sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
                      help="set a notebook parameter; may be repeated")
@@ -142,7 +142,7 @@ def _add_method(sub: argparse.ArgumentParser, action: str, note: str) -> None:
 
 
 def _add_weights(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--weights", type=_weights, default=methods.RELEASED, metavar="DIR",
+    sub.add_argument("--weights", type=_weights, metavar="DIR",
                      help="a folder with tuning.json and the methods' weights, e.g. runs/quick; "
                           "by default the released ones")
     sub.add_argument("--device", default="auto", help="auto, cpu or cuda")

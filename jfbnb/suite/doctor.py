@@ -14,7 +14,7 @@ import torch
 
 from jfbnb.common import UserError, describe_device, pick_device
 from jfbnb.datasets import load_images
-from jfbnb.methods import METHODS, RELEASED, Tuning, make_methods
+from jfbnb.methods import BEST, METHODS, RELEASED, Tuning, make_methods
 from jfbnb.suite import checkout
 
 LIBRARIES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "safetensors", "matplotlib",
@@ -83,7 +83,7 @@ def _folder() -> Iterator[tuple[bool, str]]:
 def _data(data: str) -> Iterator[tuple[bool, str]]:
     yield True, "photographs for profile quick are inside scikit-image"
     if not os.path.exists(data):
-        yield True, f"no CelebA at {data}: the profiles cpu and paper need --data"
+        yield True, f"no CelebA at {data}: the profiles cpu, paper and best need --data"
         return
     try:
         images = load_images(data, limit=1)
@@ -92,10 +92,10 @@ def _data(data: str) -> Iterator[tuple[bool, str]]:
         yield False, str(error)
 
 
-def expected_methods(weights: Path) -> list[str]:
+def expected_methods(weights: Path | None) -> list[str]:
     """All methods, less what others added and did neither train nor tune in that folder."""
     stored = set()
-    for folder in (RELEASED, weights):
+    for folder in (RELEASED, weights or BEST):
         stored |= {path.stem for path in folder.glob("*.safetensors")}
         with contextlib.suppress(UserError):
             stored |= Tuning.load(folder / "tuning.json").chosen.keys()
@@ -104,7 +104,7 @@ def expected_methods(weights: Path) -> list[str]:
             if m.name in stored or (not m.trainable and m.candidates(0.01, 1) == [{}])]
 
 
-def _weights(weights: Path) -> Iterator[tuple[bool, str]]:
+def _weights(weights: Path | None) -> Iterator[tuple[bool, str]]:
     usable = []
     for name in expected_methods(weights):
         try:
@@ -113,4 +113,4 @@ def _weights(weights: Path) -> Iterator[tuple[bool, str]]:
             yield False, f"method {name}: {error}"
         else:
             usable.append(name)
-    yield bool(usable), f"weights in {weights}: {', '.join(usable) or 'none'}"
+    yield bool(usable), f"weights in {weights or RELEASED}: {', '.join(usable) or 'none'}"

@@ -41,18 +41,19 @@ from jfbnb.common import (
 )
 from jfbnb.datasets import fingerprint
 from jfbnb.methods import JFB, METHODS, plugins
-from jfbnb.networks import pick_bf16
+from jfbnb.networks import make_network, pick_bf16
 from jfbnb.operators import get_protocol
 from jfbnb.sources import digest, imported_files
 from jfbnb.suite import checkout
 
 PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
             "jupyterlab")
-TRAINED = [name for name, method in METHODS.items() if method.trainable]
+# By any network; one that needs a smooth one is trained beside them where that is there.
+TRAINED = [name for name, method in METHODS.items() if method.trainable and not method.smooth]
 RIVALS = [name for name in TRAINED if name != JFB.name]  # notebook 5 trains them
 SMALLEST = sys.float_info.min  # all numbers among the parameters are positive, except:
 LEAST = {"depth": 2, **dict.fromkeys(("seed", "epochs", "penalty", "power_iterations",
-                                      "unconverged_limit"), 0)}
+                                      "unconverged_limit", "warmup", "clip"), 0)}
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,7 @@ def step_parameters(steps: tuple[Step, ...], given: dict[str, Any]) -> dict[str,
     """
     check_parameters(given, known_parameters())
     get_protocol(given.get("protocol", "paper"))
+    make_network(given.get("network", "DnCNN"), 2, 1)
     pick_bf16(given.get("bf16", "auto"), pick_device(given.get("device", "auto")))
     given = given | {k: checkout.find_path(given[k]) for k in ("data", "weights") if k in given}
     return {step.name: {k: given.get(k, v) for k, v in notebook_parameters(step.notebook).items()}

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from jfbnb import processes
-from jfbnb.common import describe_device, pick_device, remove_unfinished
+from jfbnb.common import UserError, describe_device, pick_device, remove_unfinished
 from jfbnb.datasets import load_splits
 from jfbnb.diagnostics import direction
 from jfbnb.methods import JFB, Tuning, get_method, tune
-from jfbnb.networks import DnCNN, load_denoiser, pick_bf16
+from jfbnb.networks import load_denoiser, make_network, pick_bf16
 from jfbnb.operators import get_protocol
 from jfbnb.recipes import Run, middle, pose, train_denoiser, train_method
 from jfbnb.suite.reproduce import STEPS, alone, load_profile, step_parameters
-from jfbnb.training import Conditions, LossSettings, TrainingConfig
+from jfbnb.training import EVERYWHERE, Conditions, LossSettings, TrainingConfig
 
 Parameters = dict[str, Any]  # those of notebooks 3 and 4, by name
 
@@ -61,24 +61,31 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
     setup = get_protocol(p["protocol"])
     with processes.rank_0_first():  # the others find the decoded images in the cache
         splits = load_splits(p["data"], setup.image_size, p["n_train"], p["n_validation"],
-                             p["n_test"], run.log)
+                             p["n_test"], run.log, p["beside"])
     run.log(f"{len(splits.train)} training images: {splits.source}; processes: "
             f"{processes.world_size()}; device of the first: {describe_device(run.device)}")
     bf16 = pick_bf16(p["bf16"], run.device)
     if name == "denoiser":
         torch.manual_seed(p["seed"])
         config = TrainingConfig(p["pretrain_epochs"], p["pretrain_batch_size"], p["pretrain_crop"],
-                                p["pretrain_learning_rate"], p["seed"])
-        train_denoiser(DnCNN(p["depth"], p["width"]), splits, config, p["noise_max"], bf16, run)
+                                p["pretrain_learning_rate"], p["seed"], warmup=p["warmup"],
+                                clip=p["clip"])
+        network = make_network(p["network"], p["depth"], p["width"])
+        train_denoiser(network, splits, config, p["noise_max"], bf16, run)
     else:
         method, network = get_method(name), load_denoiser(start / "denoiser.safetensors").network
+        if not method.takes(network):
+            raise UserError(f"{name} needs a network with a continuous derivative, and "
+                            f"{type(network).__name__} has kinks: use network=UNet, as in profile "
+                            "best")
         network.to(run.device)
         problem = pose(setup, splits, p["search_images"], p["seed"], run.device)
         few = middle(problem, p["crop"])
         best = tune(method.tuned_as or method, Tuning(setup.noise_std, len(problem.x)), problem.A,
                     problem.d, problem.x, p["candidates"], network)
         losses = LossSettings(setup.noise_std, bf16=bf16, **{k: p[k] for k in (
-            "tolerance", "max_iterations", "power_iterations", "contraction", "penalty")})
+            "tolerance", "max_iterations", "power_iterations", "contraction", "penalty",
+            "watched")}, conditions=EVERYWHERE if p["everywhere"] else None)
         watch = (lambda model: direction(model.T, few.d, few.x)) if method is JFB else None
         limit = p["unconverged_limit"]
         if conditions:
@@ -86,7 +93,7 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
         if conditions or method is not JFB:
             limit = 1.0  # as in notebook 5: how many converge is in a table there
         config = TrainingConfig(p["epochs"] or 1, p["batch_size"], p["crop"], p["learning_rate"],
-                                p["seed"], limit)
+                                p["seed"], limit, p["warmup"], p["clip"])
         train_method(method, network, best, problem, config, losses, run, watch,
                      None if p["epochs"] else p["minutes"])
     run.log(f"written: {run.out / name}.safetensors")

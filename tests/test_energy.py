@@ -1,0 +1,322 @@
+"""JFB, energy: the map of a gradient-step denoiser, and the descent that arrives on any of them."""
+
+import math
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from jfbnb import kernels
+from jfbnb.fixed_point import anderson, descent, solve
+from jfbnb.gradients import jfb
+from jfbnb.maps import EnergyMap, SplittingMap
+from jfbnb.methods import METHODS
+from jfbnb.networks import Denoiser, UNet, precision
+from jfbnb.operators import Blur, Convolution, Inpainting, LinearOperator
+from jfbnb.recipes import prepare
+from jfbnb.training import LossSettings, TrainingConfig, train
+
+SIZE = 16
+
+
+class Scaled(LinearOperator):
+    """A multiple of another operator: its norm is not 1."""
+
+    def __init__(self, A: LinearOperator, factor: float):
+        super().__init__()
+        self.A, self.factor = A, factor
+
+    def forward(self, x):
+        return self.factor * self.A(x)
+
+    def adjoint(self, d):
+        return self.factor * self.A.adjoint(d)
+
+    def guess(self, d):
+        return self.A.guess(d / self.factor)
+
+    def solve_normal(self, r, tau):
+        return self.A.solve_normal(r / self.factor**2, tau / self.factor**2)
+
+
+def network(seed: int, std: float = 0.0) -> UNet:
+    """A U-Net as PyTorch initialises it, or with weights drawn with a standard deviation."""
+    torch.manual_seed(seed)
+    made = UNet(3, 8)
+    made.last.reset_parameters()
+    for p in made.parameters() if std else ():
+        nn.init.normal_(p, std=std)
+    return made
+
+
+def operators() -> dict[str, LinearOperator]:
+    known = torch.rand(SIZE, SIZE, generator=torch.Generator().manual_seed(2)) < 0.5
+    return {"wide": Blur(SIZE, 15, 5.0), "open": Blur(SIZE, 5, 5.0, "unknown"),
+            "motion": Convolution(32, kernels.motion(31.0, 30.0), "black"),
+            "times 3": Scaled(Blur(SIZE, 5, 1.0), 3.0), "inpainting": Inpainting(known)}
+
+
+def measurements(A: LinearOperator, noise_std: float = 0.01) -> Tensor:
+    """Of a grey, a black and a white image, of noise, and of waves."""
+    side = getattr(A, "image_size", (SIZE,))[0]
+    generator = torch.Generator().manual_seed(1)
+    waves = 0.5 + 0.4 * torch.sin(torch.arange(side) ** 2 / side).outer(torch.ones(side))
+    x = torch.stack([torch.full((3, side, side), 0.5), torch.zeros(3, side, side),
+                     torch.ones(3, side, side), torch.rand(3, side, side, generator=generator),
+                     waves.expand(3, -1, -1)])
+    d = A(x)
+    return d + noise_std * torch.randn(d.shape, generator=generator)
+
+
+def make(A: LinearOperator, R: nn.Module, tau: float = 0.05) -> EnergyMap:
+    return EnergyMap(A, Denoiser(R, 0.04), tau)
+
+
+def dot(u: Tensor, v: Tensor) -> Tensor:
+    return (u * v).flatten(1).sum(dim=1)
+
+
+# --- the map ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["wide", "open", "motion", "times 3", "inpainting"])
+def test_the_metric_makes_the_residual_the_energys_gradient_and_slope_is_below_its_fall(name):
+    A = operators()[name]
+    T = make(A, network(0, 0.1)).double()
+    d = measurements(A).double()
+    z = T.start(d) + 0.1 * torch.randn_like(T.start(d), generator=torch.manual_seed(3))
+    with torch.no_grad():
+        f, E, slope = T.energy(z, d)
+        torch.testing.assert_close(f, T(z, d))
+        for v in (torch.randn_like(z), f - z):
+            step = 1e-5 / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            rise = (T.energy(z + step * v, d)[1] - T.energy(z - step * v, d)[1]) / 2
+            expected = dot(T.metric(z - f), v)
+            torch.testing.assert_close(rise / step.flatten(), expected, rtol=1e-4, atol=0)
+        assert (slope > 0).all() and (slope <= -expected).all()
+        assert (E > 0).all()
+
+
+def test_the_priors_gradient_is_that_of_finite_differences():
+    T = make(Blur(SIZE, 5, 1.0), network(0, 0.1)).double()
+    x, v = torch.rand(2, 2, 3, SIZE, SIZE, dtype=torch.float64)
+    with torch.no_grad():
+        _, slope = T.prior(x)
+        rise = (T.prior(x + 1e-6 * v)[0] - T.prior(x - 1e-6 * v)[0]) / 2e-6
+    torch.testing.assert_close(dot(slope, v), rise, rtol=1e-6, atol=0)
+
+
+def test_the_data_step_is_the_splitting_maps_and_rounding_hurts_it_less():
+    A, R = Blur(SIZE, 5, 5.0, "unknown"), network(0)
+    d = measurements(A)
+    other, T = SplittingMap(A, Denoiser(R, 0.04), 1e-4), make(A, R, 1e-4)
+    with torch.no_grad():
+        x = other.data_step(T.start(d), d)
+        for factor, better in ((1.01, 0.1), (100.0, 1.1)):  # z next to x, and far away
+            z = factor * x
+            exact = other.double().data_step(z.double(), d.double())
+            torch.testing.assert_close(T.double().data_step(z.double(), d.double()), exact)
+            ours, theirs = (kind.float().data_step(z, d).double() - exact for kind in (T, other))
+            assert ours.norm() < better * theirs.norm()
+
+
+def test_a_fixed_point_is_a_stationary_point_of_the_energy():
+    A = Blur(SIZE, 5, 1.0)
+    T = make(A, network(0)).double()
+    d = measurements(A).double()
+    z, info = solve(T, d, 1e-9, 1000)
+    assert info.converged.all()
+    x = T.data_step(z, d).detach().requires_grad_()
+    data = (A(x) - d).square().sum() / 2
+    prior = T.tau.detach() * T.D.residual(x).square().sum() / 2
+    (by_data,), (by_prior,) = torch.autograd.grad(data, x), torch.autograd.grad(prior, x)
+    assert (by_data + by_prior).norm() < 1e-7 * by_data.norm()
+    torch.testing.assert_close(by_data, A.adjoint(A(x) - d))
+
+
+class Linear(nn.Module):
+    """R(x) = a x less the mean of its neighbours: an energy that is quadratic."""
+
+    def forward(self, x, sigma):
+        return 1.5 * x - nn.functional.avg_pool2d(x, 3, 1, 1)
+
+
+def test_with_a_linear_network_the_equilibrium_solves_the_normal_equations():
+    A, tau = Blur(8, 5, 1.0), 0.05
+    T = make(A, Linear(), tau).double()
+    d = torch.rand(1, 1, 8, 8, dtype=torch.float64)
+    z, info = solve(T, d, 1e-12, 500)
+    assert info.converged.all()
+    basis = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
+    K, R = A(basis).view(64, 64).mT, Linear()(basis, 0).view(64, 64).mT
+    x = torch.linalg.solve(K.mT @ K + T.tau.detach() * R.mT @ R, K.mT @ d.flatten())
+    torch.testing.assert_close(T.data_step(z, d).flatten(), x, rtol=0, atol=1e-9)
+    torch.testing.assert_close(z.flatten(), x - R.mT @ R @ x, rtol=0, atol=1e-9)
+
+
+# --- the descent --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "seed", "std", "tau", "anderson_fails"), [
+    ("wide", 1, 0.0, 0.05, False),
+    ("motion", 0, 0.0, 0.05, False),
+    ("times 3", 0, 0.0, 0.05, False),
+    ("inpainting", 0, 0.0, 0.05, False),
+    ("open", 0, 0.0, 1e-4, False),
+    ("times 3", 0, 0.1, 0.05, True),
+    ("inpainting", 1, 0.1, 0.05, True),
+])
+def test_descent_arrives_where_nothing_was_trained(name, seed, std, tau, anderson_fails):
+    A = operators()[name]
+    T = make(A, network(seed, std), tau)
+    d = measurements(A)
+    z, info = solve(T, d, 1e-4, 1500)
+    assert info.converged.all(), info.complaint()
+    with torch.no_grad():
+        left = (T(z, d) - z).flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1)
+    assert (left <= 1.01e-4).all()
+    other, beside = solve(T, d, 1e-4, int(info.iterations.max()), anderson)
+    with torch.no_grad():
+        ours, theirs = T.energy(z, d)[1], T.energy(other, d)[1]
+    assert (ours[~beside.converged] < theirs[~beside.converged]).all()
+    if anderson_fails:
+        assert not beside.converged.any() and (beside.residual > 1e-3).all()
+
+
+def test_the_energy_never_rises_and_refused_steps_leave_the_point():
+    A = operators()["inpainting"]
+    T = make(A, network(1, 0.1)).double()
+    d = measurements(A).double()
+    points = []
+    descent(T, T.start(d), 1e-4, 60, lambda k, z: points.append(z.clone()), given=d)
+    with torch.no_grad():
+        E = torch.stack([T.energy(z, d)[1] for z in points])
+    fell = E[:-1] - E[1:]
+    stayed = torch.stack([(a == b).flatten(1).all(dim=1) for a, b in pairwise(points)])
+    assert (fell[~stayed] > 0).all() and stayed.any(dim=0).all()
+    assert (E[-1] < 0.5 * E[0]).all()
+
+
+def test_where_anderson_lowers_the_energy_it_is_anderson():
+    A = operators()["inpainting"]
+    T = make(A, network(0))
+    d = measurements(A)
+    ours, info = solve(T, d, 1e-3, 30)
+    theirs, same = solve(T, d, 1e-3, 30, partial(anderson, window=10))
+    assert torch.equal(info.iterations, same.iterations)
+    torch.testing.assert_close(ours, theirs)
+
+
+class Wells:
+    """E(x) = sum_i (x_i^2 - a)^2 / 8 for each row: T(x) = x - grad E(x), far too long from afar."""
+
+    calls = 0
+
+    def energy(self, x, a):
+        self.calls += len(x)
+        depth = x**2 - a
+        r = -x * depth / 2
+        return x + r, depth.double().square().sum(dim=1) / 8, r.double().square().sum(dim=1)
+
+    def metric(self, v):
+        return v
+
+
+def test_images_that_are_done_leave_the_batch_and_do_not_change():
+    a = torch.tensor([[1.0], [4.0], [2.0]])
+    x0 = torch.tensor([[1.001, -1.0], [30.0, -0.1], [0.9, 1.0]])
+    T, seen = Wells(), []
+    x, info = descent(T, x0, 1e-5, 200, lambda k, x: seen.append(x.clone()), given=a)
+    assert info.converged.all()
+    assert T.calls == info.iterations.sum() < 3 * len(seen) and len(seen) == len(info.residuals)
+    torch.testing.assert_close(x.abs(), a.sqrt().expand(3, 2), rtol=1e-4, atol=0)
+    for row, last in enumerate(info.iterations):
+        assert all(torch.equal(point[row], x[row]) for point in seen[last - 1:])
+        alone, same = descent(T, x0[row:row + 1], 1e-5, 200, given=a[row:row + 1])
+        torch.testing.assert_close(alone[0], x[row])
+        assert same.iterations.item() == last
+
+
+def test_a_start_that_is_not_finite_is_given_up_and_harms_no_other():
+    a, x0 = torch.ones(3, 1), torch.tensor([[3.0], [math.nan], [1e20]])
+    T = Wells()
+    x, info = descent(T, x0, 1e-5, 50, given=a)
+    assert info.converged.tolist() == [True, False, False]
+    assert info.iterations.tolist()[1:] == [1, 1]
+    assert x[0].item() == pytest.approx(1, abs=1e-4)
+    assert "diverged" in info.complaint()
+
+
+def test_one_evaluation_measures_the_start_and_none_is_refused():
+    T, a, x0 = Wells(), torch.ones(1, 1), torch.full((1, 2), 2.0)
+    x, info = descent(T, x0, 1e-5, 1, given=a)
+    assert torch.equal(x, x0) and info.residual.item() == pytest.approx(1.5)
+    assert info.residuals.shape == (1, 1) and not info.converged
+    with pytest.raises(ValueError, match="at least one"):
+        descent(T, x0, 1e-5, 0, given=a)
+
+
+# --- training -----------------------------------------------------------------------------------
+
+
+def test_jfbs_gradient_is_that_of_the_map_written_out():
+    A, R = Blur(8, 5, 1.0), network(0)
+    T = make(A, R).double()
+    d = measurements(Blur(SIZE, 5, 1.0)).double()[3:, :, :8, :8]
+    truth = torch.rand_like(d)
+    z, _ = solve(T, d, 1e-6, 500)
+    (jfb(lambda z: T(z, d), z) - truth).square().sum().backward()
+    ours = {name: p.grad.clone() for name, p in T.named_parameters() if p.grad is not None}
+    T.zero_grad()
+    K = A(torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)).view(64, 64).mT
+    right = (A.adjoint(d) + T.tau * z).flatten(2).mT  # (B, 64, 3)
+    M = K.mT @ K + T.tau * torch.eye(64, dtype=torch.float64)
+    x = torch.linalg.solve(M, right).mT.reshape(d.shape)
+    noise = R(x, T.D.sigma)
+    (pulled,) = torch.autograd.grad(noise, x, noise, create_graph=True)  # J_R' R
+    (x - pulled - truth).square().sum().backward()
+    assert "log_tau" in ours and all(f"D.network.{name}" in ours for name, p in
+                                     R.named_parameters() if p.dim() > 1)
+    for name, gradient in ours.items():
+        expected = dict(T.named_parameters())[name].grad
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient) if expected is None
+                                   else expected, rtol=1e-6, atol=1e-12)
+
+
+def test_in_bfloat16_the_gradient_is_finite_and_the_energy_is_not_in_it():
+    A = Blur(SIZE, 5, 1.0)
+    T = make(A, network(0))
+    d = measurements(A)
+    z, _ = solve(T, d, 1e-3, 200)
+
+    def gradient() -> Tensor:
+        T.zero_grad()
+        T(z, d).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in T.parameters() if p.grad is not None])
+
+    exact, (f, E, slope) = gradient(), T.energy(z, d)
+    with precision(T, True):
+        coarse, image, again = gradient(), T(z, d), T.energy(z, d)
+    assert coarse.isfinite().all() and not torch.equal(image, f)
+    assert torch.nn.functional.cosine_similarity(coarse, exact, dim=0) > 0.98
+    assert all(torch.equal(u, v) for u, v in zip(again, (f, E, slope), strict=True))
+
+
+def test_a_few_steps_of_training_lower_the_loss():
+    images = torch.randint(256, (8, 3, 4, 4), generator=torch.manual_seed(0))
+    images = images.repeat_interleave(8, 2).repeat_interleave(8, 3).to(torch.uint8)
+    losses = LossSettings(0.05, 1e-3, 60, penalty=0.0, bf16=True)
+    model, loss = prepare(METHODS["jfb-energy"], network(0), {"tau": 0.05, "sigma": 0.2},
+                          Blur(SIZE, 5, 1.0), losses)
+    config = TrainingConfig(8, batch_size=4, crop=SIZE, learning_rate=2e-3, seed=0)
+    crops = images[:, :, 4:20, 4:20].float() / 255
+
+    def error() -> float:
+        return loss(crops, (5,), range(8))[0].mean().item()
+
+    before = error()
+    history = train(model, loss, images, config, torch.device("cpu"), log=lambda line: None)
+    assert error() < 0.8 * before
+    assert all(record["converged"] == 1 for record in history)
