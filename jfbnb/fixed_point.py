@@ -169,7 +169,7 @@ def descent(
         r_y = f - y
         rounding = eps * (lowest.sqrt() + _norm(x))
         hidden = (E_y.sqrt() <= lowest.sqrt() + rounding) & (_norm(r_y) < _norm(r))
-        lower = active & ((E_y <= E - SUFFICIENT * t * slope) | hidden | (k == 1))
+        lower = active & ((E_y <= E - SUFFICIENT * t * slope) | hidden)
         refused = active & ~lower & ~bent
         bent = bent | refused
         g, g_y = g + metric(refused, r), metric(bent & active, r_y)
@@ -189,7 +189,7 @@ def descent(
         if (bent & active).any():
             p, curved = bend(r, g, step, fell, change)
             slope = torch.where(bent, _dot(p, g).flatten(), slope)
-            longer = torch.where(curved, 1.0, 2 * t)
+            longer = torch.where(curved, 1.0, 2 * t)  # over a plain the step grows
             t = torch.where(bent, torch.where(lower, longer, t / 2), t)
             y = torch.where(bent.view(shape), x + t.view(shape).to(x.dtype) * p, y)
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))

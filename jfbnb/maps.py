@@ -161,10 +161,10 @@ class EnergyMap(SplittingMap):
     The gradient-step denoiser of Hurault et al. (2022), with g(x) = |R(x)|^2 / 2 of the network R,
     so D(x) = x - J_R(x)' R(x). Then x* is a stationary point of the energy
     E(x) = |A x - d|^2 / 2 + tau g(x), and T goes downhill: x moves by -(A'A + tau I)^-1 grad E(x).
-    So `descent` arrives, whatever the image, the operator and the weights, with a network whose
-    derivative is continuous: `UNet`'s is, `DnCNN`'s jumps where a ReLU switches, and E may have a
-    minimum in such a kink, where no gradient is small. An evaluation costs a forward and a backward
-    pass of the network.
+    So `descent` arrives in the end, whatever the image, the operator and the weights, with a
+    network whose derivative is continuous: `UNet`'s is, `DnCNN`'s jumps where a ReLU switches, and
+    E may have a minimum in such a kink, where no gradient is small. An evaluation costs a forward
+    and a backward pass of the network.
     """
 
     name, colour = "energy", "#882255"

@@ -86,17 +86,18 @@ def test_the_metric_makes_the_residual_the_energys_gradient_and_slope_is_below_i
     A = operators()[name]
     T = make(A, network(0, 0.1)).double()
     d = measurements(A).double()
-    z = T.start(d) + 0.1 * torch.randn_like(T.start(d), generator=torch.manual_seed(3))
-    with torch.no_grad():
-        f, E, slope = T.energy(z, d)
-        torch.testing.assert_close(f, T(z, d))
-        for v in (torch.randn_like(z), f - z):
-            step = 1e-5 / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-            rise = (T.energy(z + step * v, d)[1] - T.energy(z - step * v, d)[1]) / 2
-            expected = dot(T.metric(z - f), v)
-            torch.testing.assert_close(rise / step.flatten(), expected, rtol=1e-4, atol=0)
-        assert (slope > 0).all() and (slope <= -expected).all()
-        assert (E > 0).all()
+    noise = torch.randn_like(T.start(d), generator=torch.manual_seed(3))
+    for z in (T.start(d) + 0.1 * noise, T.start(d) + 10):  # where A hardly sees, and where it does
+        with torch.no_grad():
+            f, E, slope = T.energy(z, d)
+            torch.testing.assert_close(f, T(z, d))
+            for v in (noise, f - z):
+                step = 1e-5 / v.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+                rise = (T.energy(z + step * v, d)[1] - T.energy(z - step * v, d)[1]) / 2
+                expected = dot(T.metric(z - f), v)
+                torch.testing.assert_close(rise / step.flatten(), expected, rtol=1e-4, atol=0)
+            assert (slope > 0).all() and (slope <= -expected).all()
+            assert (E > 0).all()
 
 
 def test_the_priors_gradient_is_that_of_finite_differences():
@@ -125,14 +126,14 @@ def test_the_data_step_is_the_splitting_maps_and_rounding_hurts_it_less():
 def test_a_fixed_point_is_a_stationary_point_of_the_energy():
     A = Blur(SIZE, 5, 1.0)
     T = make(A, network(0)).double()
-    d = measurements(A).double()
-    z, info = solve(T, d, 1e-9, 1000)
+    d = measurements(A).double()[3:]
+    z, info = solve(T, d, 1e-8, 1000)
     assert info.converged.all()
     x = T.data_step(z, d).detach().requires_grad_()
     data = (A(x) - d).square().sum() / 2
     prior = T.tau.detach() * T.D.residual(x).square().sum() / 2
     (by_data,), (by_prior,) = torch.autograd.grad(data, x), torch.autograd.grad(prior, x)
-    assert (by_data + by_prior).norm() < 1e-7 * by_data.norm()
+    assert (by_data + by_prior).norm() < 1e-6 * by_data.norm()
     torch.testing.assert_close(by_data, A.adjoint(A(x) - d))
 
 
@@ -209,34 +210,58 @@ def test_where_anderson_lowers_the_energy_it_is_anderson():
     torch.testing.assert_close(ours, theirs)
 
 
-class Wells:
-    """E(x) = sum_i (x_i^2 - a)^2 / 8 for each row: T(x) = x - grad E(x), far too long from afar."""
+class Toy:
+    """E(x) = |v(x)|^2 / 2 for each row, with T(x) = x - grad E(x) and C = I."""
 
     calls = 0
 
     def energy(self, x, a):
         self.calls += len(x)
-        depth = x**2 - a
-        r = -x * depth / 2
-        return x + r, depth.double().square().sum(dim=1) / 8, r.double().square().sum(dim=1)
+        v, derivative = self.v(x, a)
+        r = -v * derivative
+        return x + r, v.double().square().sum(dim=1) / 2, r.double().square().sum(dim=1)
 
     def metric(self, v):
         return v
 
 
-def test_images_that_are_done_leave_the_batch_and_do_not_change():
-    a = torch.tensor([[1.0], [4.0], [2.0]])
-    x0 = torch.tensor([[1.001, -1.0], [30.0, -0.1], [0.9, 1.0]])
+class Wells(Toy):
+    """Minima at +-sqrt(a); from afar T jumps much too far."""
+
+    def v(self, x, a):
+        return (x**2 - a) / 2, x
+
+
+class Plain(Toy):
+    """A minimum at a in a plain that is ever flatter, and curved downwards."""
+
+    def v(self, x, a):
+        return (x - a) / (1 + (x - a).abs()), 1 / (1 + (x - a).abs()) ** 2
+
+
+def test_images_that_are_done_leave_the_batch_and_no_image_depends_on_another():
+    a = torch.tensor([[1.0, 0.05, 0.2, 0.5, 0.8, 1.5], [4.0] * 6, [2.0, 0.1, 0.3, 0.4, 0.6, 1.9]])
+    x0 = a.sqrt() * torch.tensor([[1.001] * 6, [15.0, -0.05, 2, 2, 2, 2],
+                                  [0.9, 1.2, 0.8, 1.1, 1.3, 0.7]])
     T, seen = Wells(), []
     x, info = descent(T, x0, 1e-5, 200, lambda k, x: seen.append(x.clone()), given=a)
     assert info.converged.all()
     assert T.calls == info.iterations.sum() < 3 * len(seen) and len(seen) == len(info.residuals)
-    torch.testing.assert_close(x.abs(), a.sqrt().expand(3, 2), rtol=1e-4, atol=0)
+    torch.testing.assert_close(x.abs(), a.sqrt(), rtol=2e-3, atol=0)
     for row, last in enumerate(info.iterations):
         assert all(torch.equal(point[row], x[row]) for point in seen[last - 1:])
         alone, same = descent(T, x0[row:row + 1], 1e-5, 200, given=a[row:row + 1])
         torch.testing.assert_close(alone[0], x[row])
         assert same.iterations.item() == last
+    _, beside = anderson(lambda x, a: T.energy(x, a)[0], x0, 1e-5, 200, given=a)
+    assert beside.converged.tolist() == [True, False, True]
+
+
+def test_over_a_plain_the_steps_grow():
+    a, x0 = torch.ones(2, 1), torch.tensor([[6.0, -6.0], [9.0, 9.0]])
+    x, info = descent(Plain(), x0, 1e-4, 100, given=a)
+    assert info.converged.all()
+    torch.testing.assert_close(x, torch.ones(2, 2), rtol=0, atol=1e-3)
 
 
 def test_a_start_that_is_not_finite_is_given_up_and_harms_no_other():
@@ -310,7 +335,7 @@ def test_a_few_steps_of_training_lower_the_loss():
     losses = LossSettings(0.05, 1e-3, 60, penalty=0.0, bf16=True)
     model, loss = prepare(METHODS["jfb-energy"], network(0), {"tau": 0.05, "sigma": 0.2},
                           Blur(SIZE, 5, 1.0), losses)
-    config = TrainingConfig(8, batch_size=4, crop=SIZE, learning_rate=2e-3, seed=0)
+    config = TrainingConfig(5, batch_size=4, crop=SIZE, learning_rate=3e-3, seed=0)
     crops = images[:, :, 4:20, 4:20].float() / 255
 
     def error() -> float:
