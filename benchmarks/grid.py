@@ -31,7 +31,7 @@ from jfbnb.datasets import ImageSet, bundled_photos, load_splits
 from jfbnb.diagnostics import jacobian_norm, spectral_radius
 from jfbnb.figures import new_figure, save_data, save_figure, save_table
 from jfbnb.fixed_point import solve
-from jfbnb.methods import BEST, METHODS, Restorer, Tuning, make_methods
+from jfbnb.methods import METHODS, RELEASED, Restorer, Tuning, make_methods
 from jfbnb.metrics import psnr
 from jfbnb.models import Equilibrium
 from jfbnb.operators import Blur, Convolution, LinearOperator, get_protocol, measure
@@ -241,9 +241,9 @@ def report(out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--weights", type=Path, default=BEST,
+    parser.add_argument("--weights", type=Path, default=RELEASED,
                         help="a folder of trained networks, with tuning.json")
-    parser.add_argument("--methods", nargs="+", default=["jfb", "jfb-energy"])
+    parser.add_argument("--methods", nargs="+", default=["jfb"])
     parser.add_argument("--images", type=int, default=50, help="of each kind")
     parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
     parser.add_argument("--further", type=int, default=200,

@@ -26,7 +26,7 @@ from jfbnb.fixed_point import anderson, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann
 from jfbnb.images import read_pictures
 from jfbnb.maps import SplittingMap
-from jfbnb.methods import METHODS, Restorer, make_methods
+from jfbnb.methods import METHODS, Restorer, expected_methods, make_methods
 from jfbnb.metrics import psnr
 from jfbnb.operators import Blur, LinearOperator, get_protocol, measure
 from jfbnb.widgets import Comparison
@@ -370,7 +370,8 @@ class MethodsExplorer(w.VBox):
         self.image = w.Dropdown(options=list(self.scenes), description="image")
         self.upload = w.FileUpload(accept=ACCEPTED, description="your own",
                                    tooltip="a picture, up to 10 MB")
-        self.methods = w.SelectMultiple(options=[(m.label, m.name) for m in METHODS.values()],
+        self.methods = w.SelectMultiple(options=[(METHODS[name].label, name)
+                                                 for name in expected_methods(weights)],
                                         value=self.START, rows=6, description="methods")
         self.noise = log_slider("noise std", paper.noise_std, -3, -1)
         self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})

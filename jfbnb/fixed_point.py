@@ -41,6 +41,7 @@ class SolveInfo:
                 "check the blur and the noise level")
 
 
+RIDGE = 1e-8  # of Anderson's small system, relative to its Gram matrix
 Callback = Callable[[int, Tensor], None]
 Solver = Callable[..., tuple[Tensor, SolveInfo]]
 
@@ -74,7 +75,7 @@ def anderson(
     max_iterations: int = 100,
     callback: Callback | None = None,
     window: int = 5,
-    ridge: float = 1e-8,
+    ridge: float = RIDGE,
     given: Tensor | None = None,
 ) -> tuple[Tensor, SolveInfo]:
     """Anderson acceleration (1965) in the form of Walker and Ni (2011), Algorithm AA.
@@ -114,6 +115,7 @@ def _mixing(x0: Tensor, window: int, ridge: float) -> Callable[[Tensor, Tensor],
     return step
 
 
+WINDOW = 10  # of the points that a descent remembers: with 5 it stagnates
 SUFFICIENT = 0.1  # of the fall of the energy that its slope promises, to accept a step
 CURVED = 1e-6  # least cosine of a step and the gradient's change along it, to learn from the two
 
@@ -125,8 +127,6 @@ def descent(
     tolerance: float = 1e-4,
     max_iterations: int = 100,
     callback: Callback | None = None,
-    window: int = 10,
-    ridge: float = 1e-8,
     given: Tensor | None = None,
 ) -> tuple[Tensor, SolveInfo]:
     """Anderson's steps as long as each lowers an energy enough; from then on those of L-BFGS.
@@ -145,7 +145,7 @@ def descent(
     Other arguments as in `anderson`. An evaluation is one of T and E together.
     """
     _check(max_iterations)
-    mix, bend = _mixing(x0, min(window, max_iterations), ridge), _bending(window)
+    mix, bend = _mixing(x0, min(WINDOW, max_iterations), RIDGE), _bending(WINDOW)
     eps, shape = torch.finfo(x0.dtype).eps, (len(x0),) + (1,) * (x0.dim() - 1)
 
     def metric(rows: Tensor, v: Tensor) -> Tensor:

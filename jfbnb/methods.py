@@ -10,6 +10,7 @@ is imported wherever it is installed, by the command and in notebooks that paper
 `register` its methods then.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -358,6 +359,18 @@ def make_methods(names: list[str], weights: Path | None,
     methods = [get_method(name) for name in names]
     return {method.name: _make_method(method, weights or _released(method), device)
             for method in methods}
+
+
+def expected_methods(weights: Path | None) -> list[str]:
+    """All methods, less those with neither weights nor settings, released or in that folder."""
+    stored = set()
+    for folder in (RELEASED, weights or BEST):
+        stored |= {path.stem for path in folder.glob("*.safetensors")}
+        with contextlib.suppress(UserError):
+            stored |= Tuning.load(folder / "tuning.json").chosen.keys()
+    own = {name: method.behind or method for name, method in METHODS.items()}
+    return [name for name, m in own.items()
+            if m.name in stored or (not m.trainable and m.candidates(0.01, 1) == [{}])]
 
 
 def _released(method: Method) -> Path:

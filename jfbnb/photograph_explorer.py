@@ -26,7 +26,7 @@ from jfbnb import kernels
 from jfbnb.common import UserError, atomic_path, pick_device
 from jfbnb.explorers import ACCEPTED, WITHOUT_KERNEL, int_slider, log_slider, slider
 from jfbnb.images import Picture, read_pictures, write_pictures
-from jfbnb.methods import METHODS, Restorer, make_methods
+from jfbnb.methods import METHODS, Restorer, expected_methods, make_methods
 from jfbnb.photographs import Restored, restore
 from jfbnb.widgets import Comparison, to_png
 
@@ -125,7 +125,8 @@ class PhotographExplorer(w.VBox):
         self.estimated = w.Checkbox(True, description="estimate the noise")
         self.kernel = KernelControls()
         self.border = w.Dropdown(options=["unknown", "black"], description="border")
-        self.method = w.Dropdown(options=[(m.label, m.name) for m in METHODS.values()],
+        self.method = w.Dropdown(options=[(METHODS[name].label, name)
+                                          for name in expected_methods(weights)],
                                  value=method, description="method")
         self.button = w.Button()
         self.status = w.HTML()

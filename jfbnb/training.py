@@ -55,6 +55,10 @@ class TrainingConfig:
     warmup: int = 0
     clip: float = 0.0
 
+    def everywhere(self) -> Self:
+        """That of a training whose steps meet something else each: their gradients differ."""
+        return replace(self, warmup=100, clip=0.02)
+
     @classmethod
     def read(cls, card: dict) -> Self:
         """That of a model card. What a card of an earlier release lacks is as it was then."""
@@ -103,7 +107,7 @@ class Conditions:
         return Convolution(image_size, made, border), noise_std
 
 
-# Whatever a user may have; borders, kernels and noise that are met in photographs.
+# Borders, kernels and noise that are met in photographs, and the protocols.
 EVERYWHERE = Conditions((3, 15), (0.5, 5.0), unknown=0.6, moved=0.2, unfocused=0.15, home=0.3)
 
 
@@ -141,6 +145,10 @@ class LossSettings:
     conditions: Conditions | None = None
     noise_power: float = 2.0
     watched: int = 4
+
+    def everywhere(self) -> Self:
+        """Those that meet whatever a user may have; of a step's eight crops one is watched."""
+        return replace(self, conditions=EVERYWHERE, watched=8)
 
     @classmethod
     def read(cls, card: dict) -> Self:

@@ -46,7 +46,7 @@ def tiny(monkeypatch):
 
 def words(weights, out, *more):
     return ["--weights", str(weights), "--out", str(out), "--images", "1", "--further", "60",
-            "--certified", "1", *more]
+            "--certified", "1", "--methods", "jfb", "jfb-energy", *more]
 
 
 def scale(weights: Path, name: str, share: float, std: float = 0.0) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from jfbnb import kernels
-from jfbnb.fixed_point import anderson, descent, solve
+from jfbnb.fixed_point import WINDOW, anderson, descent, solve
 from jfbnb.gradients import jfb
 from jfbnb.maps import EnergyMap, SplittingMap
 from jfbnb.methods import METHODS
@@ -205,7 +205,7 @@ def test_where_anderson_lowers_the_energy_it_is_anderson():
     T = make(A, network(0))
     d = measurements(A)
     ours, info = solve(T, d, 1e-3, 30)
-    theirs, same = solve(T, d, 1e-3, 30, partial(anderson, window=10))
+    theirs, same = solve(T, d, 1e-3, 30, partial(anderson, window=WINDOW))
     assert torch.equal(info.iterations, same.iterations)
     torch.testing.assert_close(ours, theirs)
 

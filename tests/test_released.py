@@ -7,10 +7,9 @@ import torch
 
 from jfbnb.datasets import bundled_photos
 from jfbnb.evaluation import evaluate, summarise
-from jfbnb.methods import RELEASED, make_methods
+from jfbnb.methods import RELEASED, expected_methods, make_methods
 from jfbnb.metrics import psnr
 from jfbnb.operators import get_protocol, measure
-from jfbnb.suite.doctor import expected_methods
 
 
 def test_released_weights_do_what_their_card_says():

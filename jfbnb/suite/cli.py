@@ -16,7 +16,7 @@ from tqdm import tqdm
 from jfbnb import datasets, evaluation, images, kernels, methods, operators, photographs, processes
 from jfbnb.common import UserError, atomic_path, parse_yaml, pick_device
 from jfbnb.suite import checkout
-from jfbnb.suite.doctor import examine, expected_methods
+from jfbnb.suite.doctor import examine
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -240,8 +240,8 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
     Returns what --json writes, in rank 0.
     """
     protocol = operators.get_protocol(args.protocol)
-    chosen = methods.make_methods(args.method or expected_methods(args.weights), args.weights,
-                                  device)
+    names = args.method or methods.expected_methods(args.weights)
+    chosen = methods.make_methods(names, args.weights, device)
     with processes.rank_0_first():  # the others find the decoded images in the cache
         images = datasets.load_images(args.data, protocol.image_size, args.limit,
                                       _warn if processes.rank() == 0 else lambda line: None)

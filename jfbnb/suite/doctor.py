@@ -1,6 +1,5 @@
 """What this installation has, and what of the suite would not work with it."""
 
-import contextlib
 import importlib
 import os
 import platform
@@ -14,7 +13,7 @@ import torch
 
 from jfbnb.common import UserError, describe_device, pick_device
 from jfbnb.datasets import load_images
-from jfbnb.methods import BEST, METHODS, RELEASED, Tuning, make_methods
+from jfbnb.methods import RELEASED, expected_methods, make_methods
 from jfbnb.suite import checkout
 
 LIBRARIES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "safetensors", "matplotlib",
@@ -90,18 +89,6 @@ def _data(data: str) -> Iterator[tuple[bool, str]]:
         yield True, f"images at {data}, the first is {images.names[0]}"
     except (UserError, OSError) as error:
         yield False, str(error)
-
-
-def expected_methods(weights: Path | None) -> list[str]:
-    """All methods, less what others added and did neither train nor tune in that folder."""
-    stored = set()
-    for folder in (RELEASED, weights or BEST):
-        stored |= {path.stem for path in folder.glob("*.safetensors")}
-        with contextlib.suppress(UserError):
-            stored |= Tuning.load(folder / "tuning.json").chosen.keys()
-    own = {name: method.behind or method for name, method in METHODS.items()}
-    return [name for name, m in own.items()
-            if m.name in stored or (not m.trainable and m.candidates(0.01, 1) == [{}])]
 
 
 def _weights(weights: Path | None) -> Iterator[tuple[bool, str]]:

@@ -53,7 +53,7 @@ TRAINED = [name for name, method in METHODS.items() if method.trainable and not 
 RIVALS = [name for name in TRAINED if name != JFB.name]  # notebook 5 trains them
 SMALLEST = sys.float_info.min  # all numbers among the parameters are positive, except:
 LEAST = {"depth": 2, **dict.fromkeys(("seed", "epochs", "penalty", "power_iterations",
-                                      "unconverged_limit", "warmup", "clip"), 0)}
+                                      "unconverged_limit"), 0)}
 
 
 @dataclass(frozen=True)

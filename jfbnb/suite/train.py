@@ -19,7 +19,7 @@ from jfbnb.networks import load_denoiser, make_network, pick_bf16
 from jfbnb.operators import get_protocol
 from jfbnb.recipes import Run, middle, pose, train_denoiser, train_method
 from jfbnb.suite.reproduce import STEPS, alone, load_profile, step_parameters
-from jfbnb.training import EVERYWHERE, Conditions, LossSettings, TrainingConfig
+from jfbnb.training import Conditions, LossSettings, TrainingConfig
 
 Parameters = dict[str, Any]  # those of notebooks 3 and 4, by name
 
@@ -61,17 +61,17 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
     setup = get_protocol(p["protocol"])
     with processes.rank_0_first():  # the others find the decoded images in the cache
         splits = load_splits(p["data"], setup.image_size, p["n_train"], p["n_validation"],
-                             p["n_test"], run.log, p["beside"])
+                             p["n_test"], run.log, p["everywhere"])
     run.log(f"{len(splits.train)} training images: {splits.source}; processes: "
             f"{processes.world_size()}; device of the first: {describe_device(run.device)}")
     bf16 = pick_bf16(p["bf16"], run.device)
     if name == "denoiser":
         torch.manual_seed(p["seed"])
         config = TrainingConfig(p["pretrain_epochs"], p["pretrain_batch_size"], p["pretrain_crop"],
-                                p["pretrain_learning_rate"], p["seed"], warmup=p["warmup"],
-                                clip=p["clip"])
+                                p["pretrain_learning_rate"], p["seed"])
         network = make_network(p["network"], p["depth"], p["width"])
-        train_denoiser(network, splits, config, p["noise_max"], bf16, run)
+        train_denoiser(network, splits, config.everywhere() if p["everywhere"] else config,
+                       p["noise_max"], bf16, run)
     else:
         method, network = get_method(name), load_denoiser(start / "denoiser.safetensors").network
         if not method.takes(network):
@@ -84,8 +84,7 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
         best = tune(method.tuned_as or method, Tuning(setup.noise_std, len(problem.x)), problem.A,
                     problem.d, problem.x, p["candidates"], network)
         losses = LossSettings(setup.noise_std, bf16=bf16, **{k: p[k] for k in (
-            "tolerance", "max_iterations", "power_iterations", "contraction", "penalty",
-            "watched")}, conditions=EVERYWHERE if p["everywhere"] else None)
+            "tolerance", "max_iterations", "power_iterations", "contraction", "penalty")})
         watch = (lambda model: direction(model.T, few.d, few.x)) if method is JFB else None
         limit = p["unconverged_limit"]
         if conditions:
@@ -93,7 +92,9 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
         if conditions or method is not JFB:
             limit = 1.0  # as in notebook 5: how many converge is in a table there
         config = TrainingConfig(p["epochs"] or 1, p["batch_size"], p["crop"], p["learning_rate"],
-                                p["seed"], limit, p["warmup"], p["clip"])
+                                p["seed"], limit)
+        if p["everywhere"]:
+            config, losses = config.everywhere(), losses.everywhere()
         train_method(method, network, best, problem, config, losses, run, watch,
                      None if p["epochs"] else p["minutes"])
     run.log(f"written: {run.out / name}.safetensors")
