@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -22,6 +22,7 @@ from jfbnb.datasets import random_crops
 from jfbnb.fixed_point import SolveInfo, solve
 from jfbnb.gradients import implicit, jfb
 from jfbnb.models import Model, Unrolled
+from jfbnb.muon import Muon
 from jfbnb.networks import Denoiser, fill, precision
 from jfbnb.operators import PROTOCOLS, Blur, Convolution, LinearOperator, measure
 from jfbnb.sources import digest
@@ -32,6 +33,8 @@ BatchLoss = Callable[[Tensor, tuple[int, ...], Sequence[int]], tuple[Tensor, dic
 COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allowed
 ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved, at least
 TYPICAL = 1e-3  # mean squared error
+POOL = 64  # batches that a training comes back to in turn
+LOST = 0.1  # the residual of a state that is not gone on from: plain iteration runs away from there
 RECORDS = 6  # of a training, at least; at most an epoch lies between two
 
 
@@ -41,7 +44,8 @@ class TrainingConfig:
 
     `epochs` is how often each training image is seen, on average; it need not be whole. In the
     first `warmup` steps the rate rises from 0: Adam's own scale is a guess there. A gradient longer
-    than `clip` is cut to it; 0 leaves it.
+    than `clip` is cut to it; 0 leaves it. With `muon` the weights between hidden layers move by
+    `muon.Muon`, at the same rate.
     `unconverged_limit` is the share of fixed-point solves, from one record to the next, that may
     end above their tolerance: above half of it training warns, above all of it training stops.
     """
@@ -54,10 +58,11 @@ class TrainingConfig:
     unconverged_limit: float = 0.5
     warmup: int = 0
     clip: float = 0.0
+    muon: bool = False
 
     def everywhere(self) -> Self:
         """That of a training whose steps meet something else each: their gradients differ."""
-        return replace(self, warmup=100, clip=0.02)
+        return replace(self, warmup=100, clip=0.02, muon=True)
 
     @classmethod
     def read(cls, card: dict) -> Self:
@@ -108,7 +113,7 @@ class Conditions:
 
 
 # Borders, kernels and noise that are met in photographs, and the protocols.
-EVERYWHERE = Conditions((3, 15), (0.5, 5.0), unknown=0.6, moved=0.2, unfocused=0.15, home=0.3)
+EVERYWHERE = Conditions((3, 15), (0.5, 5.0), unknown=0.6, moved=0.2, unfocused=0.15, home=0.6)
 
 
 def _between(ends: tuple[float, float], share: float) -> float:
@@ -130,9 +135,12 @@ class LossSettings:
             explicit model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
             of about 3e-3, and the estimate's differences would drown in the rounding.
         conditions: what each step's operator and noise level are drawn from; None leaves both as
-            they are. Every image then weighs alike: the loss is the logarithm of its error.
+            they are. Every batch then weighs alike: the loss is the logarithm of its error.
         noise_power: how the prior's weight follows a drawn noise level, as in `methods.Method`.
         watched: of so many crops one has its stretch estimated, and counts so many times.
+        visits: how often an equilibrium's training comes back to a batch. It solves for x* the
+            first time; T(x*), which it tracks anyway, is where it goes on the next time. Between
+            two visits lie `POOL` steps.
     """
 
     noise_std: float
@@ -145,10 +153,11 @@ class LossSettings:
     conditions: Conditions | None = None
     noise_power: float = 2.0
     watched: int = 4
+    visits: int = 1
 
     def everywhere(self) -> Self:
         """Those that meet whatever a user may have; of a step's eight crops one is watched."""
-        return replace(self, conditions=EVERYWHERE, watched=8)
+        return replace(self, conditions=EVERYWHERE, watched=8, visits=8)
 
     @classmethod
     def read(cls, card: dict) -> Self:
@@ -210,43 +219,64 @@ class EquilibriumLoss:
     Args:
         model: with the map T(x; d); its A must fit the crops.
         gradient: (T, x*) -> T(x*), tracked, as in `jfbnb.gradients`.
+        memory: of the last `POOL` batches, by their keys: T(x*), and the direction that dies
+            slowest. What is not in it is solved for.
     """
 
     model: Model
     settings: LossSettings
     gradient: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = jfb
+    memory: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = field(
+        default_factory=dict, compare=False, repr=False)
+
+    @property
+    def visits(self) -> int:
+        return self.settings.visits
 
     def __call__(self, x: Tensor, keys: tuple[int, ...],
                  indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.settings
         model, d = _meet(self.model, s, x, keys, indices)
         T = model.T
-        y, x_star, figures = replace(self, model=model).restored(d)
-        loss, errors = _errors(model, s, x, y, d)
+        state, slowest = self.memory.pop(keys, (None, None))
+        Tx, x_star, figures = replace(self, model=model).restored(d, state)
+        loss, errors = _errors(model, s, x, T.image(Tx), d)
         figures.update(errors)  # in place: the backward pass may add to it
         if s.penalty > 0:
             watched = [row for row, index in enumerate(indices) if index % s.watched == 0]
-            factor = contraction_estimate(lambda z: T(z, d[watched]), x_star[watched],
-                                          s.power_iterations)
+            factor, slowest = contraction_estimate(lambda z: T(z, d[watched]), x_star[watched],
+                                                   s.power_iterations, slowest)
             excess = torch.zeros_like(loss)
             excess[watched] = s.watched * (factor - s.contraction).clamp_min(0).square()
             loss = loss + s.penalty * excess
             figures["contraction"] = factor.detach()
+        if s.visits > 1 and (figures["residual"] < LOST).all():
+            self.memory[keys] = Tx.detach(), slowest
+            for oldest in list(self.memory)[:-POOL]:
+                del self.memory[oldest]
         return loss, figures
 
-    def restored(self, d: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The image that the loss sees, tracked; x*; and figures of its solve."""
+    def restored(self, d: Tensor, state: Tensor | None = None
+                 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """T(x*), tracked, whose image the loss sees; x*; and figures of its solve.
+
+        A given state is taken for x*, without a solve.
+        """
         s, T = self.settings, self.model.T
+        x_star, figures = state, {}
         with precision(self.model, s.bf16) as put:
-            x_star, info = solve(T, d, s.tolerance * T.scale, s.max_iterations,
-                                 callback=lambda k, _: put(s.bf16 and k < COARSE))
-            figures = {"iterations": info.iterations, "residual": info.residual,
-                       "converged": info.converged}
+            if x_star is None:
+                x_star, info = solve(T, d, s.tolerance * T.scale, s.max_iterations,
+                                     callback=lambda k, _: put(s.bf16 and k < COARSE))
+                figures = {"iterations": info.iterations, "residual": info.residual,
+                           "converged": info.converged}
             put(s.bf16)
             Tx = self.track(lambda z: T(z, d), x_star, figures)
-        if s.bf16:  # the image is as exact as its solve, whatever the gradient
+        if state is not None:
+            figures["residual"] = (_norm(Tx.detach() - state) / _norm(state)).flatten()
+        elif s.bf16:  # the value is as exact as the solve, whatever the gradient
             Tx = x_star + (Tx - Tx.detach())
-        return T.image(Tx), x_star, figures
+        return Tx, x_star, figures
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
               figures: dict[str, Tensor]) -> Tensor:
@@ -288,7 +318,8 @@ def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
         figures["head_mse"] = head.detach()
         loss = loss + head
     if settings.conditions is not None:  # the gradient of its logarithm, on the usual scale
-        loss = TYPICAL * loss / loss.detach()
+        total, count = processes.add_up([loss.detach().sum().item(), float(len(loss))], x.device)
+        loss = loss * (TYPICAL * count / max(total, 1e-30))
     return loss, figures
 
 
@@ -308,8 +339,8 @@ def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float, keys: tuple
     return measure(A, x, noise_std, seeded_generator(*keys).initial_seed() >> 1, indices)
 
 
-def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor,
-                         power_iterations: int) -> Tensor:
+def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterations: int,
+                         slowest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How much T stretches the direction that dies slowest at x*, one factor per image (B,).
 
     Below 1 that direction dies out. It is one direction at one point: no bound on T's Lipschitz
@@ -318,7 +349,8 @@ def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor,
     The solve is itself a power iteration, so what is left of its residual, T(x*) - x*, already
     points along the slowest direction; a random one would miss modes that live in a few pixels.
     `power_iterations` more sharpen it. Finite differences of 1% of |x*|. The factor is
-    differentiable in Theta.
+    differentiable in Theta. Returned with it is the direction, to be given as `slowest` where the
+    estimate goes on.
     """
     size = 0.01 * _norm(x_star)
     Tx = T(x_star)
@@ -327,10 +359,10 @@ def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor,
         return v * (size / _norm(v).clamp_min(1e-12))
 
     with torch.no_grad():
-        v = scaled(Tx - x_star)
+        v = scaled(Tx - x_star if slowest is None else slowest)
         for _ in range(power_iterations):
             v = scaled(T(x_star + v) - Tx)
-    return (_norm(T(x_star + v) - Tx) / size).flatten()
+    return (_norm(T(x_star + v) - Tx) / size).flatten(), v
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -353,7 +385,8 @@ def train(
 ) -> list[dict[str, float]]:
     """Minimise `batch_loss` over random crops of `images`; return the records of its parts.
 
-    A training has as many parts as epochs, and at least `RECORDS`. A record has the epochs so far,
+    A loss with an attribute `visits` comes back to each batch so often. A training has as many
+    parts as epochs, and at least `RECORDS`. A record has the epochs so far,
     the part's mean loss per image, the means of what the loss reports, the seconds of training,
     and what `validate` returns. With `checkpoints`, a folder, the state after each part is stored
     and a stopped training goes on from the last one that is whole.
@@ -383,7 +416,8 @@ def train(
     if processes.rank() > 0:
         log, validate = _nothing, None
     shared_loss = processes.share_out(module, batch_loss)
-    optimizer = torch.optim.Adam(module.parameters(), lr=config.learning_rate)
+    kind = Muon if config.muon else torch.optim.Adam
+    optimizer = kind(module.parameters(), lr=config.learning_rate)
     history: list[dict[str, float]] = []
     file = None
     if checkpoints is not None:
@@ -401,7 +435,8 @@ def train(
         last_good = f"; the last good checkpoint is {file}" if file and history else ""
         bounds = steps * part // parts, steps * (part + 1) // parts
         record = {"epoch": bounds[1] / batches, **_train_part(
-            shared_loss, images, config, device, optimizer, range(*bounds), steps, last_good)}
+            shared_loss, images, config, device, optimizer, range(*bounds), steps,
+            getattr(batch_loss, "visits", 1), last_good)}
         record["seconds"] = time.perf_counter() - start
         record.update(validate() if validate else {})
         history.append(record)
@@ -437,7 +472,7 @@ def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dic
 
 def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
                 device: torch.device, optimizer: torch.optim.Optimizer, part: range, steps: int,
-                last_good: str) -> dict[str, float]:
+                visits: int, last_good: str) -> dict[str, float]:
     """Some of a training's steps; the means of the loss and of what it reports.
 
     Each process has its share of every batch. The backward pass averages over the processes, so a
@@ -446,7 +481,8 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
     batches = math.ceil(len(images) / config.batch_size)
     means, order, shuffled = _Means(device), (), None
     for number in part:
-        epoch, step = number // batches + 1, number % batches
+        epoch, step = divmod(_which(number, visits), batches)
+        epoch += 1
         if shuffled != epoch:
             order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
             order, shuffled = order.split(config.batch_size), epoch
@@ -475,6 +511,15 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
                 "stable; lower the learning rate, raise penalty or max_iterations, or raise "
                 f"unconverged_limit to go on{last_good}")
     return {name: means.of(name, 0.0) for name in means.totals}
+
+
+def _which(step: int, visits: int) -> int:
+    """The number of the batch that a step meets: of `POOL` in turn, each replaced after its visits.
+
+    They are replaced at different times, so that about the same number of solves is due at any.
+    """
+    cycle, place = divmod(step, POOL)
+    return (cycle + place % visits) // visits * POOL + place if visits > 1 else step
 
 
 class _Means:

@@ -71,10 +71,11 @@ def weights_of(module) -> list[torch.Tensor]:
     return [value.clone() for value in module.state_dict().values()]
 
 
-@pytest.mark.parametrize("kind", ["denoiser", "jfb"])
-def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, images, tmp_path):
+@pytest.mark.parametrize(("kind", "muon"), [("denoiser", False), ("jfb", False), ("jfb", True)])
+def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, muon, images, tmp_path):
+    config = replace(CONFIG, muon=muon)
     model, loss = make(kind)
-    whole = train(model, loss, images, CONFIG, CPU, tmp_path / "whole")
+    whole = train(model, loss, images, config, CPU, tmp_path / "whole")
     uninterrupted = weights_of(model)
 
     class Killed(Exception):
@@ -86,10 +87,10 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, images, tmp_pat
 
     model, loss = make(kind)
     with pytest.raises(Killed):
-        train(model, loss, images, CONFIG, CPU, tmp_path / "cut", log=die_in_epoch_2)
+        train(model, loss, images, config, CPU, tmp_path / "cut", log=die_in_epoch_2)
     model, loss = make(kind)
     lines = []
-    resumed = train(model, loss, images, CONFIG, CPU, tmp_path / "cut", log=lines.append)
+    resumed = train(model, loss, images, config, CPU, tmp_path / "cut", log=lines.append)
     assert lines[0] == "resumed after epoch 2 of 3"
     assert all(torch.equal(a, b) for a, b in zip(weights_of(model), uninterrupted, strict=True))
     assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
@@ -213,7 +214,7 @@ def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(crops, mo
     torch.testing.assert_close(figures["mse"], expected["mse"], rtol=0, atol=0)
     weights = list(model.parameters())
     got = torch.autograd.grad(value.sum(), weights)
-    wanted = torch.autograd.grad(errors.log().sum() * training.TYPICAL, weights)
+    wanted = torch.autograd.grad(errors.mean().log() * len(crops) * training.TYPICAL, weights)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -281,9 +282,12 @@ def test_contraction_estimate_finds_the_slowest_mode():
     x = torch.zeros(3, 20, dtype=torch.float64)
     for _ in range(10):
         x = T(x)
-    estimate = contraction_estimate(T, x, power_iterations=60)
+    estimate, direction = contraction_estimate(T, x, power_iterations=60)
     torch.testing.assert_close(estimate, torch.full((3,), 0.8, dtype=torch.float64),
                                rtol=1e-2, atol=0)
+    x = torch.randn(3, 20, dtype=torch.float64)  # the direction, not the residual, is gone on from
+    again, _ = contraction_estimate(T, x, 0, direction)
+    torch.testing.assert_close(again, estimate, rtol=1e-3, atol=0)
 
 
 def test_penalty_lowers_the_contraction():

@@ -1,0 +1,207 @@
+"""Training that comes back to its batches, and Muon: against solves from the start, and an SVD."""
+
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from jfbnb import training
+from jfbnb.datasets import bundled_photos
+from jfbnb.fixed_point import anderson
+from jfbnb.maps import SplittingMap
+from jfbnb.models import Equilibrium
+from jfbnb.muon import LENGTH, Muon, polar_factor
+from jfbnb.networks import Denoiser, DnCNN
+from jfbnb.operators import Blur
+from jfbnb.training import (
+    Conditions,
+    EquilibriumLoss,
+    ImplicitLoss,
+    LossSettings,
+    TrainingConfig,
+    draw_measurement,
+    train,
+)
+
+CPU = torch.device("cpu")
+VISITED = LossSettings(0.01, 1e-3, 30, 1, penalty=0.0, visits=4)
+STILL = TrainingConfig(1, batch_size=4, crop=16, learning_rate=0.0, seed=0, unconverged_limit=1.0)
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return bundled_photos("test", 24).images[:400:50].clone()  # two batches
+
+
+class Damping(DnCNN):
+    """Of whatever it is given it takes 30% away, so that a solve is short."""
+
+    def forward(self, x, sigma):
+        return 0.3 * x + super().forward(x, sigma)
+
+
+def model(std: float = 0.008) -> Equilibrium:
+    torch.manual_seed(0)
+    network = Damping(3, 6)
+    torch.nn.init.normal_(network.layers[-1].weight, std=std)
+    return Equilibrium(SplittingMap(Blur(16, 5, 2.0), Denoiser(network, 0.03), 0.1))
+
+
+# --- which batch when ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("visits", [2, 8])
+def test_a_batch_is_visited_so_often_and_others_lie_between(visits):
+    met = [training._which(step, visits) for step in range(training.POOL * 40)]
+    when = {}
+    for step, batch in enumerate(met):
+        when.setdefault(batch, []).append(step)
+    gaps = {b - a for steps in when.values() for a, b in pairwise(steps)}
+    assert gaps == {training.POOL}
+    counts = Counter(met)
+    whole = range(training.POOL, training.POOL * (40 // visits))  # none is left out
+    assert {counts[batch] for batch in whole} == {visits}
+    assert max(counts.values()) == visits
+    new = [steps[0] for steps in when.values() if steps[0] >= training.POOL]
+    per_pool = Counter(step // training.POOL for step in new)
+    assert set(per_pool.values()) == {training.POOL // visits}  # solves are due evenly
+
+
+def test_without_visits_the_batches_come_in_order():
+    assert [training._which(step, 1) for step in range(500)] == list(range(500))
+
+
+# --- what is gone on from -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [EquilibriumLoss, ImplicitLoss])
+def test_it_solves_once_and_goes_on_from_what_it_tracked(kind, images, monkeypatch):
+    solves = []
+
+    def counted(*arguments, **options):
+        solves.append(1)
+        return real(*arguments, **options)
+
+    real = training.solve
+    monkeypatch.setattr(training, "solve", counted)
+    monkeypatch.setattr(training, "POOL", 2)
+    m = model()
+    loss = kind(m, VISITED)
+    history = train(m, loss, images, replace(STILL, epochs=8), CPU)
+    # Two places of four visits each; the second begins with its second visit.
+    assert len(solves) == len({training._which(step, 4) for step in range(16)}) == 5
+    assert len(loss.memory) == 2
+    assert {"iterations", "converged", "mse"} <= set(history[0])
+
+
+def test_visits_lead_to_the_fixed_point(images):
+    """A hundred applications at fixed weights, against a solve to 1e-6, in value and gradient."""
+    m = model()
+    loss = EquilibriumLoss(m, replace(VISITED, tolerance=0.08, visits=1000))
+    x, keys = images[:4, :, :16, :16].float() / 255, (0, 1)
+    d = draw_measurement(m.T.A, x, 0.01, keys, range(4))
+    exact, _ = anderson(m.T, m.T.start(d), 1e-6, 200, given=d)
+    far = None
+    for _ in range(100):
+        errors, _ = loss(x, keys, range(4))
+        now = loss.memory[keys][0]
+        far = (now - exact).norm() if far is None else far
+    assert (now - exact).norm() < 1e-2 * far and (now - exact).norm() < 1e-4 * exact.norm()
+    wanted, _ = EquilibriumLoss(m, replace(VISITED, tolerance=1e-6, max_iterations=200, visits=1)
+                                )(x, keys, range(4))
+    weights = list(m.parameters())
+    for a, b in zip(torch.autograd.grad(errors.sum(), weights, allow_unused=True),
+                    torch.autograd.grad(wanted.sum(), weights, allow_unused=True), strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * b.abs().max().item())
+
+
+def test_the_slowest_direction_gets_sharper_from_visit_to_visit(images):
+    """One power iteration a visit, against the eigenvalue that ARPACK finds."""
+    from scipy.sparse.linalg import LinearOperator as Operator
+    from scipy.sparse.linalg import eigs
+
+    m = model().double()
+    loss = EquilibriumLoss(m, replace(VISITED, tolerance=1e-2, penalty=1.0, watched=1,
+                                      visits=1000))
+    x, keys = images[:1, :, :16, :16].double() / 255, (0, 1)
+    found = [loss(x, keys, range(1))[1]["contraction"].item() for _ in range(60)]
+    z = loss.memory[keys][0]
+    d = draw_measurement(m.T.A, x, 0.01, keys, range(1))
+
+    def J(v):
+        with torch.no_grad():
+            t = torch.from_numpy(v).view_as(z) * 1e-4
+            return ((m.T(z + t, d) - m.T(z - t, d)) / 2e-4).flatten().numpy()
+
+    n = z.numel()
+    radius = abs(eigs(Operator((n, n), J, dtype=float), k=1, return_eigenvectors=False)[0])
+    assert found[-1] == pytest.approx(radius, rel=0.02)
+
+
+def test_a_batch_whose_state_is_gone_or_runs_away_is_solved_again(images):
+    x = images[:4, :, :16, :16].float() / 255
+
+    def visits(loss: EquilibriumLoss) -> list[bool]:
+        """Whether each of three solves."""
+        return ["iterations" in loss(x, (0, 1), range(4))[1] for _ in range(3)]
+
+    loss = EquilibriumLoss(model(), VISITED)
+    assert visits(loss) == [True, False, False] and not visits(loss)[0]
+    loss.memory.clear()
+    assert visits(loss)[0]
+    wild = EquilibriumLoss(model(std=1.0), VISITED)  # no contraction: applied over and over, it
+    found = visits(wild)  # would reach 1e30 before the batch is replaced
+    assert sum(found) > 1 and not wild.memory.keys() - {(0, 1)}
+
+
+def test_every_batch_weighs_alike_under_drawn_conditions(images):
+    """The gradient is that of the logarithm of the batch's mean, however strong the noise was."""
+    m = model()
+    loss = EquilibriumLoss(m, replace(VISITED, conditions=Conditions(), visits=1))
+    x = images[:4, :, :16, :16].float() / 255
+    for key in range(4):
+        value, figures = loss(x, (0, key), range(4))
+        assert value.mean().item() == pytest.approx(training.TYPICAL, rel=1e-5)
+        assert value.detach() / value.detach().sum() == pytest.approx(
+            (figures["mse"] / figures["mse"].sum()), rel=1e-4)
+
+
+# --- Muon ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(6, 54), (54, 6), (16, 16), (1, 8)])
+def test_the_polar_factor_has_the_singular_vectors_and_values_near_1(shape):
+    torch.manual_seed(0)
+    G = torch.randn(shape, dtype=torch.float64)
+    U, _, Vt = torch.linalg.svd(G, full_matrices=False)
+    core = U.mT @ polar_factor(G) @ Vt.mT  # diagonal, as the same vectors belong to it
+    values = core.diagonal()
+    assert (core - values.diag()).abs().max() < 1e-8
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_muon_moves_hidden_layers_by_its_length_and_the_others_as_adam_does():
+    networks = []
+    for kind in (Muon, torch.optim.Adam):
+        torch.manual_seed(0)
+        network = DnCNN(4, 8)
+        torch.nn.init.normal_(network.layers[-1].weight, std=0.05)
+        before = [p.detach().clone() for p in network.parameters()]
+        optimizer = kind(network.parameters(), lr=1e-2)
+        network(torch.rand(2, 3, 12, 12), 0.1).square().mean().backward()
+        gradients = [p.grad.clone() for p in network.parameters()]
+        optimizer.step()
+        assert all(torch.equal(p.grad, g) for p, g in zip(network.parameters(), gradients,
+                                                          strict=True))
+        networks.append([p - q for p, q in zip(network.parameters(), before, strict=True)])
+    for muon, adam, gradient in zip(*networks, gradients, strict=True):
+        if muon.dim() == 4 and min(muon.shape[:2]) > 4:
+            assert (muon * gradient).sum() < 0
+            length = 1e-2 * LENGTH * max(muon.flatten(1).shape) ** 0.5
+            values = torch.linalg.svdvals(muon.flatten(1)) / length
+            assert values.median() > 0.5 and values.max() < 1.3  # a dead ReLU has a 0
+        else:
+            assert torch.equal(muon, adam)
