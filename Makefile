@@ -6,7 +6,7 @@
 # make lab         open the notebooks in JupyterLab
 # make bench       measure speed and memory, beside deepinv and torchdeq: benchmarks/README.md
 # make lock        renew requirements.lock
-# make publish     after a clean quick run: its outputs into the notebooks and README.md
+# make publish     after a clean run: its outputs into figures/published, the notebooks, README.md
 
 PYTHON ?= python3
 PROFILE ?= quick
@@ -51,7 +51,7 @@ faults: $(INSTALLED)
 	  --junitxml build/faults.xml $(ARGS)
 
 lab: $(INSTALLED)
-	$(BIN)/jupyter lab --notebook-dir notebooks
+	$(BIN)/jfbnb lab
 
 # The lock has the peers; the first command is for an environment made in another way.
 bench: $(INSTALLED)
@@ -63,10 +63,10 @@ bench: $(INSTALLED)
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --universal --python-version 3.11 --generate-hashes --no-emit-index-url \
-	  --no-header --extra test --output-file requirements.lock pyproject.toml
+	  --no-header --extra notebooks --extra test --output-file requirements.lock pyproject.toml
 
 publish: $(INSTALLED)
-	$(BIN)/python tools/publish.py
+	$(BIN)/python tools/publish.py $(PROFILE)
 
 $(INSTALLED): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

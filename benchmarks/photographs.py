@@ -33,13 +33,13 @@ from skimage import restoration as skimage_restoration
 
 from jfbnb import photographs
 from jfbnb.common import UserError, atomic_write
-from jfbnb.figures import save_data
-from jfbnb.methods import RELEASED, make_methods
+from jfbnb.figures import image_row, save_data, save_figure
+from jfbnb.methods import make_methods
 from jfbnb.operators import MRI, Downsampling, Inpainting
 from jfbnb.plausibility import estimate_noise
 from jfbnb.suite.cli import main as jfbnb
 
-METHODS = ("jfb-head", "jfb", "tikhonov", "total-variation")
+METHODS = ("jfb", "jfb-head", "tikhonov", "total-variation")
 HELD_OUT = "chelsea"  # tunes the other operators' weights, which are measured on the others
 NOISES = (0.003, 0.005, 0.01, 0.02, 0.05)
 LARGE = (GAUSSIAN, MOTION)
@@ -98,11 +98,26 @@ def restoration(bench: Bench) -> Iterator[Row]:
             found = [(m, np.nan, *deblur(file, kernel, "--method", m)) for m in METHODS]
             found += [(*result, {}) for result in by_scikit_image(d, case.kernel)]
             near = rim(x, FRAME)
+            if name == bench.photographs[0] and case is MOTION:
+                draw({"Blurred": d, "Tikhonov": found[METHODS.index("tikhonov")][2],
+                      "JFB": found[METHODS.index("jfb")][2], "Original": x}, bench.out)
             for method, setting, image, said in found:
                 yield {"blur": case.name, "photograph": name, "method": method, "setting": setting,
                        "input": psnr(d, x), "PSNR": psnr(image, x),
                        "input frame": psnr(d[near], x[near]), "frame": psnr(image[near], x[near]),
                        **said}
+
+
+def draw(pictures: dict[str, np.ndarray], out: Path) -> None:
+    """Four pictures in a row, and the blurred one beside JFB's as under a swipe handle."""
+    truth = pictures["Original"]
+    psnrs = {label: psnr(image, truth) for label, image in pictures.items()}
+    swipe, middle = pictures["Blurred"].copy(), truth.shape[1] // 2
+    swipe[:, middle:] = pictures["JFB"][:, middle:]
+    swipe[:, middle - 1:middle + 1] = 1
+    shown = pictures | {"Blurred | JFB": swipe}
+    save_figure(image_row({label: batch(image)[0] for label, image in shown.items()}, psnrs),
+                out / "photographs")
 
 
 def mismatches(bench: Bench) -> Iterator[Row]:
@@ -148,7 +163,7 @@ def batch(image: np.ndarray) -> torch.Tensor:
 
 def operators(bench: Bench) -> Iterator[Row]:
     """Other operators: the weight of each prior is tuned on a photograph that is not counted."""
-    restorers = make_methods(["measurement", *METHODS], RELEASED, torch.device("cpu"))
+    restorers = make_methods(["measurement", *METHODS], None, torch.device("cpu"))
     for make, operator in ((scenes.inpainting, Inpainting), (scenes.mri, MRI),
                            (scenes.super_resolution, partial(Downsampling, factor=2))):
         chosen = {}
@@ -196,7 +211,7 @@ def large(bench: Bench) -> Iterator[Row]:
             case.right(bench.scratch), "--out", str(bench.scratch)])
         if status:
             raise UserError("the command failed: see above")
-        image = read(bench.scratch / "large-jfb-head.png")
+        image = read(bench.scratch / "large-jfb.png")
         yield {"blur": case.name, "pixels": "{} x {}".format(*bench.large),
                "input": psnr(read(file), x), "PSNR": psnr(image, x), **found}
 

@@ -1,9 +1,10 @@
 // The swipe comparison, in the browser alone: no kernel, no library, no request.
 //
 // `mount(el)` turns the <figure> elements inside `el` (an <img> and a <figcaption> each) into one
-// comparison. Without scripts the figures stay what they are: labelled pictures in a row.
+// comparison. Without scripts the figures stay what they are: labelled pictures in a row. It returns
+// how it is looked at: given to the next `mount`, handle, menus and zoom stay as they were.
 
-function mount(el) {
+function mount(el, before) {
   const figures = [...el.querySelectorAll("figure")];
   const images = figures.map((figure) => ({
     label: figure.dataset.label,
@@ -228,7 +229,20 @@ function mount(el) {
       [state.left, state.right].map((i) => `${images[i].label} ${value(images[i])}`).join(" | ");
   }
 
+  if (before) {
+    Object.assign(state, before.view());
+    for (const side of ["left", "right"]) {
+      const same = images.findIndex((image) => image.label === before.label(side));
+      if (same >= 0) state[side] = same;
+    }
+    state.error = state.error && truth >= 0;
+  }
   Promise.all(images.map((image) => image.img.decode())).then(prepare);
+  return {
+    view: () => ({ position: state.position, zoom: state.zoom, x: state.x, y: state.y,
+      error: state.error }),
+    label: (side) => images[state[side]].label,
+  };
 }
 
 const ERROR_GAIN = 5;

@@ -8,6 +8,7 @@ import base64
 import functools
 import html
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,7 +32,8 @@ from jfbnb.metrics import psnr
 from jfbnb.operators import Blur, LinearOperator, get_protocol, measure
 from jfbnb.widgets import Comparison
 
-WITHOUT_KERNEL = "An explorer: run the notebook to use it."
+WITHOUT_KERNEL = "An explorer: run the notebook to turn the knobs."
+BUSY = "working; where cells below still run, they come first"
 ACCEPTED = "image/*,.tif,.tiff"  # of a browser's files
 SOLVERS = {"Picard": picard, "Anderson": anderson}
 BAD, HOPELESS = 1e6, 1e12  # condition numbers: from the second on float64 knows no inverse
@@ -47,7 +49,9 @@ class Explorer(w.VBox):
     def __init__(self, **controls: w.ValueWidget):
         self.controls = controls
         self.defaults = {name: control.value for name, control in controls.items()}
-        self.status = w.HTML()
+        self.status = status_line()
+        self.figure: Figure | None = None
+        self.resetting = False
         self.picture = w.Image(format="png", layout=w.Layout(max_width="100%"))
         reset = w.Button(description="Reset", layout=w.Layout(width="80px"))
         reset.on_click(lambda _: self.reset())
@@ -64,15 +68,16 @@ class Explorer(w.VBox):
 
     def refresh(self) -> None:
         """Draw anew, with the controls as they are."""
+        if self.resetting:
+            return
+        self.status.value = BUSY
         try:
             with torch.no_grad():
-                figure, numbers = self.draw(**{k: c.value for k, c in self.controls.items()})
+                self.figure, numbers = self.draw(**{k: c.value for k, c in self.controls.items()})
         except UserError as error:
             self.complain(str(error))
             return
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", dpi=80)
-        self.picture.value = buffer.getvalue()
+        self.picture.value = to_png(self.figure)
         self.status.value = numbers
 
     def complain(self, message: str) -> None:
@@ -80,17 +85,35 @@ class Explorer(w.VBox):
         self.status.value = f'<span style="color:#b00020">{html.escape(message)}</span>'
 
     def reset(self) -> None:
-        """All controls as they were."""
+        """All controls as they were, and one drawing."""
+        self.resetting = True
         for name, control in self.controls.items():
             control.value = self.defaults[name]
+        self.resetting = False
+        self.refresh()
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
-        """The widget, and its picture for those who read without a kernel."""
+        """The widget; and for those who read without a kernel its picture, and what it says."""
         bundle = super()._repr_mimebundle_(**kwargs)
+        said = html.unescape(re.sub(r"<[^>]+>", "", self.status.value))
+        note = self.figure.text(0.01, -0.01, f"{said}\n{WITHOUT_KERNEL}", va="top", fontsize=9)
+        whole = Image.open(io.BytesIO(to_png(self.figure, bbox_inches="tight")))
+        note.remove()
         smaller = io.BytesIO()  # a notebook keeps it: 64 colours will do
-        Image.open(io.BytesIO(self.picture.value)).convert("RGB").quantize(64).save(smaller, "png")
-        return {**bundle, "text/plain": WITHOUT_KERNEL,
+        whole.convert("RGB").quantize(64).save(smaller, "png")
+        return {**bundle, "text/plain": f"{said}. {WITHOUT_KERNEL}",
                 "image/png": base64.b64encode(smaller.getvalue()).decode()}
+
+
+def to_png(figure: Figure, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=80, **options)
+    return buffer.getvalue()
+
+
+def status_line() -> w.HTML:
+    """Where numbers are said. It has room for two lines, so that what is below stays in place."""
+    return w.HTML(layout=w.Layout(min_height="3.2em"))
 
 
 def slider(label: str, value: float, low: float, high: float, step: float) -> w.FloatSlider:
@@ -169,7 +192,8 @@ class TikhonovExplorer(Explorer):
         self.d = measure(A, x, noise_std, 0, [0])
         super().__init__(lam=log_slider("λ", 0.01, -5, 0),
                          step=slider("step η", 1.0, 0.1, 2.2, 0.1),
-                         k=int_slider("iteration k", 20, 0, 1000))
+                         k=w.SelectionSlider(options=(0, *self.COUNTS), value=20,
+                                             description="iteration k", continuous_update=False))
 
     def draw(self, lam: float, step: float, k: int) -> tuple[Figure, str]:
         def at(count: int) -> Tensor:
@@ -188,8 +212,11 @@ class TikhonovExplorer(Explorer):
         best = max(range(len(curve)), key=curve.__getitem__)
         numbers = (f"iterate {k}: {now:.2f} dB; best on this curve {curve[best]:.2f} dB at "
                    f"k = {self.COUNTS[best]}")
-        if step * (1 + lam) > 2:
+        if step * (1 + lam) > 2.001:
             numbers += "; <b>step above 2 / L: it diverges</b>"
+        elif step * (1 + lam) > 1.999:
+            numbers += ("; <b>step next to 2 / L</b>: what the blur keeps best swings to and fro "
+                        "and hardly dies out")
         return figure, numbers
 
 
@@ -285,15 +312,16 @@ class ToyMap(nn.Module):
 class GradientExplorer(Explorer):
     """Notebook 4: exact, Neumann-k and JFB gradient in the plane, and where they lead.
 
-    The loss is |x*(theta) - x*(goal)|^2 / 2, with theta in the plane and x* the fixed point of a
-    `ToyMap`. Every gradient is computed by `jfbnb.gradients`.
+    The arrows are drawn where JFB stands after its steps. The loss is |x*(theta) - x*(goal)|^2 / 2,
+    with theta in the plane and x* the fixed point of a `ToyMap`. Every gradient is computed by
+    `jfbnb.gradients`.
     """
 
     START, GOAL = (-1.0, 0.9), (0.7, -0.4)
 
     def __init__(self) -> None:
         super().__init__(gamma=slider("contraction γ", 0.6, 0.0, 0.95, 0.05),
-                         degrees=int_slider("J turns by (°)", 60, -180, 180, 15),
+                         degrees=int_slider("J turns by (°)", 60, -165, 180, 15),
                          terms=int_slider("Neumann terms", 3, 1, 20),
                          steps=int_slider("steps", 0, 0, 40),
                          rate=slider("learning rate", 0.2, 0.05, 1.0, 0.05))
@@ -317,31 +345,38 @@ class GradientExplorer(Explorer):
              rate: float) -> tuple[Figure, str]:
         figure, (ax,) = new_figure(width=6, height=4.6)
         self._contours(ax, ToyMap(gamma, torch.pi * degrees / 180, torch.zeros(2)))
-        start = torch.tensor(self.START, dtype=torch.float64)
         gradients = self.gradients(gamma, degrees, terms)
-        exact = gradients["exact"](start)
-        cosines = []
+        paths = {kind: self._path(gradient, steps, rate) for kind, gradient in gradients.items()}
+        here = paths["JFB"][-1]
+        exact, cosines = gradients["exact"](here), []
         for kind, gradient in gradients.items():
-            colour = GRADIENT_COLOURS[kind]
-            at_start = gradient(start)
-            cosines.append(f"{kind} {torch.cosine_similarity(at_start, exact, dim=0).item():.2f}")
-            arrow = -0.6 * at_start / at_start.norm().clamp_min(1e-12)
-            ax.annotate("", start + arrow, start,
-                        arrowprops={"arrowstyle": "->", "color": colour, "linewidth": 2})
-            path = [start]
-            for _ in range(steps):
-                path.append(path[-1] - rate * gradient(path[-1]))
-            ax.plot(*torch.stack(path).T, "o-", color=colour, markersize=3, label=kind)
+            colour, wide = GRADIENT_COLOURS[kind], kind == "exact"  # others may lie upon it
+            g = gradient(here)
+            cosines.append(f"{kind} {torch.cosine_similarity(g, exact, dim=0).item():.2f}")
+            ax.annotate("", here - 0.6 * g / g.norm().clamp_min(1e-12), here, arrowprops={
+                "arrowstyle": "->", "color": colour, "linewidth": 5 if wide else 2,
+                "alpha": 0.5 if wide else 1})
+            ax.plot(*torch.stack(paths[kind]).T, "o-", color=colour, markersize=3, label=kind)
         ax.plot(*self.GOAL, "*", color=METHODS["tikhonov"].colour, markersize=14)
         ax.legend(loc="upper right")
-        return figure, "cosine to the exact gradient at the start: " + ", ".join(cosines)
+        uphill = torch.dot(gradients["JFB"](here), exact) < 0
+        return figure, (f"cosine to the exact gradient where JFB is after {steps} steps: "
+                        f"{', '.join(cosines)}"
+                        + "; <b>JFB's arrow goes uphill</b>" * bool(uphill))
+
+    def _path(self, gradient: Callable[[Tensor], Tensor], steps: int, rate: float) -> list[Tensor]:
+        path = [torch.tensor(self.START, dtype=torch.float64)]
+        for _ in range(steps):
+            path.append(path[-1] - rate * gradient(path[-1]))
+        return path
 
     def _contours(self, ax, T: ToyMap) -> None:
         first, second = (torch.linspace(-2, 2, 60, dtype=torch.float64) for _ in range(2))
         grid = torch.stack(torch.meshgrid(first, second, indexing="xy"), dim=-1)
         goal = T.solution(torch.tensor(self.GOAL, dtype=torch.float64))
-        ax.contour(first, second, (T.solution(grid) - goal).square().sum(-1).sqrt(), 14,
-                   cmap="Greys", linewidths=0.8)
+        lines = ax.contour(first, second, (T.solution(grid) - goal).square().sum(-1).sqrt(),
+                           [0.25 * 2**(k / 2) for k in range(14)], cmap="Greys", linewidths=0.8)
+        ax.clabel(lines, fontsize=7, fmt="%.2g")  # its values tell a turn of 0 from one of 180
         ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-2, 2), ylim=(-2, 2))
 
 
@@ -366,7 +401,8 @@ class MethodsExplorer(w.VBox):
         self.weights = weights
         self.loaded: dict[str, Restorer] = {}
         self.restored: dict[tuple, Tensor] = {}
-        self.status = w.HTML()
+        self.resetting = False
+        self.status = status_line()
         self.image = w.Dropdown(options=list(self.scenes), description="image")
         self.upload = w.FileUpload(accept=ACCEPTED, description="your own",
                                    tooltip="a picture, up to 10 MB")
@@ -374,13 +410,15 @@ class MethodsExplorer(w.VBox):
                                                  for name in expected_methods(weights)],
                                         value=self.START, rows=6, description="methods")
         self.noise = log_slider("noise std", paper.noise_std, -3, -1)
+        self.std = slider("kernel std", paper.make.keywords["kernel_std"], 0.3, 5.0, 0.1)
         self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})
         reset = w.Button(description="Reset", layout=w.Layout(width="80px"))
         reset.on_click(lambda _: self.reset())
-        for control in (self.image, self.methods, self.noise):
+        for control in (self.image, self.methods, self.noise, self.std):
             control.observe(lambda _: self.refresh(), "value")
         self.upload.observe(lambda _: self.take_upload(), "value")
-        controls = w.HBox([w.VBox([self.image, self.upload, self.noise]), self.methods, reset],
+        controls = w.HBox([w.VBox([self.image, self.upload, self.noise, self.std]), self.methods,
+                           reset],
                           layout=w.Layout(flex_flow="row wrap"))
         super().__init__([controls, self.status, self.comparison])
         self.refresh()
@@ -390,9 +428,14 @@ class MethodsExplorer(w.VBox):
 
     def reset(self) -> None:
         """The first photograph, the methods and the noise as at the start."""
+        paper = get_protocol("paper")
+        self.resetting = True
         self.image.value = next(iter(self.scenes))
         self.methods.value = self.START
-        self.noise.value = get_protocol("paper").noise_std
+        self.noise.value = paper.noise_std
+        self.std.value = paper.make.keywords["kernel_std"]
+        self.resetting = False
+        self.refresh()
 
     def take_upload(self) -> None:
         """Add the uploaded file to the images and show it."""
@@ -412,10 +455,17 @@ class MethodsExplorer(w.VBox):
 
     def refresh(self) -> None:
         """Restore what is not restored yet, and show it."""
+        if self.resetting:
+            return
+        self.status.value = BUSY
         setup, x = self.scenes[self.image.value]
-        A = setup.operator()
+        A = setup.make(setup.image_size, kernel_std=self.std.value)
         d = measure(A, x, self.noise.value, 0, [0])
-        shown, problem = {"Original": A.visible(x)[0], METHODS["measurement"].label: d[0]}, ""
+        shown = {"Original": A.visible(x)[0], METHODS["measurement"].label: d[0]}
+        problem = "" if setup.name == "paper" else (
+            f"{self.image.value}: its middle square, shrunk to {d.shape[-1]} x {d.shape[-1]} and "
+            "then blurred here. A picture that is blurred already is for Your photograph, in "
+            "notebook 6.")
         for name in self.methods.value:
             try:
                 shown[METHODS[name].label] = self._restore(name, A, d)[0]
@@ -425,7 +475,7 @@ class MethodsExplorer(w.VBox):
         self.status.value = html.escape(problem)
 
     def _restore(self, name: str, A: LinearOperator, d: Tensor) -> Tensor:
-        key = (self.image.value, self.noise.value, name)
+        key = (self.image.value, self.noise.value, self.std.value, name)
         if key not in self.restored:
             if name not in self.loaded:
                 self.loaded |= make_methods([name], self.weights, torch.device("cpu"))

@@ -347,7 +347,7 @@ def make_methods(names: list[str], weights: Path | None,
                  device: torch.device) -> dict[str, Restorer]:
     """The named methods, with what a run stored in the folder `weights`, or as released.
 
-    Released methods are of profile `best`, or of the paper's networks where that has none. A folder
+    Released networks are those of profile `best`, or the paper's where that has none. A folder
     holds tuning.json, denoiser.safetensors (for those that are not trained), and
     NAME.safetensors of each trained method. At another noise level than the tuned one the weight of
     the prior follows the noise, as `Method.noise_power` says. What has no such weight, DE-PROX and
@@ -374,8 +374,8 @@ def expected_methods(weights: Path | None) -> list[str]:
 
 
 def _released(method: Method) -> Path:
-    needed = f"{method.name}.safetensors" if method.trainable else "tuning.json"
-    return BEST if method.behind is None and (BEST / needed).is_file() else RELEASED
+    found = method.trainable and (BEST / f"{method.name}.safetensors").is_file()
+    return BEST if found else RELEASED
 
 
 def _make_method(method: Method, weights: Path, device: torch.device) -> Restorer:

@@ -110,7 +110,7 @@ class PhotographExplorer(w.VBox):
         folder: where results go that are too large for a link.
     """
 
-    def __init__(self, method: str = "jfb-head", weights: Path | None = None,
+    def __init__(self, method: str = "jfb", weights: Path | None = None,
                  folder: Path = Path(".")):
         self.weights, self.folder = weights, folder
         self.loaded: dict[str, Restorer] = {}

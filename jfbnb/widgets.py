@@ -51,9 +51,10 @@ class Comparison(anywidget.AnyWidget):
     _esm = SCRIPT + """
 export default {
   render({ model, el }) {
+    let view = null;
     const build = () => {
       el.innerHTML = model.get("figures");
-      mount(el.firstElementChild);
+      view = mount(el.firstElementChild, view);
     };
     build();
     model.on("change:figures", build);

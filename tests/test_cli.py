@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import numpy as np
@@ -17,7 +19,7 @@ from PIL import Image
 
 from jfbnb import photographs
 from jfbnb.methods import METHODS, RELEASED, make_methods
-from jfbnb.suite import checkout
+from jfbnb.suite import checkout, cli
 from jfbnb.suite.cli import main
 
 
@@ -380,7 +382,41 @@ def test_a_wheel_has_all_it_needs_and_no_notebooks(wheel, tmp_path):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     done = from_wheel(wheel, tmp_path, "-P", "-m", "jfbnb", "deblur", "a.png", "--out", "o")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "o" / "a-jfb-head.png").is_file()
+    assert (tmp_path / "o" / "a-jfb.png").is_file()
+
+
+def test_pictures_are_restored_without_what_the_notebooks_need(wheel, tmp_path):
+    """Those packages are hidden; what needs one of them says so in a line."""
+    project = tomllib.loads((checkout.ROOT / "pyproject.toml").read_text())["project"]
+    hidden = [re.match(r"[\w-]+", text)[0] for text in
+              project["optional-dependencies"]["notebooks"]]
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+from importlib.machinery import PathFinder
+
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.split(".")[0] in {[*hidden, "IPython", "jupyter_client", "nbclient"]}:
+            return None
+        return PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+from jfbnb.suite.cli import main
+for words in ("blur a.png --out o", "deblur a.png --out o", "evaluate --data o --method jfb"):
+    assert main(words.split()) == 0, words
+""")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    done = from_wheel(wheel, tmp_path, "-P", script)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_the_notebooks_need_is_named_where_it_is_missing(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nbformat", None)
+    monkeypatch.delitem(sys.modules, "jfbnb.suite.reproduce", raising=False)
+    line = refused(capsys, "reproduce")
+    assert "nbformat is not installed" in line and "jfbnb[notebooks]" in line
 
 
 def test_commands_of_a_wheel(wheel, tmp_path, image_folder):
@@ -412,3 +448,23 @@ def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
 def test_train_refuses_numbers_out_of_range(capsys, tmp_path):
     line = refused(capsys, "train", "jfb", "-p", "minutes=0", "--out", tmp_path / "out")
     assert "parameter minutes must be positive, not 0" in line
+
+
+def test_a_negative_number_is_a_value_and_not_an_option(capsys, tmp_path):
+    file = tmp_path / "a.png"
+    Image.fromarray(np.full((20, 24, 3), 128, np.uint8)).save(file)
+    for number in ("-1e-2", "-0.01", "-1"):
+        line = refused(capsys, "deblur", file, "--out", tmp_path, "--noise-std", number)
+        assert f"{float(number):g}" in line and "noise" in line
+
+
+def test_lab_opens_the_first_notebook_trusted_at_the_root_of_the_checkout(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(cli.subprocess, "run", lambda words, check: calls.append(words) or
+                        subprocess.CompletedProcess(words, int(len(calls) == 3)))
+    assert run(capsys, "lab")[0] == 0
+    trust, lab = calls
+    assert trust[1:4] == ["-m", "jupyter", "trust"] and len(trust) >= 4 + 6
+    assert lab[1:6] == ["-m", "jupyter", "lab", "--notebook-dir", str(checkout.ROOT)]
+    assert lab[6].endswith("/lab/tree/notebooks/01_problem_setup_and_direct_inverse.ipynb")
+    assert "jupyter trust ended with status 1" in refused(capsys, "lab")

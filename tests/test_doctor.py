@@ -49,6 +49,13 @@ def test_a_kernel_of_another_package_is_trouble(monkeypatch):
     assert not well and "/another/bin/python" in line and "no package jfbnb" in line
 
 
+def test_an_nvidia_gpu_that_pytorch_cannot_use_is_trouble(monkeypatch, image_folder, capsys):
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor.torch.cuda, "is_available", lambda: False)
+    assert main(["doctor", "--data", str(image_folder)]) == 2
+    assert "TROUBLE an NVIDIA driver is here" in capsys.readouterr().out
+
+
 def test_anothers_method_is_no_finding_before_it_is_trained(monkeypatch, tmp_path):
     theirs = dataclasses.replace(METHODS["jfb"], name="theirs")
     monkeypatch.setitem(METHODS, "theirs", theirs)

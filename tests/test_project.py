@@ -3,9 +3,13 @@
 import importlib.util
 import io
 import json
+import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -28,8 +32,9 @@ def pyproject() -> dict:
 
 def requirements() -> list[Requirement]:
     project = pyproject()
+    extras = project["optional-dependencies"]
     return [Requirement(text) for text in
-            project["dependencies"] + project["optional-dependencies"]["test"]]
+            project["dependencies"] + extras["notebooks"] + extras["test"]]
 
 
 def test_environment_asks_for_what_pyproject_asks_for():
@@ -101,10 +106,23 @@ def publish():
     return module
 
 
-def test_readme_numbers_are_those_of_the_stored_runs(publish):
-    readme = committed("README.md")
-    for name, text in publish.readme_blocks(committed).items():
-        assert publish.replace_block(readme, name, text) == readme
+def test_numbers_on_pages_are_those_of_the_stored_runs(publish):
+    for path, text in publish.filled(committed).items():
+        assert text == committed(path), path
+
+
+def test_every_block_on_a_page_is_filled(publish):
+    names = set(publish.blocks(committed))
+    for path in ("README.md", *publish.PAGES):
+        assert set(re.findall(r"<!-- (?!end )(.+?) -->", committed(path))) <= names
+
+
+def test_readme_is_a_page_whose_links_lead_somewhere():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    assert len(pages[0].read_text().splitlines()) <= 150
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+?)\)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
 def stored(minutes: dict[str, float]) -> dict[str, str]:
@@ -116,8 +134,8 @@ def stored(minutes: dict[str, float]) -> dict[str, str]:
             for name, values in psnr.items() for i, value in enumerate(values)]
     table = pd.DataFrame({"Method": list(psnr),
                           "Minutes of training": [minutes.get(name) for name in psnr]})
-    return {"figures/mine/metrics.csv": pd.DataFrame(rows).to_csv(index=False),
-            "figures/mine/table2_comparison.csv": table.to_csv(index=False)}
+    return {"figures/published/mine/metrics.csv": pd.DataFrame(rows).to_csv(index=False),
+            "figures/published/mine/table2_comparison.csv": table.to_csv(index=False)}
 
 
 def test_ranking_names_the_first_of_each_kind_and_where_jfb_is(publish):
@@ -134,7 +152,7 @@ def test_ranking_names_the_first_of_each_kind_and_where_jfb_is(publish):
 
 
 def test_ranking_says_which_differences_the_solves_cannot_tell(publish):
-    read = {"figures/mine/nb4_certificate.csv": "drift\n-0.1\n0.02\n"}.get
+    read = {"figures/published/mine/nb4_certificate.csv": "drift\n-0.1\n0.02\n"}.get
     assert "moves by -0.040 dB (2 validation images)" in publish.undecided(read, "mine")
 
 
@@ -152,8 +170,8 @@ def test_equilibrium_says_what_the_certificate_has(publish):
         "radius": [0.9, 0.9, 1.01, 0.9], "norm": [0.95, 1.02, 1.1, 0.97]})
     scales = ("JFB,PSNR as published (dB),PSNR with data range 1 (dB)\npublished,26.88,32.90\n"
               "\"this run, protocol code\",30.0,36.0\n")
-    text = publish.equilibrium({"figures/mine/nb4_certificate.csv": certificate.to_csv(),
-                                "figures/mine/psnr_scales.csv": scales}.get, "mine")
+    text = publish.equilibrium({"figures/published/mine/nb4_certificate.csv": certificate.to_csv(),
+                                "figures/published/mine/psnr_scales.csv": scales}.get, "mine")
     for words in ("3 of 4 validation images are solved, to a relative residual of 1e-04",
                   "within 14 evaluations", "up to 90 times the residual", "50 to 1000 times",
                   "by 2e-06 at most", "on 75% of the images, by -0.200 dB at worst",
@@ -172,6 +190,12 @@ def test_claims_that_no_table_supports_are_not_made():
         assert not [words for words in unsupported if words in text], path
 
 
+def test_a_release_has_one_version():
+    version = pyproject()["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+
+
 def test_authors_repository_and_both_papers_are_cited():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert "/lliu58b/" in citation["preferred-citation"]["url"]
@@ -181,12 +205,12 @@ def test_authors_repository_and_both_papers_are_cited():
 
 def test_stored_photographs_are_restored_by_decibels():
     blurs = pd.read_csv(io.StringIO(committed("benchmarks/results/photographs_restoration.csv")))
-    of_jfb = blurs[blurs.method == "jfb-head"]
+    of_jfb = blurs[blurs.method == "jfb"]
     assert len(of_jfb) == 12 and (of_jfb.PSNR - of_jfb.input > 2.5).all()
 
 
 def test_notebook_times_are_those_of_the_stored_run(publish):
-    provenance = json.loads(committed("figures/quick/provenance.json"))
+    provenance = json.loads(committed("figures/published/quick/provenance.json"))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         first = nbformat.read(path, as_version=4).cells[0].source
         assert publish.running_time(provenance, path.stem) in first
@@ -208,6 +232,44 @@ def tracked() -> list[str]:
     return result.stdout.splitlines()
 
 
+def test_no_run_changes_what_git_tracks():
+    """Nothing that any notebook writes in any profile is in git, nor would it be added."""
+    tracked()  # skips without git
+    for profile in (*PROFILES, "mine", "sweep-1/a"):
+        written = [path for parameters in ({}, {"over_conditions": True})
+                   for step in STEPS for path in step.outputs(profile, parameters)]
+        written.append(Path("figures", profile, "provenance.json"))
+        found = subprocess.run(["git", "check-ignore", "--no-index", *map(str, written)], cwd=ROOT,
+                               capture_output=True, text=True).stdout.splitlines()
+        assert set(found) == set(map(str, written))
+        assert not {path for path in tracked() if Path(path) in written}
+
+
+def test_notebook_1_leaves_the_checkout_clean(tmp_path):
+    """Run in a checkout of its own, by the command; then git is asked."""
+    clone = tmp_path / "clone"
+    done = subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, clone],
+                          capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip("not a git checkout")
+    for name in tracked():  # as it is now, not as it was committed
+        if (ROOT / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, clone / name)
+
+    def status() -> str:
+        return subprocess.run(["git", "status", "--porcelain"], cwd=clone, check=True,
+                              capture_output=True, text=True).stdout
+
+    before = status()
+    environment = {k: v for k, v in os.environ.items() if k != "JFBNB_WORK"}
+    done = subprocess.run([sys.executable, "-m", "jfbnb", "reproduce", "--only", "01"], cwd=clone,
+                          env={**environment, "PYTHONPATH": str(clone)}, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert list((clone / "figures" / "quick").glob("*.png")) and status() == before
+
+
 def test_no_faces_pickles_or_large_files():
     for name in tracked():
         path = ROOT / name
@@ -219,5 +281,5 @@ def test_no_faces_pickles_or_large_files():
     pictures = ("table1_reconstructions", "blog1_direct_inverse", "blog2_gradient_descent",
                 "nb3_denoised")
     for name in tracked():
-        if name.startswith("figures/") and not name.startswith("figures/quick/"):
+        if name.startswith("figures/") and not name.startswith("figures/published/quick/"):
             assert not any(picture in name for picture in pictures), name

@@ -184,8 +184,57 @@ def test_solver_explorer_says_that_it_diverges(x):
 
 
 def test_explorers_have_a_picture_for_those_without_a_kernel(make):
-    bundle = make["denoiser"]()._repr_mimebundle_()
+    """With the line of numbers below it, and what to do."""
+    explorer = make["denoiser"]()
+    bundle = explorer._repr_mimebundle_()
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
+    assert "noisy" in bundle["text/plain"] and "run the notebook" in bundle["text/plain"]
+    sizes = [Image.open(io.BytesIO(content)).size for content in
+             (base64.b64decode(bundle["image/png"]), explorer.picture.value)]
+    assert sizes[0][1] > sizes[1][1] - 30
+    before = explorer.picture.value
+    explorer.refresh()
+    assert explorer.picture.value == before  # the note is on the stored picture alone
+
+
+def test_an_explorer_says_that_it_works_and_draws_once_for_a_reset(make, monkeypatch):
+    explorer = make["tikhonov"]()
+    said, drawn = [], []
+    explorer.status.observe(lambda change: said.append(change["new"]), "value")
+    explorer.picture.observe(drawn.append, "value")
+    explorer.controls["k"].value = 100
+    assert said[0] == explorers.BUSY and "iterate 100" in said[-1]
+    explorer.controls["lam"].value = 0.1
+    drawn.clear()
+    explorer.reset()
+    assert len(drawn) == 1
+
+
+def test_tikhonov_explorer_explains_the_largest_step(make):
+    explorer = make["tikhonov"]()
+    explorer.controls["lam"].value = 1e-5
+    for step, words in ((1.9, None), (2.0, "to and fro"), (2.1, "it diverges")):
+        explorer.controls["step"].value = step
+        assert (words in explorer.status.value if words else "<b>" not in explorer.status.value)
+
+
+def test_gradient_explorer_shows_where_jfb_goes_uphill():
+    """On the way, by the numbers of notebook 4; at the start nowhere."""
+    explorer = GradientExplorer()
+    for degrees in range(-165, 195, 15):
+        for gamma in (0.5, 0.95):
+            explorer.controls["gamma"].value, explorer.controls["degrees"].value = gamma, degrees
+            assert "uphill" not in explorer.status.value
+    explorer.controls["gamma"].value, explorer.controls["degrees"].value = 0.9, -45
+    found = []
+    for steps in range(0, 41, 2):
+        explorer.controls["steps"].value = steps
+        found.append("uphill" in explorer.status.value)
+    assert not found[0] and any(found)
+    explorer.controls["degrees"].value, explorer.controls["steps"].value = 0, 0
+    same = explorer.picture.value
+    explorer.controls["degrees"].value = 180
+    assert explorer.picture.value != same
 
 
 def test_closed_form_of_gradient_descent(x):
@@ -253,18 +302,23 @@ def test_methods_explorer_restores_what_is_chosen():
     explorer.image.value = explorer.image.options[1]
     assert explorer.comparison.figures != before and explorer.status.value == ""
     upload(explorer.upload, "mine.png", png(300, 200))
-    assert explorer.image.value == "mine.png" and explorer.status.value == ""
+    assert explorer.image.value == "mine.png" and "128 x 128" in explorer.status.value
+    assert "blurred already is for Your photograph" in explorer.status.value
+    drawn = []
+    explorer.comparison.observe(drawn.append, "figures")
     explorer.reset()
-    assert explorer.methods.value == MethodsExplorer.START
+    assert explorer.methods.value == MethodsExplorer.START and explorer.status.value == ""
+    assert len(drawn) == 1
 
 
 def test_methods_explorer_at_the_ends_of_its_sliders():
     explorer = MethodsExplorer()
     explorer.methods.value = ("gradient-descent", "tikhonov")
-    for end in (explorer.noise.min, explorer.noise.max):
-        before = explorer.comparison.figures
-        explorer.noise.value = explorer.noise.base**end
-        assert explorer.comparison.figures != before and explorer.status.value == ""
+    for end in ("min", "max"):
+        for control in (explorer.noise, explorer.std):
+            before, value = explorer.comparison.figures, getattr(control, end)
+            control.value = control.base**value if hasattr(control, "base") else value
+            assert explorer.comparison.figures != before and explorer.status.value == ""
     explorer.methods.value = ()
     assert explorer.comparison.figures.count("<figure ") == 2
 
@@ -356,7 +410,9 @@ def test_explorers_answer_fast(make, name):
     explorer = make[name]()
     control = list(explorer.controls.values())[-1]
     seconds = []
-    for value in (control.min, control.max, control.min):
+    low, high = ((control.min, control.max) if hasattr(control, "min")
+                 else (control.options[0], control.options[-1]))
+    for value in (low, high, low):
         clock = time.perf_counter()
         control.value = value if not hasattr(control, "base") else control.base**value
         seconds.append(time.perf_counter() - clock)
@@ -415,7 +471,7 @@ def test_example_is_what_a_camera_sees_and_comes_out_better():
     assert decibels(pictures["restored"], truth) > decibels(pictures["as it was"], truth) + 4
     assert explorer.noise.value == pytest.approx(0.01, rel=0.2)  # estimated, and shown
     name, content = offered(explorer)
-    assert name == "example-jfb-head.png"
+    assert name == "example-jfb.png"
     result = np.asarray(Image.open(io.BytesIO(content))) / 255
     np.testing.assert_allclose(result, pictures["restored"], atol=1.01 / 255)  # ties are rounded
 

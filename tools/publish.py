@@ -1,13 +1,15 @@
-"""Carry a finished run's results into what people read: the notebooks and README.md.
+"""Carry finished runs' results into what people read: figures/published, notebooks, pages.
 
-`make publish` copies the outputs of runs/quick into notebooks/, writes each notebook's running
-time into its first cell, and fills README.md's marked blocks. No number there is typed by hand.
+`make publish PROFILE=cpu` copies what a run left in figures/cpu. Of quick, the default, it stores
+the outputs in runs/quick with the notebooks too, with each one's running time in its first cell.
+Last it fills the marked blocks in README.md and docs/. No number there is typed by hand.
 """
 
 import base64
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,22 +23,40 @@ from jfbnb.methods import JFB, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "quick"
+PAGES = ("README.md", "docs/results.md", "docs/profiles.md", "docs/photographs.md", "docs/speed.md")
+PUBLISHED = "figures/published"  # all else in figures/ is whoever runs the notebooks' own
 DRAWING = 8192  # colours, antialiasing included; a photograph has more
 Read = Callable[[str], str]  # a project file's text, by its path
 
 
-def main() -> int:
+def main(names: list[str]) -> int:
     def read(path: str) -> str:
         return (ROOT / path).read_text(encoding="utf-8")
 
-    provenance = json.loads(read(f"figures/{RUN}/provenance.json"))
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        publish_notebook(path, ROOT / "runs" / RUN / path.name, running_time(provenance, path.stem))
-    readme = read("README.md")
-    for name, text in readme_blocks(read).items():
-        readme = replace_block(readme, name, text)
-    (ROOT / "README.md").write_text(readme, encoding="utf-8")
+    for name in names or [RUN]:
+        if not (ROOT / "figures" / name / "provenance.json").is_file():
+            sys.exit(f"no finished run in figures/{name}: start `jfbnb reproduce` first")
+        shutil.rmtree(ROOT / PUBLISHED / name, ignore_errors=True)
+        shutil.copytree(ROOT / "figures" / name, ROOT / PUBLISHED / name)
+    if RUN in (names or [RUN]):
+        provenance = json.loads(read(f"{PUBLISHED}/{RUN}/provenance.json"))
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+            publish_notebook(path, ROOT / "runs" / RUN / path.name,
+                             running_time(provenance, path.stem))
+    for path, text in filled(read).items():
+        (ROOT / path).write_text(text, encoding="utf-8")
     return 0
+
+
+def filled(read: Read) -> dict[str, str]:
+    """README.md and the pages in docs/ that have blocks, by path; each block is in one of them."""
+    pages = {path: read(path) for path in PAGES}
+    for name, text in blocks(read).items():
+        found = [path for path, page in pages.items() if f"<!-- {name} -->" in page]
+        if len(found) != 1:
+            sys.exit(f"the block {name} is in {found or 'no page'}, not in one")
+        pages[found[0]] = replace_block(pages[found[0]], name, text)
+    return pages
 
 
 def running_time(provenance: dict, name: str) -> str:
@@ -89,16 +109,17 @@ def replace_block(text: str, name: str, new: str, inline: bool = False) -> str:
     return text
 
 
-def readme_blocks(read: Read) -> dict[str, str]:
-    """README.md's generated blocks, from the files that runs wrote."""
-    blocks = {"times": times_table(read)}
+def blocks(read: Read) -> dict[str, str]:
+    """The generated blocks, from the files that runs wrote."""
+    blocks = {"times": times_table(read), "front": front(read), "summary": summary(read),
+              "warning": warning(read)}
     for profile in profiles():
-        markdown = read(f"figures/{profile}/table2_comparison.md")
+        markdown = read(f"{PUBLISHED}/{profile}/table2_comparison.md")
         blocks[f"table2 {profile}"] = markdown.strip()
         blocks[f"ranking {profile}"] = f"{ranking(read, profile)} {undecided(read, profile)}"
         if profile != RUN:
             blocks[f"equilibrium {profile}"] = equilibrium(read, profile)
-            blocks[f"training {profile}"] = read(f"figures/{profile}/rivals.md").strip()
+            blocks[f"training {profile}"] = read(f"{PUBLISHED}/{profile}/rivals.md").strip()
     blocks["ranking cpu-code"] = f"{ranking(read, 'cpu-code')} {undecided(read, 'cpu-code')}"
     blocks["computation"] = computation(read, "cpu")
     blocks["seeds"] = read("benchmarks/results/seeds.md").strip()
@@ -111,7 +132,7 @@ def readme_blocks(read: Read) -> dict[str, str]:
 def profiles() -> list[str]:
     """The profiles whose results are kept in the repository."""
     return [p for p in ("quick", "cpu", "paper", "best")
-            if (ROOT / "figures" / p / "table2_comparison.md").exists()]
+            if (ROOT / PUBLISHED / p / "table2_comparison.md").exists()]
 
 
 def load(read: Read, path: str) -> pd.DataFrame:
@@ -120,7 +141,7 @@ def load(read: Read, path: str) -> pd.DataFrame:
 
 def ranking(read: Read, profile: str) -> str:
     """Who is first in Table 2 among equals, by how much, and whether they were trained equally."""
-    metrics = load(read, f"figures/{profile}/metrics.csv")
+    metrics = load(read, f"{PUBLISHED}/{profile}/metrics.csv")
     psnr = metrics.pivot(index="image", columns="method", values="psnr")
     known = [METHODS[name] for name in psnr if name in METHODS]
     kinds = {"no network": [m.name for m in known if m.restore],
@@ -141,13 +162,46 @@ def ranking(read: Read, profile: str) -> str:
         lines.append(line + ".")
     errors = ("The errors are those of paired differences over images. They say nothing of other "
               "trainings, with other seeds.")
-    minutes = load(read, f"figures/{profile}/table2_comparison.csv")["Minutes of training"]
+    minutes = load(read, f"{PUBLISHED}/{profile}/table2_comparison.csv")["Minutes of training"]
     return "\n".join([*lines, "", f"{errors} {trained_for(minutes.dropna())}"])
+
+
+def front(read: Read) -> str:
+    """What README's picture shows, and how long its first command takes."""
+    rows = load(read, "benchmarks/results/photographs_restoration.csv")
+    rows = rows[rows.blur.str.startswith("motion") & (rows.photograph == rows.photograph[0])]
+    psnr = rows.groupby("method").PSNR.max()
+    provenance = json.loads(read(f"{PUBLISHED}/{RUN}/provenance.json"))
+    minutes = sum(step["seconds"] for step in provenance["steps"].values()) / 60
+    return (f"*{rows.photograph.iloc[0].capitalize()}, by a {rows.blur.iloc[0]}: "
+            f"{rows.input.iloc[0]:.1f} dB; by Tikhonov's regulariser {psnr['tikhonov']:.1f} dB, by "
+            f"JFB {psnr['jfb']:.1f} dB. `make reproduce` took {minutes:.0f} minutes on "
+            f"{provenance['machine']}, once installed.*")
+
+
+def summary(read: Read) -> str:
+    """Table 2 of CelebA, in short."""
+    table = load(read, f"{PUBLISHED}/cpu/table2_comparison.csv").set_index("Method")
+    table = table[["PSNR (dB)", "± PSNR", "SSIM", "Converged", "Minutes of training"]]
+    table["Converged"] = [f"{share:.0%}" if share == share else "" for share in table.Converged]
+    images = len(load(read, f"{PUBLISHED}/cpu/metrics.csv").image.unique())
+    buffer = io.StringIO()
+    table.to_markdown(buffer, missingval="", floatfmt=("", ".2f", ".2f", ".3f", "", ".1f"))
+    return (f"{buffer.getvalue()}\n\n{images} test images of CelebA, protocol `paper`; ± is over "
+            "images.")
+
+
+def warning(read: Read) -> str:
+    """What `deblur` says of a photograph that it is told a wrong kernel of."""
+    rows = load(read, "benchmarks/results/photographs_mismatches.csv")
+    row = rows[(rows.model == "wrong") & (rows.case == "disk of radius 4")].iloc[0]
+    lines = (f"warning: {row.photograph}.png: {line}" for line in row.warning.split(" | "))
+    return "\n".join(("```", *lines, "```"))
 
 
 def undecided(read: Read, profile: str) -> str:
     """Which differences in Table 2 its solves cannot tell: a sentence."""
-    drift = load(read, f"figures/{profile}/nb4_certificate.csv").drift
+    drift = load(read, f"{PUBLISHED}/{profile}/nb4_certificate.csv").drift
     return ("Where its solver stops, JFB is not yet where it ends: solved on, its mean PSNR moves "
             f"by {drift.mean():+.3f} dB ({len(drift)} validation images). Smaller differences "
             "decide nothing.")
@@ -155,10 +209,10 @@ def undecided(read: Read, profile: str) -> str:
 
 def computation(read: Read, profile: str) -> str:
     """What an equilibrium has that unrolling has not, measured: memory and more computation."""
-    MB = load(read, f"figures/{profile}/nb4_cost.csv").pivot(index="K", columns="gradient",
+    MB = load(read, f"{PUBLISHED}/{profile}/nb4_cost.csv").pivot(index="K", columns="gradient",
                                                              values="MB")
     growth = MB.loc[MB.index.max()] / MB.loc[MB.index.min()]
-    psnr = load(read, f"figures/{profile}/computation.csv").pivot(
+    psnr = load(read, f"{PUBLISHED}/{profile}/computation.csv").pivot(
         index="evaluations", columns="method", values="psnr")
     most = psnr.index.max()
     best = psnr["unrolled"].idxmax()
@@ -173,10 +227,10 @@ def computation(read: Read, profile: str) -> str:
 
 def equilibrium(read: Read, profile: str) -> str:
     """What the certificate of notebook 4 says, and the other protocol's and the published PSNR."""
-    found = load(read, f"figures/{profile}/nb4_certificate.csv")
+    found = load(read, f"{PUBLISHED}/{profile}/nb4_certificate.csv")
     drift, far = found.drift, (found.distance / found.residual).max()
     solved = found.evaluations < float("inf")
-    scales = load(read, f"figures/{profile}/psnr_scales.csv").set_index("JFB")
+    scales = load(read, f"{PUBLISHED}/{profile}/psnr_scales.csv").set_index("JFB")
     psnr = scales["PSNR with data range 1 (dB)"]
     return (
         f"Is it an equilibrium? {solved.sum()} of {len(found)} validation images are solved, to a "
@@ -235,9 +289,10 @@ def photographs(read: Read) -> str:
     best = mean(blurs, ["blur", "method", "setting"]).groupby(["blur", "method"]).PSNR.max()
     best = best.unstack()
     skimage = [name for name in best if name.startswith("skimage")]
-    solved = blurs[blurs.method == "jfb-head"].groupby("blur", sort=False)
+    solved = blurs[blurs.method == "jfb"].groupby("blur", sort=False)
     first = pd.DataFrame({"Picture": solved.input.mean(), "Its frame": solved["input frame"].mean(),
-                          "JFB + head": solved.PSNR.mean(), "its frame": solved.frame.mean(),
+                          "JFB": solved.PSNR.mean(), "its frame": solved.frame.mean(),
+                          "the DnCNN's": best["jfb-head"],
                           "Total variation": best["total-variation"],
                           "Tikhonov": best["tikhonov"],
                           "scikit-image's best": best[skimage].max(axis=1),
@@ -246,8 +301,9 @@ def photographs(read: Read) -> str:
     others = others[others.photograph != "chelsea"]  # which chose the weights
     means = mean(others, ["operator", "method"]).pivot(index="operator", columns="method",
                                                        values="PSNR")
-    solved = others[others.method == "jfb-head"].groupby("operator", sort=False)
-    second = pd.DataFrame({"First guess": means["measurement"], "JFB + head": means["jfb-head"],
+    solved = others[others.method == "jfb"].groupby("operator", sort=False)
+    second = pd.DataFrame({"First guess": means["measurement"], "JFB": means["jfb"],
+                           "the DnCNN's": means["jfb-head"],
                            "Total variation": means["total-variation"],
                            "Tikhonov": means["tikhonov"],
                            "Converged": solved.converged.mean().map("{:.0%}".format)})
@@ -260,7 +316,7 @@ def times_table(read: Read) -> str:
     """Seconds per notebook, one row per profile and machine."""
     rows = []
     for profile in profiles():
-        provenance = json.loads(read(f"figures/{profile}/provenance.json"))
+        provenance = json.loads(read(f"{PUBLISHED}/{profile}/provenance.json"))
         seconds = {name[:2]: step["seconds"] for name, step in provenance["steps"].items()}
         taken = any(s["parameters"].get("weights") for s in provenance["steps"].values())
         rows.append({"profile": profile + (", nothing trained" if taken else ""),
@@ -273,4 +329,4 @@ def times_table(read: Read) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

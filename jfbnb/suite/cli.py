@@ -1,10 +1,11 @@
-"""The `jfbnb` command: reproduce, train, evaluate, deblur, blur, data, verify, sweep, doctor."""
+"""The `jfbnb` command: one function for each of its commands, and what they share."""
 
 import argparse
 import contextlib
 import json
 import math
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from jfbnb.suite.doctor import examine
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; bad input ends in one line on stderr and exit status 2."""
-    args = make_parser().parse_args(argv)
+    args = make_parser().parse_args(_with_negative_numbers(sys.argv[1:] if argv is None else argv))
     with contextlib.suppress(AttributeError):  # a file's name may be no Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -40,14 +41,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("jfbnb: error: memory ran out: take smaller images, or fewer with --limit",
               file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] in ("", "jfbnb"):
+            raise
+        print(f"jfbnb: error: {error.name} is not installed, which this command needs: "
+              "pip install 'jfbnb[notebooks]'", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("jfbnb: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 
 
+def _with_negative_numbers(words: Sequence[str]) -> list[str]:
+    """`--noise-std -1e-2` as `--noise-std=-1e-2`: argparse takes -1e-2 for an option."""
+    joined: list[str] = []
+    for word in words:
+        with contextlib.suppress(ValueError):
+            if word.startswith("-") and joined and joined[-1].startswith("--"):
+                float(word)
+                joined[-1] += f"={word}"
+                continue
+        joined.append(word)
+    return joined
+
+
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jfbnb", description=__doc__.split(":")[0])
+    parser = argparse.ArgumentParser(
+        prog="jfbnb", description="Restore pictures by implicit networks; run the notebooks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     sub = commands.add_parser("reproduce", help="run the notebooks; regenerate figures and tables")
@@ -61,6 +82,10 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--only", metavar="NN", help="one notebook alone, e.g. 04")
     sub.add_argument("--force", action="store_true", help="redo what is already done")
     sub.set_defaults(run=run_reproduce)
+
+    sub = commands.add_parser("lab", help="open the notebooks in JupyterLab")
+    sub.add_argument("options", nargs="*", help="of jupyter lab, after --")
+    sub.set_defaults(run=run_lab)
 
     sub = commands.add_parser("train", help="train one network; under torchrun, by many processes")
     networks = ["denoiser", *(m.name for m in methods.METHODS.values() if m.trainable)]
@@ -88,7 +113,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--noise-std", type=lambda text: text if text == "auto" else float(text),
                      default="auto",
                      help="on pixel values between 0 and 1; by default auto, which estimates it")
-    _add_method(sub, "store", "jfb-head by default")
+    _add_method(sub, "store", "jfb by default")
     _add_weights(sub)
     sub.set_defaults(run=run_deblur)
 
@@ -195,7 +220,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
                       log=_say, folder=args.folder)
     table = next((f for f in files if f.name == "table2_comparison.md"), None)
     if table:
-        _say(f"\nTable 2\n\n{table.read_text()}")
+        _say(f"\nTable 2\n\n{table.read_text('utf-8')}")
     _say("\n".join(["Written:", *(f"  {f.relative_to(checkout.work())}" for f in files)]))
 
 
@@ -266,7 +291,7 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
 
 @torch.no_grad()
 def run_deblur(args: argparse.Namespace) -> None:
-    name = args.method or "jfb-head"
+    name = args.method or "jfb"
     kernel = kernels.parse(args.kernel)
     noise_std = None if args.noise_std == "auto" else args.noise_std
     if noise_std is not None:
@@ -379,7 +404,25 @@ def run_sweep(args: argparse.Namespace) -> None:
     from jfbnb.suite.sweep import sweep
 
     table = sweep(args.file, args.scheduler, args.data, _say)
-    _say(f"\n{table.read_text()}")
+    _say(f"\n{table.read_text('utf-8')}")
+
+
+def run_lab(args: argparse.Namespace) -> None:
+    checkout.need_checkout()
+    notebooks = sorted(checkout.ROOT.glob("notebooks/**/[0-9]*.ipynb"))
+    # Else what is stored with them stays dead until it is run.
+    _call("trust", *notebooks)
+    first = notebooks[0].relative_to(checkout.ROOT).as_posix()
+    _call("lab", "--notebook-dir", checkout.ROOT, f"--LabApp.default_url=/lab/tree/{first}",
+          *args.options)
+
+
+def _call(command: str, *words: object) -> None:
+    """A command of Jupyter's, in this environment. Raises UserError where it does not work."""
+    done = subprocess.run([sys.executable, "-m", "jupyter", command, *map(str, words)],
+                          check=False)
+    if done.returncode:
+        raise UserError(f"jupyter {command} ended with status {done.returncode}: see above")
 
 
 def run_doctor(args: argparse.Namespace) -> None:

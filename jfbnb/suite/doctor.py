@@ -30,6 +30,9 @@ def examine(data: str, weights: Path) -> Iterator[tuple[bool, str]]:
     yield True, (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for PyTorch, "
                  f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free")
     yield True, f"device `auto` is {describe_device(pick_device('auto'))}"
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        yield False, (f"an NVIDIA driver is here, but torch {torch.__version__} cannot use it: "
+                      "install a build for CUDA, and see what nvidia-smi says")
     yield from _folder()
     yield from _data(data)
     yield from _weights(weights)

@@ -92,7 +92,7 @@ class Step:
 STEPS = (
     Step("01_problem_setup_and_direct_inverse", (),
          ("nb1_spectrum", "blog1_direct_inverse", "nb1_inverse_crime"),
-         reads=("weights/tuning.json", "weights/jfb.safetensors")),
+         reads=("weights/best/tuning.json", "weights/best/jfb.safetensors")),
     Step("02_tikhonov_gradient_descent", ("classical.json",),
          ("nb2_semi_convergence", "nb2_lambda_sweep", "nb2_filter_factors",
           "nb2_total_variation", "blog2_gradient_descent")),
@@ -110,7 +110,8 @@ STEPS = (
          ("table2_comparison", "rivals", "conditions", "other_protocol", "psnr_scales",
           "released"),
          ("metrics", "schedules", "computation"),
-         ("published_table2.csv", "weights/tuning.json", "weights/jfb.safetensors"),
+         ("published_table2.csv", "weights/tuning.json", "weights/jfb.safetensors",
+          "weights/best/tuning.json", "weights/best/jfb.safetensors"),
          ("conditions/tuning.json", *(f"conditions/{name}{suffix}" for name in TRAINED
                                       if METHODS[name].compared
                                       for suffix in (".safetensors", ".json")))),
@@ -118,7 +119,7 @@ STEPS = (
          tuple(f"super-resolution/jfb{end}" for end in (".safetensors", ".json", "_history.csv")),
          ("nb6_mosaic", "nb6_problems", "nb6_even_lines", "nb6_own_equilibrium"),
          ("problems", "own_equilibrium"),
-         reads=("weights/tuning.json", "weights/jfb.safetensors",
+         reads=("weights/best/tuning.json", "weights/best/jfb.safetensors", "weights/tuning.json",
                 "weights/denoiser.safetensors")),
 )
 
@@ -144,6 +145,8 @@ def load_profile(name: str) -> dict[str, Any]:
     """
     folder = checkout.ROOT / "notebooks" / "profiles"
     known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if not known:
+        raise UserError(f"no profile {name!r}: {folder} has none")
     if name not in known:
         raise UserError(f"unknown profile {name!r}: choose one of {', '.join(known)}")
     path = folder / f"{name}.yaml"
@@ -269,7 +272,7 @@ def read_marker(marker: Path) -> dict[str, Any]:
 
 def _read_dict(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -373,7 +376,7 @@ def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], f
                   "parameters": parameters[step.name], "seconds": seconds}
         atomic_write(marker_file, json.dumps(marker, indent=2))
         log(f"{title}: took {seconds:.0f} s, elapsed {time.perf_counter() - clock:.0f} s")
-        for line in (runs / f"{step.name}.log").read_text().splitlines():
+        for line in (runs / f"{step.name}.log").read_text(encoding="utf-8").splitlines():
             if line.startswith(CHECK_FAILED):
                 log(f"    {line}")
 
@@ -426,8 +429,10 @@ def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
         raise UserError(f"{step.name} stopped: {error.ename}: {error.evalue} (see "
                         f"{executed.relative_to(checkout.work())})") from error
     except RuntimeError as error:  # nbclient's DeadKernelError is one
-        raise UserError(f"{step.name} stopped: {error}; if memory ran out, lower batch_size or "
-                        "n_train") from error
+        log = (runs / f"{step.name}.log").relative_to(checkout.work())
+        raise UserError(f"{step.name} stopped: {error}. It was killed, most often for lack of "
+                        "memory (then lower batch_size or n_train), or crashed: its last words "
+                        f"are in {log}") from error
     return time.perf_counter() - clock
 
 
@@ -442,6 +447,7 @@ def write_provenance(folder: str, device: str) -> None:
                 "parameters": checkout.without_places(marker["parameters"])}
     record = {
         "profile": folder,
+        "release": f"v{version('jfbnb')}",
         "device": describe_device(pick_device(device)),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores",
         "python": platform.python_version(),

@@ -30,7 +30,7 @@ def verify(profile: str, data: str | None, limit: int | None) -> Iterator[str]:
     """
     runs, figures = checkout.workplace(profile)
     try:
-        steps = json.loads((figures / "provenance.json").read_text())["steps"]
+        steps = json.loads((figures / "provenance.json").read_text(encoding="utf-8"))["steps"]
         (parameters,) = (step["parameters"] for step in steps.values()
                          if any(name.endswith("/metrics.csv") for name in step["outputs"]))
         yield from _changed_files(steps)

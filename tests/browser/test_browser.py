@@ -172,7 +172,16 @@ def swipe(page) -> None:
 
 
 def restore_another_image(page) -> None:
-    """Choose another photograph in the explorer of methods, and see other numbers."""
+    """Choose another photograph in the explorer of methods, and see other numbers.
+
+    Handle and menus stay where they were put.
+    """
+    canvas = page.locator(".jfbnb-swipe canvas").last
+    canvas.scroll_into_view_if_needed()
+    canvas.focus()
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    page.locator(".jfbnb-bar select").last.select_option(label="Tikhonov")
     menu = bring(page, ".widget-dropdown select")
     numbers = page.locator(".jfbnb-captions").last
     before = numbers.inner_text()
@@ -181,6 +190,8 @@ def restore_another_image(page) -> None:
     while page.locator(".jfbnb-captions").last.inner_text() == before:
         assert time.monotonic() < deadline, "the comparison did not change"
         page.wait_for_timeout(100)
+    assert page.locator(".jfbnb-swipe canvas").last.get_attribute("aria-valuenow") == "2"
+    assert numbers.inner_text().count("Tikhonov") == 1
 
 
 def move_a_slider(page) -> None:
@@ -233,7 +244,7 @@ def test_photograph_is_restored_and_downloaded(lab, page, explorer_alone, photog
     page.get_by_text("mine.png: 140 x 140 pixels").wait_for()
     page.get_by_label("kernel", exact=True).select_option("disk")
     page.get_by_role("button", name="Restore", exact=True).click()
-    link = page.get_by_role("link", name="download mine-jfb-head.png")
+    link = page.get_by_role("link", name="download mine-jfb.png")
     link.wait_for(timeout=180_000)
     with page.expect_download() as download:
         link.click()
