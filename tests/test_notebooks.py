@@ -28,6 +28,11 @@ def code_cells(notebook):
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def last_words(notebook) -> str:
+    """Before the answers to the exercises."""
+    return [c for c in notebook.cells if c.cell_type == "markdown"][-1].source
+
+
 def outputs(notebook):
     return [output for cell in code_cells(notebook) for output in cell.outputs]
 
@@ -73,7 +78,7 @@ def test_ends_with_check_takeaways_exercises(notebook):
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     for part in ("## Check against the paper", "## Takeaways", "## Exercises", "*Hint:"):
         assert part in text
-    assert ".ipynb)" in notebook.cells[-1].source  # the way to the next one
+    assert ".ipynb)" in last_words(notebook)  # the way to the next one
 
 
 def test_no_stored_errors_and_no_warnings(notebook):
@@ -109,4 +114,4 @@ def test_small_and_without_paths_of_a_machine(path):
 
 def test_every_name_in_order():
     for path, following in pairwise(PATHS):
-        assert following.name in nbformat.read(path, 4).cells[-1].source
+        assert following.name in last_words(nbformat.read(path, 4))

@@ -126,6 +126,7 @@ def blocks(read: Read) -> dict[str, str]:
     blocks["bench"] = bench(read)
     blocks["speed"] = speed(read)
     blocks["photographs"] = photographs(read)
+    blocks["released"] = read("benchmarks/results/released.md").strip()
     return blocks
 
 
