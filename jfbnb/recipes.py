@@ -6,9 +6,11 @@ What comes out is stored with a model card, so that anyone can measure it again.
 import copy
 import json
 import math
+import os
 import shutil
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -26,6 +28,7 @@ from jfbnb.operators import LinearOperator, Protocol, measure
 from jfbnb.sources import digest
 from jfbnb.training import BatchLoss, DenoiserLoss, LossSettings, TrainingConfig, train
 
+BY_COMMAND = "JFBNB_BY_COMMAND"  # set where `jfbnb reproduce` runs the notebooks
 RATES = (0.5, 1.0, 2.0)  # times the learning rate: what a search tries first
 TRIES = 5  # of learning rates, at most
 SHORT = 1 / 8  # of the minutes: how long each of them is tried
@@ -79,6 +82,8 @@ class Run:
             keeps nothing.
         command: what the model card says that made it.
         weights: a folder of finished networks, to take them and not train; "" for none.
+        keep: whether weights in `out` that were trained with other parameters stay there, and the
+            new ones go to out/other.
     """
 
     device: torch.device
@@ -86,6 +91,12 @@ class Run:
     command: str = ""
     weights: str | Path = ""
     log: Callable[[str], None] = print
+    keep: bool = field(default_factory=lambda: by_hand())
+
+
+def by_hand() -> bool:
+    """Whether a notebook is run by its reader, and not by a command."""
+    return "ipykernel" in sys.modules and BY_COMMAND not in os.environ
 
 
 def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, noise_max: float,
@@ -331,8 +342,30 @@ def _store(name: str, module: nn.Module, history: pd.DataFrame, splits: Splits,
             with atomic_path(run.out / f"{name}{suffix}") as temporary:
                 shutil.copyfile(Path(run.weights) / f"{name}{suffix}", temporary)
         return
-    save_weights(run.out / f"{name}.safetensors", module, {
-        **card, "training data": splits.source, "training images": len(splits.train),
-        "training": asdict(config), "history": history.to_dict(orient="records"),
+    card = {**card, "training data": splits.source, "training images": len(splits.train),
+            "training": asdict(config)}
+    save_weights(_place(name, module, card, run) / f"{name}.safetensors", module, {
+        **card, "history": history.to_dict(orient="records"),
         "training seconds": round(history.seconds.sum()), "device": describe_device(run.device),
         "processes": processes.world_size(), "command": run.command, "torch": torch.__version__})
+
+
+def _place(name: str, module: nn.Module, card: dict, run: Run) -> Path:
+    """Where a network is stored: `run.out`, or a folder in it. See `Run.keep`."""
+    file = run.out / f"{name}.json"
+    if not (run.keep and file.is_file()):
+        return run.out
+    own = {**card, "networks": [describe(D.network) for D in module.modules()
+                                if isinstance(D, Denoiser)]}
+    try:
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(own))
+        changed = [part for part in ("networks", "protocol", "noise_max", "loss", "training data",
+                                     "training") if before.get(part) != now.get(part)]
+    except (OSError, ValueError, AttributeError):  # damaged: nothing to keep
+        return run.out
+    if not changed:
+        return run.out
+    run.log(f"{file.with_suffix('.safetensors')} was trained with other parameters "
+            f"({', '.join(changed)}) and is kept: later notebooks read it. This one is in "
+            f"{run.out / 'other'}; name another `profile` above to go on with it")
+    return run.out / "other"

@@ -162,3 +162,34 @@ def test_a_card_without_a_search_cannot_be_taken_by_the_clock(problem, tmp_path)
         find(problem, Run(CPU, weights=tmp_path))
     with pytest.raises(UserError, match="no model card in"):
         read_cards(tmp_path, ["unrolled", "jfb"])
+
+
+def test_a_notebook_keeps_anothers_weights_and_a_command_replaces_them(problem, tmp_path,
+                                                                         monkeypatch):
+    """An exercise with another depth does not change what later notebooks read."""
+    config, lines = TrainingConfig(0.1, 4, 16, 1e-3, 0), []
+
+    def trained(depth: int, keep: bool) -> None:
+        run = Run(CPU, tmp_path, log=lines.append, keep=keep)
+        recipes.train_denoiser(DnCNN(depth, 4), problem.splits, config, 0.1, False, run)
+
+    def depth(folder) -> int:
+        card = json.loads((folder / "denoiser.json").read_text())
+        return card["networks"][0]["arguments"]["depth"]
+
+    trained(2, keep=True)
+    trained(2, keep=True)  # the same again is no other
+    assert not any("is kept" in line for line in lines)
+    trained(3, keep=True)
+    assert (depth(tmp_path), depth(tmp_path / "other")) == (2, 3)
+    assert "other parameters (networks) and is kept" in lines[-1] and "`profile`" in lines[-1]
+    trained(3, keep=False)
+    assert depth(tmp_path) == 3
+    (tmp_path / "denoiser.json").write_text("damaged")
+    trained(2, keep=True)
+    assert depth(tmp_path) == 2
+    monkeypatch.setitem(recipes.sys.modules, "ipykernel", recipes)
+    monkeypatch.delenv(recipes.BY_COMMAND, raising=False)
+    assert Run(CPU).keep
+    monkeypatch.setenv(recipes.BY_COMMAND, "1")
+    assert not Run(CPU).keep

@@ -43,6 +43,7 @@ from jfbnb.datasets import fingerprint
 from jfbnb.methods import JFB, METHODS, plugins
 from jfbnb.networks import make_network, pick_bf16
 from jfbnb.operators import get_protocol
+from jfbnb.recipes import BY_COMMAND
 from jfbnb.sources import digest, imported_files
 from jfbnb.suite import checkout
 
@@ -413,6 +414,7 @@ def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
     from traitlets.config import Config
 
     runs.mkdir(parents=True, exist_ok=True)
+    os.environ[BY_COMMAND] = "1"
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the kernel warns of frozen modules
     executed = runs / f"{step.name}.ipynb"
     clock = time.perf_counter()
