@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from jfbnb.baselines import direct_inverse, gradient_descent_iterate
 from jfbnb.common import UserError
 from jfbnb.datasets import bundled_photos
-from jfbnb.figures import GRADIENT_COLOURS, MAPS, new_figure, show
+from jfbnb.figures import GRADIENT_COLOURS, MAPS, described, new_figure, show
 from jfbnb.fixed_point import anderson, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann
 from jfbnb.images import read_pictures
@@ -92,7 +92,7 @@ class Explorer(w.VBox):
         self.resetting = False
         self.refresh()
 
-    def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
+    def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
         """The widget; and for those who read without a kernel its picture, and what it says."""
         bundle = super()._repr_mimebundle_(**kwargs)
         said = html.unescape(re.sub(r"<[^>]+>", "", self.status.value))
@@ -102,7 +102,8 @@ class Explorer(w.VBox):
         smaller = io.BytesIO()  # a notebook keeps it: 64 colours will do
         whole.convert("RGB").quantize(64).save(smaller, "png")
         return {**bundle, "text/plain": f"{said}. {WITHOUT_KERNEL}",
-                "image/png": base64.b64encode(smaller.getvalue()).decode()}
+                "image/png": base64.b64encode(smaller.getvalue()).decode()
+                }, {"image/png": {"alt": f"{described(self.figure)}. {said}"}}
 
 
 def to_png(figure: Figure, **options: object) -> bytes:

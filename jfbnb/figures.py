@@ -4,6 +4,7 @@ A figure is saved as PNG and PDF, and what a notebook shows is the saved PNG its
 saved as CSV, Markdown and LaTeX, long data as CSV.
 """
 
+import re
 from pathlib import Path
 
 import matplotlib as mpl
@@ -66,7 +67,25 @@ def save_figure(figure: Figure, path: str | Path, source: str = "") -> Displayed
                                  (".pdf", {"CreationDate": None, "Creator": None})):
             with atomic_path(path.with_suffix(suffix)) as temporary:
                 figure.savefig(temporary, metadata=metadata)
-    return DisplayedImage(filename=str(path.with_suffix(".png")))
+    return DisplayedImage(filename=str(path.with_suffix(".png")), alt=described(figure))
+
+
+def described(figure: Figure) -> str:
+    """What a figure shows, for those who do not see it: its panels by their titles and axes."""
+    panels = []
+    for ax in figure.axes:
+        title, x, y = ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
+        if ax.images:
+            words = ", ".join(part for part in (title, x, y) if part)
+            panels.append(f"picture: {words}" if words else "picture")
+        else:
+            axes = f"{y or 'values'} against {x}" if x else y
+            legend = ax.get_legend()
+            named = [text.get_text() for text in legend.get_texts()] if legend else []
+            panels.append(": ".join(part for part in ("plot", title, axes, ", ".join(named))
+                                    if part))
+    words = "; ".join(dict.fromkeys(panels))
+    return " ".join(re.sub(r"[$\\{}]", "", words).split())
 
 
 def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:

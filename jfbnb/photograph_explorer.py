@@ -158,13 +158,14 @@ class PhotographExplorer(w.VBox):
         self.button.on_click(lambda _: self.press())
         self.start_anew.on_click(lambda _: (self.reset(), self.press()))
 
-    def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
+    def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
         """The widget, and both pictures, small, for those who read without a kernel."""
         pair = torch.cat([_fit(x, 400) for x in (self.pages[0].pixels, self.result)], dim=2)
         smaller = io.BytesIO()
         Image.open(io.BytesIO(to_png(pair))).quantize(64).save(smaller, "png")
-        return {**super()._repr_mimebundle_(**kwargs), "text/plain": WITHOUT_KERNEL,
-                "image/png": base64.b64encode(smaller.getvalue()).decode()}
+        bundle = {**super()._repr_mimebundle_(**kwargs), "text/plain": WITHOUT_KERNEL,
+                  "image/png": base64.b64encode(smaller.getvalue()).decode()}
+        return bundle, {"image/png": {"alt": f"{self.name}, as it was given and restored"}}
 
     def reset(self) -> None:
         """The example, and all controls as they were."""

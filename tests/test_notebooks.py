@@ -94,6 +94,14 @@ def test_tagged_cells_have_stored_output(notebook):
         assert "".join(o.get("text", "") for o in cell.outputs).strip(), cell.source
 
 
+def test_pictures_say_what_they_show(notebook):
+    """To those who do not see them."""
+    shown = [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
+    assert shown
+    for output in shown:
+        assert len(output.metadata.get("image/png", {}).get("alt", "")) > 10
+
+
 def test_stored_checks_are_met(notebook):
     text = "".join(o.get("text", "") for o in outputs(notebook))
     assert "ok:" in text and "NOT MET" not in text

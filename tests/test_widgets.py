@@ -186,8 +186,9 @@ def test_solver_explorer_says_that_it_diverges(x):
 def test_explorers_have_a_picture_for_those_without_a_kernel(make):
     """With the line of numbers below it, and what to do."""
     explorer = make["denoiser"]()
-    bundle = explorer._repr_mimebundle_()
+    bundle, metadata = explorer._repr_mimebundle_()
     assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
+    assert metadata["image/png"]["alt"].startswith("picture: noisy y; picture: denoised")
     assert "noisy" in bundle["text/plain"] and "run the notebook" in bundle["text/plain"]
     sizes = [Image.open(io.BytesIO(content)).size for content in
              (base64.b64decode(bundle["image/png"]), explorer.picture.value)]
@@ -708,12 +709,13 @@ def test_a_photograph_explorer_lives_on(explorer, monkeypatch, error, message):
 def test_photographs_without_weights(tmp_path):
     explorer = PhotographExplorer(weights=tmp_path)
     assert "no tuned parameters" in explorer.status.value
-    assert set(explorer._repr_mimebundle_()) >= {"text/plain", "image/png"}
+    bundle, metadata = explorer._repr_mimebundle_()
+    assert set(bundle) >= {"text/plain", "image/png"} and "restored" in metadata["image/png"]["alt"]
 
 
 def test_a_notebook_keeps_a_small_picture_of_a_photograph(explorer):
     upload(explorer.upload, "mine.png", png(3000, 2000))
-    bundle = explorer._repr_mimebundle_()
+    bundle, _ = explorer._repr_mimebundle_()
     picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
     assert picture.size == (800, 267) and len(bundle["image/png"]) < 200_000
     assert bundle["text/plain"] == explorers.WITHOUT_KERNEL
