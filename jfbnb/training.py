@@ -442,12 +442,24 @@ def train(
         history.append(record)
         if file is not None and processes.rank() == 0:
             save_checkpoint(file, module, optimizer, history)
-        log("  ".join(f"{name} {value:.4g}" for name, value in record.items()))
+        log(_progress(history, config.epochs, parts))
         if 1 - record.get("converged", 1) > config.unconverged_limit / 2:
             log(f"warning: {1 - record['converged']:.0%} of the solves up to epoch "
                 f"{record['epoch']:.4g} did not converge; training stops above "
                 f"{config.unconverged_limit:.0%}")
     return history
+
+
+def _progress(history: list[dict[str, float]], epochs: float, parts: int) -> str:
+    """How far a training is, how well it does on its crops, and how long it will take."""
+    record = history[-1]
+    found = [f"epoch {record['epoch']:.4g} of {epochs:.4g}", f"loss {record['loss']:.3g}"]
+    if record.get("mse", 0.0) > 0:
+        found.append(f"{-10 * math.log10(record['mse']):.1f} dB on its crops")
+    if record.get("converged", 1.0) < 1:
+        found.append(f"{record['converged']:.1%} of the solves converged")
+    seconds = sum(r["seconds"] for r in history) / len(history) * (parts - len(history))
+    return ", ".join([*found, f"{seconds:.0f} s left" if parts > len(history) else "done"])
 
 
 def _nothing(line: str) -> None:

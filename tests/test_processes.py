@@ -194,7 +194,7 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path, mon
         words += ["-p", setting]
     done = torchrun("-m", "jfbnb", *words, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 0.5  ") == done.stdout.count("epoch 1  ") == 1
+    assert done.stdout.count("epoch 0.5 of") == done.stdout.count("epoch 1 of") == 1
     assert "processes: 2;" in done.stdout
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
     cards = [json.loads((tmp_path / n / "jfb.json").read_text()) for n in ("one", "two")]

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from jfbnb import checkpoints, training
 from jfbnb.checkpoints import load_checkpoint, previous, resume
 from jfbnb.common import UserError
-from jfbnb.datasets import bundled_photos
+from jfbnb.datasets import OFTEN, bundled_photos
 from jfbnb.fixed_point import solve
 from jfbnb.gradients import neumann
 from jfbnb.maps import PreconditionedMap, SplittingMap
@@ -261,6 +262,17 @@ def test_training_lowers_the_loss_and_reports_the_solves(images):
     assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "contraction",
             "gradient", "seconds"} == set(history[0])
     assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
+
+
+def test_a_line_says_how_far_how_well_and_how_long(images):
+    model, loss = make()
+    lines = []
+    history = train(model, loss, images, replace(CONFIG, epochs=2), CPU, log=lines.append)
+    said = [line for line in lines if line.startswith("epoch")]
+    assert re.fullmatch(r"epoch 1 of 2, loss [\d.e-]+, [\d.]+ dB on its crops, "
+                        r"(\d.*% of the solves converged, )?\d+ s left", said[0])
+    assert said[1].startswith("epoch 2 of 2") and said[1].endswith("done")
+    assert f"{-10 * math.log10(history[0]['mse']):.1f} dB" in said[0]
 
 
 def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
@@ -553,10 +565,10 @@ def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatc
     assert isinstance(load_denoiser(tmp_path / "denoiser.safetensors").network, UNet)
     assert main([str(word) for word in ("train", "jfb", *words, "--from", tmp_path)]) == 0
     card = json.loads((tmp_path / "jfb.json").read_text(), parse_constant=pytest.fail)
-    assert card["training images"] == 4 + len(photographs) and "scikit-image" in card[
+    assert card["training images"] == 4 + OFTEN * len(photographs) and "scikit-image" in card[
         "training data"]
     assert LossSettings.read(card).conditions == EVERYWHERE
-    assert TrainingConfig.read(card).clip == 0.02
+    assert TrainingConfig.read(card).muon and LossSettings.read(card).visits == 8
     assert {n["class"] for n in card["networks"]} == {"jfbnb.networks.UNet"}
 
 
