@@ -44,6 +44,29 @@ def test_formulas_become_mathml(book):
     assert "`$no$`" in made
 
 
+def test_the_way_through_the_course_is_clickable(book):
+    """The notebooks before and after, at both ends of a page, and all in *Where we are*."""
+    _, target = book
+    pages = sorted((target / "notebooks").glob("0*.html"))
+    for i, page in enumerate(pages):
+        text = page.read_text(encoding="utf-8")
+        ways = re.findall(r"<nav>.*?</nav>", text)
+        assert len(ways) == 2 and ways[0] == ways[1]
+        beside = [pages[k].name for k in (i - 1, i + 1) if 0 <= k < len(pages)]
+        assert re.findall(r'href="(0[^"]+)"', ways[0]) == beside
+        line = re.search(r"Where we are</strong>(.*?)</p>", text, re.S)[1]
+        assert re.findall(r'href="([^"]+)"', line) == [other.name for other in pages]
+        assert "prefers-color-scheme: dark" in text
+
+
+def test_pictures_come_along_and_reports_are_apart(book):
+    _, target = book
+    text = (target / "docs" / "results.html").read_text(encoding="utf-8")
+    assert text.count('src="data:image/png;base64,') == 2
+    parts = (target / "index.html").read_text(encoding="utf-8").split("<h2")
+    assert "glossary" in parts[3] and "results" in parts[4] and "results" not in parts[3]
+
+
 def test_comparison_is_in_its_page(book):
     _, target = book
     text = (target / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
