@@ -4,7 +4,6 @@ Those named `prepare` load and warm up, and return what is then measured again a
 """
 
 import math
-import resource
 import sys
 import time
 from bisect import bisect_left
@@ -12,6 +11,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from contenders import PAPER, Contender, Problem, Size, load_problem
 
@@ -112,7 +112,8 @@ def peak_memory() -> float:
     if status.exists():  # what getrusage says has the parent's memory in it, on Linux
         lines = status.read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+    memory = psutil.Process().memory_info()
+    return getattr(memory, "peak_wset", memory.rss) / 1e6  # the peak on Windows alone
 
 
 # --- growth -------------------------------------------------------------------------------------

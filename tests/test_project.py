@@ -1,5 +1,6 @@
 """What surrounds the code: dependencies, the lock, README's numbers, what may not be committed."""
 
+import ast
 import importlib.util
 import io
 import json
@@ -188,6 +189,33 @@ def test_claims_that_no_table_supports_are_not_made():
                  *ROOT.glob("notebooks/**/*.ipynb"), ROOT / "CITATION.cff"]:
         text = " ".join(path.read_text(encoding="utf-8").split())
         assert not [words for words in unsupported if words in text], path
+
+
+def test_no_file_needs_a_unix_to_be_imported():
+    """Modules that Windows lacks are imported inside of functions alone, which may be skipped."""
+    lines = []
+    for path in (*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py"),
+                 *ROOT.glob("jfbnb/**/*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = ([a.name for a in node.names] if isinstance(node, ast.Import)
+                     else [node.module] if isinstance(node, ast.ImportFrom) else [])
+            lines += [f"{path.name}: {name}" for name in names
+                      if name in ("resource", "fcntl", "pwd", "grp", "termios")]
+    assert not lines
+
+
+def test_files_are_read_and_written_as_utf_8():
+    """Windows has another encoding where none is given."""
+    missing = []
+    for path in (*ROOT.glob("jfbnb/**/*.py"), *ROOT.glob("tools/*.py")):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and (
+                    call.func.attr in ("read_text", "write_text")):
+                given = {keyword.arg for keyword in call.keywords}
+                needed = 1 if call.func.attr == "read_text" else 2
+                if "encoding" not in given and len(call.args) < needed:
+                    missing.append(f"{path.name}: {call.lineno}")
+    assert not missing
 
 
 def test_a_release_has_one_version():
