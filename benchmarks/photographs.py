@@ -111,7 +111,7 @@ def restoration(bench: Bench) -> Iterator[Row]:
 def draw(pictures: dict[str, np.ndarray], out: Path) -> None:
     """Four pictures in a row, and the blurred one beside JFB's as under a swipe handle."""
     truth = pictures["Original"]
-    psnrs = {label: psnr(image, truth) for label, image in pictures.items()}
+    psnrs = {label: psnr(image, truth) for label, image in pictures.items() if image is not truth}
     swipe, middle = pictures["Blurred"].copy(), truth.shape[1] // 2
     swipe[:, middle:] = pictures["JFB"][:, middle:]
     swipe[:, middle - 1:middle + 1] = 1
