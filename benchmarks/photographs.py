@@ -98,9 +98,10 @@ def restoration(bench: Bench) -> Iterator[Row]:
             found = [(m, np.nan, *deblur(file, kernel, "--method", m)) for m in METHODS]
             found += [(*result, {}) for result in by_scikit_image(d, case.kernel)]
             near = rim(x, FRAME)
+            restored = {method: image for method, _, image, _ in found}
             if name == bench.photographs[0] and case is MOTION:
-                draw({"Blurred": d, "Tikhonov": found[METHODS.index("tikhonov")][2],
-                      "JFB": found[METHODS.index("jfb")][2], "Original": x}, bench.out)
+                draw({"Blurred": d, "Tikhonov": restored.get("tikhonov", d),
+                      "JFB": restored.get("jfb", d), "Original": x}, bench.out)
             for method, setting, image, said in found:
                 yield {"blur": case.name, "photograph": name, "method": method, "setting": setting,
                        "input": psnr(d, x), "PSNR": psnr(image, x),
