@@ -99,7 +99,7 @@ def restoration(bench: Bench) -> Iterator[Row]:
             found += [(*result, {}) for result in by_scikit_image(d, case.kernel)]
             near = rim(x, FRAME)
             restored = {method: image for method, _, image, _ in found}
-            if name == bench.photographs[0] and case is MOTION:
+            if name == bench.photographs[0] and case is scenes.DISK:
                 draw({"Blurred": d, "Tikhonov": restored.get("tikhonov", d),
                       "JFB": restored.get("jfb", d), "Original": x}, bench.out)
             for method, setting, image, said in found:

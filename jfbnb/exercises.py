@@ -1,6 +1,6 @@
 """Answers to the notebooks' exercises: right, or what to look at. Solutions are elsewhere.
 
-What is right is computed where it is a number of the model, so that no number is typed here.
+Where the model has a formula for what is right, it is computed.
 """
 
 import math
@@ -14,7 +14,7 @@ RIGHT = "right"
 
 @dataclass(frozen=True)
 class Choice:
-    """One of some words. `look` says what to look at, for each wrong one or for all."""
+    """One of some words; of each wrong one, what to look at."""
 
     right: str
     wrong: Mapping[str, str]

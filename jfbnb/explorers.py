@@ -77,7 +77,7 @@ class Explorer(w.VBox):
         except UserError as error:
             self.complain(str(error))
             return
-        self.picture.value = to_png(self.figure)
+        self.picture.value = drawn(self.figure)
         self.status.value = numbers
 
     def complain(self, message: str) -> None:
@@ -97,7 +97,7 @@ class Explorer(w.VBox):
         bundle = super()._repr_mimebundle_(**kwargs)
         said = html.unescape(re.sub(r"<[^>]+>", "", self.status.value))
         note = self.figure.text(0.01, -0.01, f"{said}\n{WITHOUT_KERNEL}", va="top", fontsize=9)
-        whole = Image.open(io.BytesIO(to_png(self.figure, bbox_inches="tight")))
+        whole = Image.open(io.BytesIO(drawn(self.figure, bbox_inches="tight")))
         note.remove()
         smaller = io.BytesIO()  # a notebook keeps it: 64 colours will do
         whole.convert("RGB").quantize(64).save(smaller, "png")
@@ -106,7 +106,8 @@ class Explorer(w.VBox):
                 }, {"image/png": {"alt": f"{described(self.figure)}. {said}"}}
 
 
-def to_png(figure: Figure, **options: object) -> bytes:
+def drawn(figure: Figure, **options: object) -> bytes:
+    """A figure as PNG."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=80, **options)
     return buffer.getvalue()
@@ -376,7 +377,7 @@ class GradientExplorer(Explorer):
         grid = torch.stack(torch.meshgrid(first, second, indexing="xy"), dim=-1)
         goal = T.solution(torch.tensor(self.GOAL, dtype=torch.float64))
         lines = ax.contour(first, second, (T.solution(grid) - goal).square().sum(-1).sqrt(),
-                           [0.25 * 2**(k / 2) for k in range(14)], cmap="Greys", linewidths=0.8)
+                           [0.25 * 2**(k / 2) for k in range(14)], colors="#999999", linewidths=0.8)
         ax.clabel(lines, fontsize=7, fmt="%.2g")  # its values tell a turn of 0 from one of 180
         ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-2, 2), ylim=(-2, 2))
 

@@ -73,6 +73,11 @@ def middle(problem: Problem, crop: int, images: int = 4) -> Problem:
     return replace(problem, A=A, x=x, d=d)
 
 
+def by_hand() -> bool:
+    """Whether a notebook is run by its reader, and not by a command."""
+    return "ipykernel" in sys.modules and BY_COMMAND not in os.environ
+
+
 @dataclass(frozen=True)
 class Run:
     """Where a training runs, and what it leaves.
@@ -91,12 +96,7 @@ class Run:
     command: str = ""
     weights: str | Path = ""
     log: Callable[[str], None] = print
-    keep: bool = field(default_factory=lambda: by_hand())
-
-
-def by_hand() -> bool:
-    """Whether a notebook is run by its reader, and not by a command."""
-    return "ipykernel" in sys.modules and BY_COMMAND not in os.environ
+    keep: bool = field(default_factory=by_hand)
 
 
 def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, noise_max: float,

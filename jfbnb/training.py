@@ -386,10 +386,10 @@ def train(
     """Minimise `batch_loss` over random crops of `images`; return the records of its parts.
 
     A loss with an attribute `visits` comes back to each batch so often. A training has as many
-    parts as epochs, and at least `RECORDS`. A record has the epochs so far,
-    the part's mean loss per image, the means of what the loss reports, the seconds of training,
-    and what `validate` returns. With `checkpoints`, a folder, the state after each part is stored
-    and a stopped training goes on from the last one that is whole.
+    parts as epochs, and at least `RECORDS`. A record has the epochs so far, the part's mean loss
+    per image, the means of what the loss reports, the seconds of training, and what `validate`
+    returns. With `checkpoints`, a folder, the state after each part is stored and a stopped
+    training goes on from the last one that is whole.
 
     In a `processes.process_group` all processes train together, on the same batches as one would;
     rank 0 alone logs, validates and stores. The checkpoint of one number of processes serves any
@@ -493,8 +493,8 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
     batches = math.ceil(len(images) / config.batch_size)
     means, order, shuffled = _Means(device), (), None
     for number in part:
-        epoch, step = divmod(_which(number, visits), batches)
-        epoch += 1
+        met = _which(number, visits)
+        epoch, step = met // batches + 1, met % batches
         if shuffled != epoch:
             order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
             order, shuffled = order.split(config.batch_size), epoch

@@ -23,7 +23,7 @@ from jfbnb.methods import JFB, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "quick"
-PAGES = ("README.md", "docs/results.md", "docs/profiles.md", "docs/photographs.md", "docs/speed.md")
+PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PUBLISHED = "figures/published"  # all else in figures/ is whoever runs the notebooks' own
 DRAWING = 8192  # colours, antialiasing included; a photograph has more
 Read = Callable[[str], str]  # a project file's text, by its path
@@ -33,12 +33,13 @@ def main(names: list[str]) -> int:
     def read(path: str) -> str:
         return (ROOT / path).read_text(encoding="utf-8")
 
-    for name in names or [RUN]:
+    names = names or [RUN]
+    for name in names:
         if not (ROOT / "figures" / name / "provenance.json").is_file():
             sys.exit(f"no finished run in figures/{name}: start `jfbnb reproduce` first")
         shutil.rmtree(ROOT / PUBLISHED / name, ignore_errors=True)
         shutil.copytree(ROOT / "figures" / name, ROOT / PUBLISHED / name)
-    if RUN in (names or [RUN]):
+    if RUN in names:
         provenance = json.loads(read(f"{PUBLISHED}/{RUN}/provenance.json"))
         for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
             publish_notebook(path, ROOT / "runs" / RUN / path.name,
@@ -49,7 +50,7 @@ def main(names: list[str]) -> int:
 
 
 def filled(read: Read) -> dict[str, str]:
-    """README.md and the pages in docs/ that have blocks, by path; each block is in one of them."""
+    """README.md and the pages in docs/, by path, with their blocks; each is in one of them."""
     pages = {path: read(path) for path in PAGES}
     for name, text in blocks(read).items():
         found = [path for path, page in pages.items() if f"<!-- {name} -->" in page]
@@ -90,12 +91,12 @@ def publish_notebook(path: Path, executed_path: Path, time: str) -> None:
 
 
 def with_a_palette(png: str) -> str:
-    """A drawing in 256 colours, a third of its size; a photograph as it is."""
+    """A drawing in 256 colours, a third of its size; a photograph in its own, packed as well."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
-    if image.getcolors(DRAWING) is None:
-        return png
+    if image.getcolors(DRAWING) is not None:
+        image = image.quantize(256, dither=Image.Dither.NONE)
     file = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)
+    image.save(file, "PNG", optimize=True)
     return base64.b64encode(file.getvalue()).decode() + "\n"
 
 
@@ -170,11 +171,11 @@ def ranking(read: Read, profile: str) -> str:
 def front(read: Read) -> str:
     """What README's picture shows, and how long its first command takes."""
     rows = load(read, "benchmarks/results/photographs_restoration.csv")
-    rows = rows[rows.blur.str.startswith("motion") & (rows.photograph == rows.photograph[0])]
+    rows = rows[rows.blur.str.startswith("disk") & (rows.photograph == rows.photograph[0])]
     psnr = rows.groupby("method").PSNR.max()
     provenance = json.loads(read(f"{PUBLISHED}/{RUN}/provenance.json"))
     minutes = sum(step["seconds"] for step in provenance["steps"].values()) / 60
-    return (f"*{rows.photograph.iloc[0].capitalize()}, by a {rows.blur.iloc[0]}: "
+    return (f"*{rows.photograph.iloc[0].capitalize()}, out of focus by a {rows.blur.iloc[0]}: "
             f"{rows.input.iloc[0]:.1f} dB; by Tikhonov's regulariser {psnr['tikhonov']:.1f} dB, by "
             f"JFB {psnr['jfb']:.1f} dB. `make reproduce` took {minutes:.0f} minutes on "
             f"{provenance['machine']}, once installed.*")
@@ -210,8 +211,8 @@ def undecided(read: Read, profile: str) -> str:
 
 def computation(read: Read, profile: str) -> str:
     """What an equilibrium has that unrolling has not, measured: memory and more computation."""
-    MB = load(read, f"{PUBLISHED}/{profile}/nb4_cost.csv").pivot(index="K", columns="gradient",
-                                                             values="MB")
+    MB = load(read, f"{PUBLISHED}/{profile}/nb4_cost.csv").pivot(
+        index="K", columns="gradient", values="MB")
     growth = MB.loc[MB.index.max()] / MB.loc[MB.index.min()]
     psnr = load(read, f"{PUBLISHED}/{profile}/computation.csv").pivot(
         index="evaluations", columns="method", values="psnr")
