@@ -118,22 +118,27 @@ def status_line() -> w.HTML:
     return w.HTML(layout=w.Layout(min_height="3.2em"))
 
 
+def broad() -> w.Layout:
+    """Of a slider: it takes the room that there is, so that it can be set with some care."""
+    return w.Layout(width="auto", flex="1 1 300px", max_width="480px")
+
+
 def slider(label: str, value: float, low: float, high: float, step: float) -> w.FloatSlider:
     """From low to high in steps."""
     return w.FloatSlider(value, min=low, max=high, step=step, description=label,
-                         continuous_update=False)
+                         continuous_update=False, layout=broad())
 
 
 def log_slider(label: str, value: float, low: int, high: int) -> w.FloatLogSlider:
     """From 10^low to 10^high."""
     return w.FloatLogSlider(value, min=low, max=high, step=0.05, description=label,
-                            continuous_update=False, readout_format=".2g")
+                            continuous_update=False, readout_format=".2g", layout=broad())
 
 
 def int_slider(label: str, value: int, low: int, high: int, step: int = 1) -> w.IntSlider:
     """From low to high in whole steps."""
     return w.IntSlider(value, min=low, max=high, step=step, description=label,
-                       continuous_update=False)
+                       continuous_update=False, layout=broad())
 
 
 def _three_panels() -> tuple[Figure, list[Axes]]:
@@ -195,7 +200,8 @@ class TikhonovExplorer(Explorer):
         super().__init__(lam=log_slider("λ", 0.01, -5, 0),
                          step=slider("step η", 1.0, 0.1, 2.2, 0.1),
                          k=w.SelectionSlider(options=(0, *self.COUNTS), value=20,
-                                             description="iteration k", continuous_update=False))
+                                             description="iteration k", continuous_update=False,
+                                             layout=broad()))
 
     def draw(self, lam: float, step: float, k: int) -> tuple[Figure, str]:
         def at(count: int) -> Tensor:

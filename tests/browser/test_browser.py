@@ -197,6 +197,8 @@ def restore_another_image(page) -> None:
 def move_a_slider(page) -> None:
     """Move the explorer's first slider by the keyboard, and see another picture."""
     before = picture(page)
+    track = bring(page, ".jp-OutputArea .noUi-target")
+    assert track.bounding_box()["width"] > 140, "too narrow to be set with care"
     handle = page.locator(".jp-OutputArea .noUi-handle").first
     handle.scroll_into_view_if_needed()
     handle.focus()
