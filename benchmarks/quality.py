@@ -1,0 +1,213 @@
+"""Seconds of training to a quality: python benchmarks/quality.py
+
+All start from the denoiser that comes with the package, with the same crops and the same loop, and
+for each the learning rate is searched, as `recipes.train_method` does it for every method of the
+tables. A peer has its own solve and its own one-step gradient, on our map, by the solver that was
+fastest in the section `step`. Each point is a whole schedule of its own. Quality is the PSNR of x*
+on validation images, solved for all by the same function.
+
+What is in quality_trainings.csv is not done again, so that a run that was stopped goes on.
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from contenders import CPU, MOST, PAPER, Problem, available, deepinvs, profile, torchdeqs
+from matplotlib.figure import Figure
+from report import COLOURS
+from torch import Tensor
+
+from jfbnb.common import UserError
+from jfbnb.datasets import load_splits
+from jfbnb.figures import new_figure, save_data, save_figure, save_table
+from jfbnb.methods import METHODS, RELEASED, Method, Tuning
+from jfbnb.models import Model
+from jfbnb.networks import load_denoiser, pick_bf16
+from jfbnb.recipes import Run, pose, prepare, score, train_method
+from jfbnb.training import BatchLoss, LossSettings, TrainingConfig, draw_measurement
+
+GOALS = (33.5, 34.0)  # dB
+JFB = replace(METHODS["jfb"], head=False)  # the peers have none
+
+
+# --- who takes part -----------------------------------------------------------------------------
+
+
+@dataclass
+class Shared(Problem):
+    """What a peer is made of: the map that is trained, and not another of the same weights."""
+
+    model: Model
+
+    def map(self, name: str) -> torch.nn.Module:
+        return self.model.T
+
+
+def peers_loss(make, solver: str, iterations: int, model: Model, losses: LossSettings) -> BatchLoss:
+    """|x* - x|^2 by a peer's solve and its one-step gradient; drawn as ours is."""
+    T = model.T
+    x = torch.empty(0)
+    settings = {"tau": T.tau.item(), "sigma": T.D.sigma.item()}
+    run = make("jfb", "our map", Shared(T.A, T.D.network, settings, x, x, {}, model), solver,
+               iterations)
+
+    def loss(x: Tensor, keys: tuple[int, ...], rows) -> tuple[Tensor, dict[str, Tensor]]:
+        d = draw_measurement(T.A, x, losses.noise_std, keys, rows)
+        errors = (run.image(d) - x).square().flatten(1).mean(1)
+        return errors, {"mse": errors.detach()}
+
+    return loss
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A way to train: the method, with its loss, and what its trainings have in common."""
+
+    method: Method
+    config: TrainingConfig
+    losses: LossSettings
+
+
+def rivals(solvers: dict[str, tuple[str, int]]) -> dict[str, Rival]:
+    """Ours as profiles `cpu` and `best` train, and the peers, by their names.
+
+    Args:
+        solvers: of each peer, and after how many iterations its solve ends.
+    """
+    own = profile()
+    config = TrainingConfig(1, own["batch_size"], own["crop"], own["learning_rate"], 0,
+                            unconverged_limit=1.0)
+    losses = LossSettings(PAPER.noise_std, 1e-3, MOST, own["power_iterations"],
+                          bf16=pick_bf16("auto", CPU))
+    faster = replace(config.everywhere(), learning_rate=4 * config.learning_rate)
+    found = {"jfbnb, as profile cpu trains": Rival(JFB, config, losses),
+             "jfbnb, as profile best trains": Rival(JFB, faster, replace(
+                 losses.everywhere(), conditions=None))}
+    for library, make in (("torchdeq", torchdeqs), ("deepinv", deepinvs)):
+        if library in solvers and available(library):
+            method = replace(JFB, loss=partial(peers_loss, make, *solvers[library]))
+            found[f"{library}, one-step gradient"] = Rival(method, config, losses)
+    return found
+
+
+def fastest(out: Path) -> dict[str, tuple[str, int]]:
+    """Each peer's solver and its iterations, to a distance of 1e-2, as the section `step` has it.
+
+    Raises UserError if it has not run.
+    """
+    try:
+        rows = pd.read_csv(out / "step.csv")
+    except OSError as error:
+        raise UserError(f"no step.csv in {out}: run `make bench ARGS='--sections step'` "
+                        "first") from error
+    rows = rows[(rows["to distance"] == 1e-2) & (rows.reached == "yes")
+                & rows.contender.str.endswith("jfb, our map")]
+    rows = rows[rows.problem == rows.problem.iloc[0]]
+    return {row.contender.split()[0]: (row.solver, int(row["stops at"].split()[0]))
+            for _, row in rows.iterrows()}
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def measure(bench: argparse.Namespace) -> None:
+    """A row for each training, as soon as it is known."""
+    torch.set_num_threads(bench.threads)
+    splits = load_splits(bench.data, PAPER.image_size, 8000, 200, 2000)
+    problem = pose(PAPER, splits, bench.validation, 0, CPU)
+    network = load_denoiser(RELEASED / "denoiser.safetensors").network
+    settings = Tuning.load(RELEASED / "tuning.json").settings(JFB)
+    file = bench.out / "quality_trainings.csv"
+    rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
+    done = {(row["rival"], row["minutes"]) for row in rows}
+    start, _ = prepare(JFB, network, settings, problem.A, LossSettings(PAPER.noise_std))
+    before = score(start, problem)["psnr"]
+    for minutes in bench.minutes:
+        for name, rival in rivals(fastest(bench.out)).items():
+            if (name, minutes) in done:
+                continue
+            model, history = train_method(
+                rival.method, network, settings, problem, rival.config, rival.losses,
+                Run(CPU, log=lambda line: None), minutes=minutes)
+            rows.append({"rival": name, "minutes": minutes, "seconds": history.seconds.sum(),
+                         "epochs": history.epoch.iloc[-1], "images": len(problem.x),
+                         "before": before, **score(model.on(problem.A), problem)})
+            save_data(pd.DataFrame(rows), file.with_suffix(""))
+            print(name, minutes, f"{rows[-1]['seconds']:.0f} s {rows[-1]['psnr']:.2f} dB",
+                  flush=True)
+
+
+# --- the report ---------------------------------------------------------------------------------
+
+
+def seconds_to(goal: float, own: pd.DataFrame) -> float:
+    """Of a rival's schedules, interpolated on a logarithmic axis; NaN where none came so far."""
+    own = own.sort_values("seconds")
+    best = own.psnr.cummax().to_numpy()
+    if best[-1] < goal:
+        return np.nan
+    return float(np.exp(np.interp(goal, best, np.log(own.seconds))))
+
+
+def table(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row for each rival; ratios are over ours as profile `best` trains."""
+    groups = dict(list(rows.groupby("rival", sort=False)))
+    found = pd.DataFrame({"training": list(groups), **{
+        f"seconds to {goal:g} dB": [seconds_to(goal, own) for own in groups.values()]
+        for goal in GOALS}})
+    for goal in GOALS:
+        seconds = found[f"seconds to {goal:g} dB"]
+        ours = seconds[found.training == "jfbnb, as profile best trains"].squeeze()
+        found[f"times ours, {goal:g} dB"] = seconds / ours
+    return found
+
+
+def curves(rows: pd.DataFrame) -> Figure:
+    figure, (ax,) = new_figure(height=4.6)
+    for name, own in rows.groupby("rival", sort=False):
+        ax.semilogx(own.seconds, own.psnr, "o-" if "cpu" not in name else "o--",
+                    color=COLOURS[name.split(",")[0]], label=name)
+    for goal in GOALS:
+        ax.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
+    ax.set(xlabel="seconds of training, each point a whole schedule",
+           ylabel="PSNR on validation images (dB)", title="Quality against training time")
+    ax.legend(fontsize=9)
+    return figure
+
+
+def report(out: Path) -> None:
+    """The table and the figure, of quality_trainings.csv alone."""
+    rows = pd.read_csv(out / "quality_trainings.csv")
+    save_table(table(rows), out / "quality",
+               f"Seconds of training from the same denoiser ({rows.before.mean():.2f} dB) to a "
+               f"PSNR on {rows.images.max()} validation images; the searches for the learning rate "
+               "come on top, alike for all.")
+    save_figure(curves(rows), out / "quality", f"CelebA, {rows.images.max()} validation images")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser.add_argument("--minutes", nargs="+", type=float, default=[0.5, 1, 2, 4])
+    parser.add_argument("--validation", type=int, default=24, help="images")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--report", action="store_true", help="the figure and the table alone")
+    bench = parser.parse_args(arguments)
+    try:
+        if not bench.report:
+            measure(bench)
+        report(bench.out)
+    except UserError as error:
+        print(f"quality: error: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
