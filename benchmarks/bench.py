@@ -165,7 +165,8 @@ def parse(arguments: list[str] | None) -> Bench:
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--problems", nargs="+", type=Size.parse, metavar="BATCHxSIDE",
-                        default=[Size(16, 64), Size(4, 128)], help="of the section step")
+                        default=[Size(16, 64), Size(4, 128), Size(16, 64, unet=True)],
+                        help="of the section step; with -UNet the network of profile best")
     parser.add_argument("--gradients", nargs="+", default=list(GRADIENTS), choices=GRADIENTS,
                         help="in the section step; jfb is always there")
     parser.add_argument("--maps", nargs="+", default=list(MAPS), choices=MAPS,

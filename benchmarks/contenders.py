@@ -7,6 +7,7 @@ distance to x* of the image that their loss sees.
 """
 
 import importlib.util
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +23,10 @@ from jfbnb.datasets import bundled_photos
 from jfbnb.fixed_point import solve
 from jfbnb.gradients import neumann
 from jfbnb.maps import GradientMap, ImplicitMap, SplittingMap
-from jfbnb.methods import METHODS, RELEASED, Settings, load_model
+from jfbnb.methods import BEST, METHODS, RELEASED, Settings, load_model
 from jfbnb.models import Equilibrium
-from jfbnb.networks import Denoiser, DnCNN, pick_bf16
+from jfbnb.muon import Muon
+from jfbnb.networks import Denoiser, pick_bf16
 from jfbnb.operators import Blur, get_protocol
 from jfbnb.recipes import prepare
 from jfbnb.training import EquilibriumLoss, LossSettings, draw_measurement
@@ -36,29 +38,35 @@ MAPS = {"Eq. 4": GradientMap, "our map": SplittingMap}
 KEYS = (0, 1, 0, 1)  # of the noise: those of a training's first batch
 
 
-def profile() -> dict:
-    """The parameters of profile cpu, which trained the released networks."""
-    return parse_yaml((ROOT / "notebooks/profiles/cpu.yaml").read_bytes(), "profile cpu")
+def profile(name: str = "cpu") -> dict:
+    """The parameters of a profile: `cpu` and `best` trained the released networks."""
+    return parse_yaml((ROOT / f"notebooks/profiles/{name}.yaml").read_bytes(), f"profile {name}")
 
 
 # --- the problem --------------------------------------------------------------------------------
 
 
 class Size(NamedTuple):
-    """Of a problem: `batch` images of `side` x `side` pixels, DnCNN of `depth` x `width`."""
+    """Of a problem: `batch` images of `side` x `side` pixels, DnCNN of `depth` x `width`.
+
+    Or the U-Net of profile `best`, for which the name ends in `-UNet`.
+    """
 
     batch: int
     side: int
     depth: int = 8
     width: int = 32
+    unet: bool = False
 
     @staticmethod
     def parse(name: str) -> "Size":
-        batch, side = map(int, name.split("x"))
-        return Size(batch, side)
+        shape, unet = name.removesuffix("-UNet"), name.endswith("-UNet")
+        batch, side = map(int, shape.split("x"))
+        return Size(batch, side, unet=unet)
 
     def __str__(self) -> str:
-        return f"{self.batch}x{self.side}-{self.depth}x{self.width}"
+        network = "UNet" if self.unet else f"{self.depth}x{self.width}"
+        return f"{self.batch}x{self.side}-{network}"
 
 
 @dataclass
@@ -71,7 +79,7 @@ class Problem:
     """
 
     A: Blur
-    network: DnCNN
+    network: nn.Module
     settings: Settings
     x: Tensor
     d: Tensor
@@ -96,7 +104,8 @@ def solve_problem(file: Path, size: Size) -> None:
     """Write a problem's images and its equilibrium, solved in float64 to a residual of 1e-9."""
     photos = bundled_photos("train", size.side)
     x = photos[::len(photos) // size.batch][:size.batch].as_float()
-    problem = Problem(PAPER.operator(size.side), *released(), x, x, {})  # d is yet to be drawn
+    # d is yet to be drawn
+    problem = Problem(PAPER.operator(size.side), *released(size.unet), x, x, {})
     d, T = problem.draw(), problem.map("our map")
     near, _ = solve(T, d, 3e-6, 100)  # most of the way at float32's speed
     T.double()
@@ -112,12 +121,13 @@ def load_problem(file: Path) -> Problem:
     """What `solve_problem` wrote."""
     goals = load_file(file)
     x, d = goals.pop("x"), goals.pop("d")
-    return Problem(PAPER.operator(x.shape[-1]), *released(), x, d, goals)
+    unet = file.stem.endswith("UNet")
+    return Problem(PAPER.operator(x.shape[-1]), *released(unet), x, d, goals)
 
 
-def released() -> tuple[DnCNN, Settings]:
-    """The released network, with the tau that was trained with it."""
-    T = load_model(METHODS["jfb"], {"tau": 1.0}, RELEASED).T
+def released(unet: bool) -> tuple[nn.Module, Settings]:
+    """A released network, with the tau that was trained with it."""
+    T = load_model(METHODS["jfb"], {"tau": 1.0}, BEST if unet else RELEASED).T
     return T.D.network, {"tau": T.tau.item(), "sigma": T.D.sigma.item()}
 
 
@@ -131,12 +141,16 @@ class Run(NamedTuple):
         image: the measurements -> the image that the loss sees, tracked.
         loss: of one training step, which draws its measurements itself; None in a reconstruction.
         trained: what has the parameters; `network` in it is the denoiser's.
+        visits: how many steps in a row meet a batch, of which only the first solves from the start.
+        optimizer: what moves the parameters, as in a training.
     """
 
     image: Callable[[Tensor], Tensor]
     loss: Callable[[], Tensor] | None
     trained: nn.Module
     network: nn.Module
+    visits: int = 1
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
 
 
 @dataclass(frozen=True)
@@ -174,22 +188,30 @@ OURS = {"jfb": METHODS["jfb"], "implicit": METHODS["deq"], "unrolled": METHODS["
             neumann, terms=5)))}
 
 
-def our_step(gradient: str, bf16: bool, shipped: bool, problem: Problem, solver: str,
+def our_step(gradient: str, bf16: bool, shipped: str, problem: Problem, solver: str,
              effort: float) -> Run:
     """The loss that `recipes.prepare` builds for a method of OURS.
 
     Args:
         bf16: for the first evaluations of T and for the gradient.
-        shipped: with a head, and with the penalty as profile cpu has it. The peers have neither.
+        shipped: the profile that trains so, with a head and its penalty. The peers have neither.
     """
-    losses = LossSettings(PAPER.noise_std, effort, MOST, profile()["power_iterations"], bf16=bf16)
+    own = profile(shipped or "cpu")
+    losses = LossSettings(PAPER.noise_std, effort, MOST, own["power_iterations"], bf16=bf16)
     if not shipped:
         losses = replace(losses, penalty=0.0)
-    model, loss = prepare(replace(OURS[gradient], head=shipped), problem.network,
+    if everywhere := own.get("everywhere", False):
+        losses = replace(losses.everywhere(), contraction=own["contraction"], conditions=None)
+    model, loss = prepare(replace(OURS[gradient], head=bool(shipped)), problem.network,
                           {**problem.settings, "iterations": effort}, problem.A, losses)
-    return Run(lambda d: loss.restored(d)[0],
-               lambda: loss(problem.x, KEYS, range(len(problem.x)))[0].mean(),
-               model, model.T.D.network)
+    steps = itertools.count()
+
+    def value() -> Tensor:  # of the next step
+        keys = KEYS if losses.visits == 1 else (0, 1, next(steps) // losses.visits, 1)
+        return loss(problem.x, keys, range(len(problem.x)))[0].mean()
+
+    return Run(lambda d: loss.restored(d)[0], value, model, model.T.D.network, losses.visits,
+               Muon if everywhere else torch.optim.Adam)
 
 
 def our_image(problem: Problem, solver: str, effort: float) -> Run:
@@ -257,7 +279,7 @@ def deepinvs(gradient: str, map_name: str, problem: Problem, solver: str, effort
     return _peer(problem, T, lambda d: model(d, physics))
 
 
-def ours(gradient: str, how: str = "", bf16: bool = False, shipped: bool = False) -> Contender:
+def ours(gradient: str, how: str = "", bf16: bool = False, shipped: str = "") -> Contender:
     return Contender(f"jfbnb {gradient}{how}", gradient, "our map", ("Anderson",),
                      partial(our_step, gradient, bf16, shipped), by_residual=True)
 
@@ -270,9 +292,10 @@ PEERS = [Contender(f"{library} {g}, {m}", g, m, tuple(solvers), partial(make, g,
 BF16 = pick_bf16("auto", CPU)  # whether the processor computes in it
 # The first is what the others are compared with.
 STEPS = [ours("jfb"), *([ours("jfb", ", bf16", True)] if BF16 else []),
-         ours("jfb", ", as shipped", BF16, shipped=True), ours("neumann-5"), ours("implicit"),
+         ours("jfb", ", as shipped", BF16, "cpu"), ours("jfb", ", as best ships", BF16, "best"),
+         ours("neumann-5"), ours("implicit"),
          Contender("jfbnb unrolled", "unrolled", "our map", ("Picard",),
-                   partial(our_step, "unrolled", False, False)), *PEERS]
+                   partial(our_step, "unrolled", False, "")), *PEERS]
 RECONSTRUCTIONS = [Contender("jfbnb", "none", "our map", ("Anderson",), our_image, True),
                    *(peer for peer in PEERS if peer.gradient == "jfb")]
 

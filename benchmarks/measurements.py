@@ -77,17 +77,19 @@ def prepare(file: Path, contender: Contender, solver: str, effort: float,
             training: bool) -> Callable[[], Record]:
     """A training step, draw, solve, gradient and update; or a reconstruction, without a gradient.
 
-    What is returned says what one call took, after another one: the first after a pause is slower.
+    What is returned says what one took, after another one: the first after a pause is slower. Where
+    a batch is met several times in a row, that is the mean over all its visits.
     """
     problem = load_problem(file)
     run = contender.make(problem, solver, effort)
-    optimizer = torch.optim.Adam(run.trained.parameters(), lr=0.0)  # moves nothing, costs the same
+    optimizer = run.optimizer(run.trained.parameters(), lr=0.0)  # moves nothing, costs the same
 
     def step() -> None:
-        loss = run.loss()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        for _ in range(run.visits):
+            loss = run.loss()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
 
     reconstruct = torch.no_grad()(lambda: run.image(problem.d))
     action = step if training else reconstruct
@@ -100,8 +102,9 @@ def prepare(file: Path, contender: Contender, solver: str, effort: float,
 
     def measured() -> Record:
         action()
-        return {"seconds": least(action, 1), "evaluations": sum(batches) / len(problem.x),
-                "distance": distance, "process MB": peak_memory()}
+        steps = run.visits if training else 1
+        return {"seconds": least(action, 1) / steps, "distance": distance,
+                "evaluations": sum(batches) / len(problem.x) / steps, "process MB": peak_memory()}
 
     return measured
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from report import exponent, verdicts
 
 from jfbnb.datasets import ImageSet, Splits
 from jfbnb.methods import METHODS, load_model
+from jfbnb.muon import Muon
 from jfbnb.networks import Denoiser, DnCNN, save_weights
 from jfbnb.recipes import Run, measured, pose, prepare, score, train_method
 from jfbnb.training import (
@@ -106,6 +108,7 @@ def test_a_malformed_problem_is_refused(name, capsys):
         bench.parse(["--problems", name])
     assert name in capsys.readouterr().err.splitlines()[-1]
     assert str(contenders.Size.parse("16x64")) == "16x64-8x32"
+    assert str(contenders.Size.parse("16x64-UNet")) == "16x64-UNet"
 
 
 # --- what is timed is what ships ----------------------------------------------------------------
@@ -156,6 +159,27 @@ def test_the_step_as_shipped_is_that_of_a_training(problem_file, prepared):
         assert own.grad.abs().sum() > 0 or name.endswith(".follow")
 
 
+def test_a_step_of_best_is_one_solve_and_then_visits(problem_file, prepared):
+    """As a training of that profile has it, but for the drawn conditions."""
+    step = NAMED["jfbnb jfb, as best ships"].make(load_problem(problem_file), "", 1e-3)
+    ((_, (_, timed)),) = prepared
+    assert timed.settings == LossSettings(
+        0.01, 1e-3, 50, 2, contraction=0.93, bf16=contenders.BF16, watched=8, visits=8)
+    assert timed.settings == replace(LossSettings(0.01, 1e-3, 50, 2, 0.93,
+                                                  bf16=contenders.BF16).everywhere(),
+                                     conditions=None)
+    assert (step.visits, step.optimizer) == (8, Muon)
+    calls = []
+    step.network.register_forward_hook(lambda *_: calls.append(1))
+    each = []
+    for _ in range(2 * step.visits):
+        calls.clear()
+        step.loss()
+        each.append(len(calls))
+    for cycle in (each[:8], each[8:]):  # solved for, then gone on from
+        assert cycle[0] > cycle[1] and len(set(cycle[1:])) == 1
+
+
 @pytest.mark.parametrize("name", [c.name for c in STEPS if c.library == "jfbnb"])
 def test_the_judged_image_is_the_one_in_the_timed_loss(problem_file, prepared, name):
     problem = load_problem(problem_file)
@@ -166,7 +190,7 @@ def test_the_judged_image_is_the_one_in_the_timed_loss(problem_file, prepared, n
     _, figures = loss(problem.x, KEYS, range(1))
     torch.testing.assert_close(figures["mse"], (image - problem.x).square().mean()[None])
     assert torch.equal(problem.draw(), problem.d)
-    if not NAMED[name].name.endswith("as shipped"):
+    if "ship" not in name:
         assert step.loss().item() == pytest.approx(figures["mse"].item(), rel=1e-6)
 
 
