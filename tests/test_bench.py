@@ -295,8 +295,18 @@ def test_verdicts_are_read_from_the_tables(tmp_path):
         columns=["contender", "to distance", "problem", "seconds", "reached"])
     step.to_csv(tmp_path / "step.csv", index=False)
     table = verdicts(tmp_path)
-    assert table.measured.tolist() == pytest.approx([0.2, 0.96, 0.56, np.nan], nan_ok=True)
+    assert table.measured.tolist() == pytest.approx(
+        [5, 1.25 / 1.2, 1.25 / 0.7, np.nan], nan_ok=True)
     assert table.met.tolist() == ["yes", "no", "yes", "no"]  # who does not arrive has not met it
+    other = {"jfbnb jfb, bf16": "jfbnb jfb, as best ships", "4x128-8x32": "16x64-UNet"}
+    step.replace(other).to_csv(tmp_path / "step.csv", index=False)
+    table = verdicts(tmp_path).set_index("target").measured
+    (best,) = (value for target, value in table.items() if "as best ships" in target)
+    assert best == pytest.approx(1.25 / 0.7)  # on its own network
+    pd.DataFrame({"training": ["jfbnb, as profile best trains", "deepinv", "torchdeq"],
+                  "times ours, 34 dB": [1.0, np.nan, 2.5]}).to_csv(
+                      tmp_path / "quality.csv", index=False)
+    assert verdicts(tmp_path).measured.iloc[-1] == 2.5  # who never came is no ratio
 
 
 # --- schedules ----------------------------------------------------------------------------------
