@@ -30,7 +30,7 @@ reproduce: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check .
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # On a copy, with runs/ and figures/ of its own.
 	rm -rf build/nbval
 	mkdir -p build/nbval
