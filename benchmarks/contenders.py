@@ -29,7 +29,7 @@ from jfbnb.muon import Muon
 from jfbnb.networks import Denoiser, pick_bf16
 from jfbnb.operators import Blur, get_protocol
 from jfbnb.recipes import prepare
-from jfbnb.training import EquilibriumLoss, LossSettings, draw_measurement
+from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig, draw_measurement
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = get_protocol("paper")
@@ -188,6 +188,18 @@ OURS = {"jfb": METHODS["jfb"], "implicit": METHODS["deq"], "unrolled": METHODS["
             neumann, terms=5)))}
 
 
+def training(name: str, tolerance: float, bf16: bool) -> tuple[TrainingConfig, LossSettings]:
+    """What a profile trains with, at protocol paper: drawn conditions are left out."""
+    own = profile(name)
+    config = TrainingConfig(1, own["batch_size"], own["crop"], own["learning_rate"], own["seed"],
+                            unconverged_limit=1.0)
+    losses = LossSettings(PAPER.noise_std, tolerance, MOST, own["power_iterations"],
+                          own.get("contraction", LossSettings.contraction), bf16=bf16)
+    if own.get("everywhere"):
+        config, losses = config.everywhere(), replace(losses.everywhere(), conditions=None)
+    return config, losses
+
+
 def our_step(gradient: str, bf16: bool, shipped: str, problem: Problem, solver: str,
              effort: float) -> Run:
     """The loss that `recipes.prepare` builds for a method of OURS.
@@ -196,12 +208,9 @@ def our_step(gradient: str, bf16: bool, shipped: str, problem: Problem, solver: 
         bf16: for the first evaluations of T and for the gradient.
         shipped: the profile that trains so, with a head and its penalty. The peers have neither.
     """
-    own = profile(shipped or "cpu")
-    losses = LossSettings(PAPER.noise_std, effort, MOST, own["power_iterations"], bf16=bf16)
+    config, losses = training(shipped or "cpu", effort, bf16)
     if not shipped:
         losses = replace(losses, penalty=0.0)
-    if everywhere := own.get("everywhere", False):
-        losses = replace(losses.everywhere(), contraction=own["contraction"], conditions=None)
     model, loss = prepare(replace(OURS[gradient], head=bool(shipped)), problem.network,
                           {**problem.settings, "iterations": effort}, problem.A, losses)
     steps = itertools.count()
@@ -211,7 +220,7 @@ def our_step(gradient: str, bf16: bool, shipped: str, problem: Problem, solver: 
         return loss(problem.x, keys, range(len(problem.x)))[0].mean()
 
     return Run(lambda d: loss.restored(d)[0], value, model, model.T.D.network, losses.visits,
-               Muon if everywhere else torch.optim.Adam)
+               Muon if config.muon else torch.optim.Adam)
 
 
 def our_image(problem: Problem, solver: str, effort: float) -> Run:

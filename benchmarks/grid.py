@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from command import options, run
 from matplotlib.figure import Figure
 from processes import alone
 from torch import Tensor
@@ -240,29 +241,19 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--weights", type=Path, default=RELEASED,
                         help="a folder of trained networks, with tuning.json")
     parser.add_argument("--methods", nargs="+", default=["jfb"])
     parser.add_argument("--images", type=int, default=50, help="of each kind")
-    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
     parser.add_argument("--further", type=int, default=200,
                         help="evaluations in which a solve goes on, at most")
     parser.add_argument("--certified", type=int, default=1,
                         help="images of a point at which the Jacobian is measured")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--report", action="store_true",
-                        help="the figure and the table alone, of the points that are done")
-    bench = parser.parse_args(arguments)
-    try:
-        if not bench.report:
-            alone(measure_grid, bench)  # where nothing has set the threads before
-        report(bench.out)
-    except UserError as error:
-        print(f"grid: error: {error}")
-        return 1
-    return 0
+    # Where nothing has set the threads before.
+    return run("grid", parser.parse_args(arguments), lambda bench: alone(measure_grid, bench),
+               report)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from contenders import CPU, MOST, PAPER, Problem, available, deepinvs, profile, torchdeqs
+from command import options, run
+from contenders import BF16, CPU, PAPER, Problem, available, deepinvs, torchdeqs, training
 from matplotlib.figure import Figure
 from report import COLOURS
 from torch import Tensor
@@ -27,11 +28,13 @@ from jfbnb.datasets import load_splits
 from jfbnb.figures import new_figure, save_data, save_figure, save_table
 from jfbnb.methods import METHODS, RELEASED, Method, Tuning
 from jfbnb.models import Model
-from jfbnb.networks import load_denoiser, pick_bf16
+from jfbnb.networks import load_denoiser
 from jfbnb.recipes import Run, pose, prepare, score, train_method
 from jfbnb.training import BatchLoss, LossSettings, TrainingConfig, draw_measurement
 
 GOALS = (33.5, 34.0)  # dB
+TOLERANCE = 1e-3  # of our solves: a residual that is about the peers' distance of 1e-2
+PLAIN, FASTER = "jfbnb, as profile cpu trains", "jfbnb, as profile best trains"
 JFB = replace(METHODS["jfb"], head=False)  # the peers have none
 
 
@@ -79,15 +82,11 @@ def rivals(solvers: dict[str, tuple[str, int]]) -> dict[str, Rival]:
     Args:
         solvers: of each peer, and after how many iterations its solve ends.
     """
-    own = profile()
-    config = TrainingConfig(1, own["batch_size"], own["crop"], own["learning_rate"], 0,
-                            unconverged_limit=1.0)
-    losses = LossSettings(PAPER.noise_std, 1e-3, MOST, own["power_iterations"],
-                          bf16=pick_bf16("auto", CPU))
-    faster = replace(config.everywhere(), learning_rate=4 * config.learning_rate)
-    found = {"jfbnb, as profile cpu trains": Rival(JFB, config, losses),
-             "jfbnb, as profile best trains": Rival(JFB, faster, replace(
-                 losses.everywhere(), conditions=None))}
+    config, losses = training("cpu", TOLERANCE, BF16)
+    faster, visited = training("best", TOLERANCE, BF16)
+    same = {"batch_size": config.batch_size, "crop": config.crop}
+    found = {PLAIN: Rival(JFB, config, losses),
+             FASTER: Rival(JFB, replace(faster, **same), visited)}
     for library, make in (("torchdeq", torchdeqs), ("deepinv", deepinvs)):
         if library in solvers and available(library):
             method = replace(JFB, loss=partial(peers_loss, make, *solvers[library]))
@@ -162,7 +161,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
         for goal in GOALS}})
     for goal in GOALS:
         seconds = found[f"seconds to {goal:g} dB"]
-        ours = seconds[found.training == "jfbnb, as profile best trains"].squeeze()
+        ours = seconds[found.training == FASTER].squeeze()
         found[f"times ours, {goal:g} dB"] = seconds / ours
     return found
 
@@ -170,7 +169,7 @@ def table(rows: pd.DataFrame) -> pd.DataFrame:
 def curves(rows: pd.DataFrame) -> Figure:
     figure, (ax,) = new_figure(height=4.6)
     for name, own in rows.groupby("rival", sort=False):
-        ax.semilogx(own.seconds, own.psnr, "o-" if "cpu" not in name else "o--",
+        ax.semilogx(own.seconds, own.psnr, "o--" if name == PLAIN else "o-",
                     color=COLOURS[name.split(",")[0]], label=name)
     for goal in GOALS:
         ax.axhline(goal, color="#999999", linewidth=0.8, linestyle=":")
@@ -191,22 +190,11 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser = options(__doc__)
     parser.add_argument("--minutes", nargs="+", type=float, default=[0.5, 1, 2, 4])
     parser.add_argument("--validation", type=int, default=24, help="images")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--report", action="store_true", help="the figure and the table alone")
-    bench = parser.parse_args(arguments)
-    try:
-        if not bench.report:
-            measure(bench)
-        report(bench.out)
-    except UserError as error:
-        print(f"quality: error: {error}")
-        return 1
-    return 0
+    return run("quality", parser.parse_args(arguments), measure, report)
 
 
 if __name__ == "__main__":

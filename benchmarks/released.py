@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from command import options, run
 
 from jfbnb.common import UserError
 from jfbnb.datasets import ImageSet, load_splits
@@ -37,7 +38,9 @@ def weights_of(folder: Path, method: str) -> str | None:
     return digest(file.read_bytes())[:16]
 
 
-def fill(bench: argparse.Namespace, images: ImageSet) -> None:
+def fill(bench: argparse.Namespace) -> None:
+    torch.set_num_threads(bench.threads)
+    images = load_splits(bench.data, 128, 8000, 200, 2000).test[:bench.images]
     file = bench.out / "released_images.csv"
     done = pd.read_csv(file) if file.is_file() else pd.DataFrame(
         columns=["set", "protocol", "method", "weights", "image"])
@@ -83,22 +86,12 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser = options(__doc__)
     parser.add_argument("--images", type=int, default=2000, help="the first so many test images")
     parser.add_argument("--methods", nargs="+", default=list(SHOWN), choices=SHOWN)
     parser.add_argument("--protocols", nargs="+", default=["paper", "code"])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    bench = parser.parse_args(arguments)
-    torch.set_num_threads(bench.threads)
-    try:
-        fill(bench, load_splits(bench.data, 128, 8000, 200, 2000).test[:bench.images])
-        report(bench.out)
-    except UserError as error:
-        print(f"released: error: {error}")
-        return 1
-    return 0
+    return run("released", parser.parse_args(arguments), fill, report)
 
 
 if __name__ == "__main__":

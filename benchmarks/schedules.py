@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from command import options, run
 
 from jfbnb.common import UserError
 from jfbnb.datasets import load_splits
@@ -131,27 +132,16 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options(__doc__)
     parser.add_argument("--weights", type=Path, default=Path("runs/cpu"),
                         help="a folder of trained networks, with their model cards")
-    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
     parser.add_argument("--protocol", default="paper")
     parser.add_argument("--methods", nargs="+", default=list(RIVALS))
     parser.add_argument("--lengths", nargs="+", type=float, default=[0.25, 1, 2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--validation", type=int, default=24, help="images of the curves")
     parser.add_argument("--test", type=int, default=100, help="images of the table")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--report", action="store_true", help="the figure and the table alone")
-    bench = parser.parse_args(arguments)
-    try:
-        if not bench.report:
-            measure(bench)
-        report(bench.out)
-    except UserError as error:
-        print(f"schedules: error: {error}")
-        return 1
-    return 0
+    return run("schedules", parser.parse_args(arguments), measure, report)
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ class Explorer(w.VBox):
         note = self.figure.text(0.01, -0.01, f"{said}\n{WITHOUT_KERNEL}", va="top", fontsize=9)
         whole = Image.open(io.BytesIO(drawn(self.figure, bbox_inches="tight")))
         note.remove()
-        smaller = io.BytesIO()  # a notebook keeps it: 64 colours will do
-        whole.convert("RGB").quantize(64).save(smaller, "png")
+        smaller = io.BytesIO()  # a notebook keeps it; with fewer colours two methods get the same
+        whole.convert("RGB").quantize(256).save(smaller, "png")
         return {**bundle, "text/plain": f"{said}. {WITHOUT_KERNEL}",
                 "image/png": base64.b64encode(smaller.getvalue()).decode()
                 }, {"image/png": {"alt": f"{described(self.figure)}. {said}"}}

@@ -17,6 +17,7 @@ import scipy.ndimage
 import skimage.data
 import tifffile
 import torch
+from matplotlib.colors import to_rgb
 from PIL import Image
 
 from jfbnb import explorers, images, kernels, photograph_explorer, widgets
@@ -32,6 +33,7 @@ from jfbnb.explorers import (
     TikhonovExplorer,
     read_upload,
 )
+from jfbnb.figures import GRADIENT_COLOURS
 from jfbnb.maps import SplittingMap
 from jfbnb.methods import METHODS, RELEASED, Tuning, load_model
 from jfbnb.metrics import psnr
@@ -196,6 +198,15 @@ def test_explorers_have_a_picture_for_those_without_a_kernel(make):
     before = explorer.picture.value
     explorer.refresh()
     assert explorer.picture.value == before  # the note is on the stored picture alone
+
+
+def test_what_is_kept_without_a_kernel_has_the_colours_of_its_legend():
+    bundle, _ = GradientExplorer()._repr_mimebundle_()
+    kept = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).convert("RGB")
+    pixels = np.unique(np.asarray(kept).reshape(-1, 3), axis=0).astype(int)
+    for gradient in ("exact", "Neumann", "JFB"):
+        wanted = [round(255 * part) for part in to_rgb(GRADIENT_COLOURS[gradient])]
+        assert np.abs(pixels - wanted).max(axis=1).min() <= 8, gradient
 
 
 def test_an_explorer_says_that_it_works_and_draws_once_for_a_reset(make, monkeypatch):
