@@ -1,9 +1,9 @@
 """Is it an equilibrium everywhere? python benchmarks/grid.py
 
 Images are restored under every pair of a kernel and a noise level, as `models.Equilibrium` solves
-for all tables, one at a time. Then the solve goes on from there, to a residual of 1e-6: what has
-arrived does not move any more, and of what was only stopped the PSNR drifts. A point of the
-grid is a method, a kernel, a noise level and a kind of images.
+for all tables: one at a time, or on a GPU fifty together. Then the solve goes on from there, to a
+residual of 1e-6: what has arrived does not move any more, and of what was only stopped the PSNR
+drifts. A point of the grid is a method, a kernel, a noise level and a kind of images.
 
 Each point is a file in grid/METHOD-KEY, written when it is done, and not done again, so that a run
 that was stopped goes on. The key is of all that a point is made of but the code: other weights,
@@ -27,9 +27,10 @@ from processes import alone
 from torch import Tensor
 
 from jfbnb import kernels
-from jfbnb.common import UserError
+from jfbnb.common import UserError, pick_device
 from jfbnb.datasets import ImageSet, bundled_photos, load_splits
 from jfbnb.diagnostics import jacobian_norm, spectral_radius
+from jfbnb.evaluation import together
 from jfbnb.figures import new_figure, save_data, save_figure, save_table
 from jfbnb.fixed_point import solve
 from jfbnb.methods import METHODS, RELEASED, Restorer, Tuning, make_methods
@@ -39,6 +40,7 @@ from jfbnb.operators import Blur, Convolution, LinearOperator, get_protocol, mea
 from jfbnb.sources import digest
 
 Row = dict[str, object]
+CPU = torch.device("cpu")
 SIDE = 128  # of the scenes, in pixels
 ARRIVED = 1e-6  # a residual; float32 and the inner solves of some kernels know little below
 NOISES = (0.002, 0.005, 0.01, 0.02, 0.05)
@@ -69,9 +71,9 @@ KERNELS: dict[tuple[str, str], Callable[[int], LinearOperator]] = {
 # --- what is measured ---------------------------------------------------------------------------
 
 
-def equilibria(names: list[str], weights: Path) -> dict[str, Restorer]:
+def equilibria(names: list[str], weights: Path, device: torch.device) -> dict[str, Restorer]:
     """The methods, each with weights and an equilibrium. Raises UserError for one without."""
-    methods = make_methods(names, weights, torch.device("cpu"))
+    methods = make_methods(names, weights, device)
     for name, method in methods.items():
         if method.model is None or not isinstance(method.model(None, 1.0), Equilibrium):
             raise UserError(f"{name} has no equilibrium: choose from "
@@ -90,32 +92,38 @@ def photographs(count: int) -> ImageSet:
     return ImageSet(images, [names[i] for i in own], list(range(count)))
 
 
-def restored(model: Equilibrium, x: Tensor, d: Tensor, further: int, certified: bool) -> Row:
-    """What comes of one image, and what of it when the solve goes on from there."""
+def restored(model: Equilibrium, x: Tensor, d: Tensor, further: int,
+             certified: int) -> dict[str, Tensor]:
+    """What comes of some images, and what of them when the solve goes on from there."""
     T = model.T
     state, info = solve(T, d, model.tolerance * T.scale, model.max_iterations)
     later, rest = solve(T, d, ARRIVED * T.scale, further, start=state)
-    before, after = (psnr(T.A.visible(T.image(z)), T.A.visible(x)).item() for z in (state, later))
-    radius, norm = (found(lambda z: T(z, d), later, 20, torch.Generator().manual_seed(0)).item()
-                    if certified else math.nan for found in (spectral_radius, jacobian_norm))
-    return {"evaluations": info.iterations.item(), "residual": info.residual.item(),
-            "converged": info.converged.item(), "psnr": before,
-            "further": rest.iterations.item(), "residual_later": rest.residual.item(),
+    before, after = (psnr(T.A.visible(T.image(z)), T.A.visible(x)) for z in (state, later))
+    radius, norm = torch.full((2, len(x)), math.nan)
+    if certified > 0:
+        radius[:certified], norm[:certified] = (
+            found(lambda z: T(z, d[:certified]), later[:certified], 20,
+                  torch.Generator().manual_seed(0)) for found in (spectral_radius, jacobian_norm))
+    return {"evaluations": info.iterations, "residual": info.residual,
+            "converged": info.converged, "psnr": before,
+            "further": rest.iterations, "residual_later": rest.residual,
             "psnr_later": after, "drift": after - before, "radius": radius, "norm": norm}
 
 
 def point(method: Restorer, A: LinearOperator, noise_std: float, images: ImageSet, further: int,
-          certified: int) -> pd.DataFrame:
+          certified: int, device: torch.device = CPU) -> pd.DataFrame:
     """A row for each image; the Jacobian is measured at the equilibria of the first few."""
-    x = images.as_float()
+    A, x = A.to(device), images.as_float().to(device)
     d = measure(A, x, noise_std, 0, images.indices)
-    model, rows = method.model(A, noise_std), []
-    for i, name in enumerate(images.names):
+    model, parts, size = method.model(A, noise_std), [], together(x)
+    for start in range(0, len(x), size):
         if (parent := parent_process()) and not parent.is_alive():
             os._exit(1)  # who ends the command ends its process, which has hours to go
-        rows.append({"image": name, **restored(model, x[i:i + 1], d[i:i + 1], further,
-                                               i < certified)})
-    return pd.DataFrame(rows)
+        part = slice(start, start + size)
+        found = restored(model, x[part], d[part], further, certified - start)
+        parts.append(pd.DataFrame({"image": images.names[part],
+                                   **{name: v.cpu() for name, v in found.items()}}))
+    return pd.concat(parts, ignore_index=True)
 
 
 def summary(rows: pd.DataFrame, certified: int) -> Row:
@@ -145,7 +153,8 @@ def measure_grid(bench: argparse.Namespace) -> None:
         raise UserError("--images, --further and --threads must be positive, --certified not "
                         "negative")
     torch.set_num_threads(bench.threads)
-    methods = equilibria(bench.methods, bench.weights)
+    device = pick_device(bench.device)
+    methods = equilibria(bench.methods, bench.weights, device)
     faces = load_splits(bench.data, SIDE, 8000, 200, 2000).validation[:bench.images]
     faces = replace(faces, images=faces.images.clone())  # not a view of all ten thousand
     kinds = dict(zip(KINDS, (faces, photographs(bench.images)), strict=True))
@@ -158,7 +167,7 @@ def measure_grid(bench: argparse.Namespace) -> None:
                     if not file.is_file():
                         # An operator of its own: it starts its inner solves from the last one.
                         save_data(point(method, make(SIDE), noise_std, images, bench.further,
-                                        bench.certified), file)
+                                        bench.certified, device), file)
                     rows.append({"method": name, "kernel": kernel, "border": border,
                                  "noise": noise_std, "kind": kind,
                                  **summary(pd.read_csv(file), bench.certified)})
@@ -250,6 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
                         help="evaluations in which a solve goes on, at most")
     parser.add_argument("--certified", type=int, default=1,
                         help="images of a point at which the Jacobian is measured")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     # Where nothing has set the threads before.
     return run("grid", parser.parse_args(arguments), lambda bench: alone(measure_grid, bench),

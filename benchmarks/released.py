@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from command import options, run
 
-from jfbnb.common import UserError
+from jfbnb.common import UserError, pick_device
 from jfbnb.datasets import ImageSet, load_splits
 from jfbnb.evaluation import evaluate
 from jfbnb.figures import save_data, save_table
@@ -22,7 +22,7 @@ from jfbnb.methods import BEST, METHODS, RELEASED, make_methods
 from jfbnb.operators import get_protocol, measure
 from jfbnb.sources import digest
 
-PART = 20  # images between two records
+PART = 100  # images between two records
 SETS = {"paper's DnCNN": RELEASED, "U-Net": BEST}
 SHOWN = ("jfb", "jfb-head", "jfb-energy")
 
@@ -52,7 +52,8 @@ def fill(bench: argparse.Namespace) -> None:
                               & (done.method == method) & (done.weights == weights)].image
                 left = [i for i in range(len(images)) if images.names[i] not in set(before)]
                 for i in range(0, len(left), PART):
-                    rows = solved(folder, method, protocol, images, left[i:i + PART])
+                    rows = solved(folder, method, protocol, images, left[i:i + PART],
+                                  pick_device(bench.device))
                     done = pd.concat([done, rows.assign(set=name, protocol=protocol,
                                                         weights=weights)])
                     save_data(done, file.with_suffix(""))
@@ -60,9 +61,9 @@ def fill(bench: argparse.Namespace) -> None:
 
 
 def solved(folder: Path, method: str, protocol: str, images: ImageSet,
-           places: list[int]) -> pd.DataFrame:
+           places: list[int], device: torch.device) -> pd.DataFrame:
     setup = get_protocol(protocol)
-    A, x = setup.operator(), images.as_float()[places]
+    A, x = setup.operator().to(device), images.as_float()[places].to(device)
     d = measure(A, x, setup.noise_std, 0, [images.indices[i] for i in places])
     return evaluate(make_methods([method], folder, x.device), A, x, d, setup.noise_std,
                     [images.names[i] for i in places]).drop(columns="residual").round(4)
@@ -90,6 +91,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=2000, help="the first so many test images")
     parser.add_argument("--methods", nargs="+", default=list(SHOWN), choices=SHOWN)
     parser.add_argument("--protocols", nargs="+", default=["paper", "code"])
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
     parser.add_argument("--threads", type=int, default=1)
     return run("released", parser.parse_args(arguments), fill, report)
 

@@ -54,7 +54,7 @@ def evaluate(
         Columns method, image, psnr (dB), ssim, iterations, residual, converged, seconds. The
         solver's are empty for methods without one.
     """
-    batch_size = batch_size or _batch_size(x)
+    batch_size = batch_size or together(x)
     parts = []
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
@@ -274,7 +274,7 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
         often T was applied on), residual_later, psnr_later, drift (by how much PSNR has risen,
         dB), radius, norm: the spectral radius and the norm of the Jacobian, as in `diagnostics`.
     """
-    size = _batch_size(x)
+    size = together(x)
     parts = []
 
     def quality(state: Tensor, part: slice) -> Tensor:
@@ -303,7 +303,7 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
     return pd.concat(parts, ignore_index=True)
 
 
-def _batch_size(x: Tensor) -> int:
+def together(x: Tensor) -> int:
     """Images solved together: a batch gains nothing on a CPU."""
     return 1 if x.device.type == "cpu" else 50
 

@@ -172,7 +172,7 @@ def test_a_map_goes_on_by_its_own_solver(weights, tiny, monkeypatch):
     monkeypatch.setattr(EnergyMap, "solver", staticmethod(recorded))
     restorer = make_methods(["jfb-energy"], weights, torch.device("cpu"))["jfb-energy"]
     A, x = Blur(32, 5, 2.0), tiny[:1].as_float()
-    grid.restored(restorer.model(A, 0.01), x, A(x), 7, False)
+    grid.restored(restorer.model(A, 0.01), x, A(x), 7, 0)
     evaluation.certify(restorer.model(A, 0.01).T, x, A(x), ["a"], 7)
     assert called == [100, 7, 100, 7]
 
