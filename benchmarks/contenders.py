@@ -206,7 +206,8 @@ def our_step(gradient: str, bf16: bool, shipped: str, problem: Problem, solver: 
 
     Args:
         bf16: for the first evaluations of T and for the gradient.
-        shipped: the profile that trains so, with a head and its penalty. The peers have neither.
+        shipped: the profile that trains so, with its penalty, and a head if it trains one. The
+            peers have neither.
     """
     config, losses = training(shipped or "cpu", effort, bf16)
     if not shipped:

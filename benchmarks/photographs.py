@@ -39,7 +39,7 @@ from jfbnb.operators import MRI, Downsampling, Inpainting
 from jfbnb.plausibility import estimate_noise
 from jfbnb.suite.cli import main as jfbnb
 
-METHODS = ("jfb", "jfb-head", "tikhonov", "total-variation")
+METHODS = ("jfb", "jfb-energy", "jfb-head", "tikhonov", "total-variation")
 HELD_OUT = "chelsea"  # tunes the other operators' weights, which are measured on the others
 NOISES = (0.003, 0.005, 0.01, 0.02, 0.05)
 LARGE = (GAUSSIAN, MOTION)

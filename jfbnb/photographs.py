@@ -81,7 +81,7 @@ def restore(
         most = max(info.iterations.item() for info in infos)
         warnings.append(f"{failed} of {len(infos)} tiles did not converge in {most} iterations "
                         f"(relative residual up to {worst.residual.item():.1e}): what is shown is "
-                        "no equilibrium there; try --method total-variation")
+                        "no equilibrium there; try --method jfb-energy or total-variation")
     return Restored(x, noise, warnings, len(infos), max(i.iterations.item() for i in infos),
                     worst.residual.item())
 

@@ -161,7 +161,7 @@ def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOpe
             losses: LossSettings) -> tuple[Model, BatchLoss]:
     """A method's model as its training begins, and the loss that trains it."""
     model = method.build(A, copy.deepcopy(network), settings)
-    if method.head:
+    if method.head and losses.heads:
         model.add_head()
     return model, method.loss(model, replace(losses, noise_power=method.noise_power))
 

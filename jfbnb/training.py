@@ -138,6 +138,7 @@ class LossSettings:
             they are. Every batch then weighs alike: the loss is the logarithm of its error.
         noise_power: how the prior's weight follows a drawn noise level, as in `methods.Method`.
         watched: of so many crops one has its stretch estimated, and counts so many times.
+        heads: whether the methods that have a head train one.
         visits: how often an equilibrium's training comes back to a batch. It solves for x* the
             first time; T(x*), which it tracks anyway, is where it goes on the next time. Between
             two visits lie `POOL` steps.
@@ -153,11 +154,15 @@ class LossSettings:
     conditions: Conditions | None = None
     noise_power: float = 2.0
     watched: int = 4
+    heads: bool = True
     visits: int = 1
 
     def everywhere(self) -> Self:
-        """Those that meet whatever a user may have; of a step's eight crops one is watched."""
-        return replace(self, conditions=EVERYWHERE, watched=8, visits=8)
+        """Those that meet whatever a user may have. A head does not pay behind a U-Net there.
+
+        Of a step's eight crops one is watched.
+        """
+        return replace(self, conditions=EVERYWHERE, watched=8, heads=False, visits=8)
 
     @classmethod
     def read(cls, card: dict) -> Self:

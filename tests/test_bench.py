@@ -165,11 +165,13 @@ def test_a_step_of_best_is_one_solve_and_then_visits(problem_file, prepared):
     step = NAMED["jfbnb jfb, as best ships"].make(load_problem(problem_file), "", 1e-3)
     ((_, (_, timed)),) = prepared
     assert timed.settings == LossSettings(
-        0.01, 1e-3, 50, 2, contraction=0.93, bf16=contenders.BF16, watched=8, visits=8)
+        0.01, 1e-3, 50, 2, contraction=0.93, bf16=contenders.BF16, watched=8, heads=False,
+        visits=8)
     assert timed.settings == replace(LossSettings(0.01, 1e-3, 50, 2, 0.93,
                                                   bf16=contenders.BF16).everywhere(),
                                      conditions=None)
     assert (step.visits, step.optimizer) == (8, Muon)
+    assert step.trained.H is None
     calls = []
     step.network.register_forward_hook(lambda *_: calls.append(1))
     each = []

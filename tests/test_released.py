@@ -35,26 +35,15 @@ def test_released_weights_do_what_their_card_says(weights, head):
 def test_the_network_to_restore_with_is_the_better_one():
     """On photographs that neither was trained on, whose scenes go on, by three blurs."""
     x = bundled_photos("test").as_float()[:3]
-    for A, noise_std, tolerance in ((Blur(128, 5, 5**0.5, "unknown"), 0.01, 1e-4),
-                                    (Blur(128, 9, 5**0.5, "unknown"), 0.01, 1e-4),
-                                    # Of motion one of the three is no equilibrium.
-                                    (Convolution(128, kernels.motion(9, 30)), 0.01, 1e-3)):
-        d = measure(A, x, noise_std, 0, range(len(x)))
+    for A in (Blur(128, 5, 5**0.5, "unknown"), Blur(128, 9, 5**0.5, "unknown"),
+              Convolution(128, kernels.motion(9, 30))):
+        d = measure(A, x, 0.01, 0, range(len(x)))
         found = {}
         for weights in (RELEASED, None):
-            y, info = make_methods(["jfb"], weights, x.device)["jfb"](A, d, noise_std)
+            y, info = make_methods(["jfb"], weights, x.device)["jfb"](A, d, 0.01)
             found[weights] = psnr(A.visible(y), A.visible(x)).mean()
-            assert weights or info.residual.max() <= tolerance
+            assert weights or info.converged.all()
         assert found[None] > found[RELEASED]
-
-
-@pytest.mark.xfail(strict=True, reason="one of the three stalls at a residual below 1e-3")
-def test_a_motion_has_an_equilibrium_too():
-    x = bundled_photos("test").as_float()[:3]
-    A = Convolution(128, kernels.motion(9, 30))
-    d = measure(A, x, 0.01, 0, range(len(x)))
-    _, info = make_methods(["jfb"], None, x.device)["jfb"](A, d, 0.01)
-    assert info.converged.all()
 
 
 @pytest.mark.parametrize("name", expected_methods(RELEASED))
