@@ -211,8 +211,8 @@ def our_step(gradient: str, bf16: bool, shipped: str, problem: Problem, solver: 
     """
     config, losses = training(shipped or "cpu", effort, bf16)
     if not shipped:
-        losses = replace(losses, penalty=0.0)
-    model, loss = prepare(replace(OURS[gradient], head=bool(shipped)), problem.network,
+        losses = replace(losses, penalty=0.0, heads=False)
+    model, loss = prepare(OURS[gradient], problem.network,
                           {**problem.settings, "iterations": effort}, problem.A, losses)
     steps = itertools.count()
 

@@ -158,9 +158,9 @@ class LossSettings:
     visits: int = 1
 
     def everywhere(self) -> Self:
-        """Those that meet whatever a user may have. A head does not pay behind a U-Net there.
+        """Those that meet whatever a user may have; of a step's eight crops one is watched.
 
-        Of a step's eight crops one is watched.
+        There is no head: the one tried behind the U-Net gained nothing.
         """
         return replace(self, conditions=EVERYWHERE, watched=8, heads=False, visits=8)
 

@@ -294,7 +294,7 @@ def photographs(read: Read) -> str:
     solved = blurs[blurs.method == "jfb"].groupby("blur", sort=False)
     first = pd.DataFrame({"Picture": solved.input.mean(), "Its frame": solved["input frame"].mean(),
                           "JFB": solved.PSNR.mean(), "its frame": solved.frame.mean(),
-                          "its energy": best["jfb-energy"],
+                          "JFB, energy": best["jfb-energy"],
                           "the DnCNN's": best["jfb-head"],
                           "Total variation": best["total-variation"],
                           "Tikhonov": best["tikhonov"],
@@ -306,7 +306,7 @@ def photographs(read: Read) -> str:
                                                        values="PSNR")
     solved = others[others.method == "jfb"].groupby("operator", sort=False)
     second = pd.DataFrame({"First guess": means["measurement"], "JFB": means["jfb"],
-                           "its energy": means["jfb-energy"],
+                           "JFB, energy": means["jfb-energy"],
                            "the DnCNN's": means["jfb-head"],
                            "Total variation": means["total-variation"],
                            "Tikhonov": means["tikhonov"],
