@@ -33,7 +33,7 @@ from jfbnb.diagnostics import jacobian_norm, spectral_radius
 from jfbnb.evaluation import together
 from jfbnb.figures import new_figure, save_data, save_figure, save_table
 from jfbnb.fixed_point import solve
-from jfbnb.methods import METHODS, RELEASED, Restorer, Tuning, make_methods
+from jfbnb.methods import BEST, METHODS, Restorer, Tuning, make_methods
 from jfbnb.metrics import psnr
 from jfbnb.models import Equilibrium
 from jfbnb.operators import Blur, Convolution, LinearOperator, get_protocol, measure
@@ -251,7 +251,7 @@ def report(out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = options(__doc__)
-    parser.add_argument("--weights", type=Path, default=RELEASED,
+    parser.add_argument("--weights", type=Path, default=BEST,
                         help="a folder of trained networks, with tuning.json")
     parser.add_argument("--methods", nargs="+", default=["jfb"])
     parser.add_argument("--images", type=int, default=50, help="of each kind")

@@ -116,6 +116,8 @@ def pick_device(device: str) -> torch.device:
         raise UserError("device=cuda, but PyTorch sees no CUDA device: use device=cpu or auto")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    # Convolutions in TF32, PyTorch's default on a GPU, round too much for solves to reach 1e-4.
+    torch.backends.cudnn.allow_tf32 = False
     return torch.device(device)
 
 

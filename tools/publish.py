@@ -127,7 +127,8 @@ def blocks(read: Read) -> dict[str, str]:
     blocks["bench"] = bench(read)
     blocks["speed"] = speed(read)
     blocks["photographs"] = photographs(read)
-    blocks["released"] = read("benchmarks/results/released.md").strip()
+    for name, file in (("released", "released"), ("grid", "grid_overview")):
+        blocks[name] = read(f"benchmarks/results/{file}.md").strip()
     return blocks
 
 
