@@ -1,5 +1,6 @@
 """Small things to test with: an image folder, a weights folder, a map that contracts."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,10 @@ from jfbnb.operators import Blur, LinearOperator
 
 MAPS = (GradientMap, PreconditionedMap, SplittingMap, ProximalMap, ADMMMap)
 
-torch.set_num_threads(1)  # the tensors here are too small to share out
+# The tensors here are too small to share out, and those of the processes that tests start: as two
+# of them run at a time, twice as many threads as cores would take several times as long.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)
