@@ -127,7 +127,8 @@ def blocks(read: Read) -> dict[str, str]:
     blocks["bench"] = bench(read)
     blocks["speed"] = speed(read)
     blocks["photographs"] = photographs(read)
-    for name, file in (("released", "released"), ("grid", "grid_overview")):
+    for name, file in (("released", "released"), ("grid", "grid_overview"),
+                       ("quality", "quality")):
         blocks[name] = read(f"benchmarks/results/{file}.md").strip()
     return blocks
 
