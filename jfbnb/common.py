@@ -105,7 +105,7 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
 
 
 def pick_device(device: str) -> torch.device:
-    """Turn "auto", "cpu" or "cuda" into a device.
+    """Turn "auto", "cpu" or "cuda" into a device; on a GPU convolutions are then float32's own.
 
     Raises:
         UserError: for another name, or for "cuda" where there is no CUDA device.

@@ -25,8 +25,8 @@ MAPS = (GradientMap, PreconditionedMap, SplittingMap)  # those of notebook 4
 GRADIENT_COLOURS = {"exact": METHODS["deq"].colour, "Neumann": "#117733",
                     "unrolled": METHODS["unrolled"].colour, "JFB": METHODS["jfb"].colour}
 # How a table's numbers are written, by a word in the name of their column.
-FORMATS = {"ssim": ".3f", "seconds": ".2g", "loss": ".2e", "mse": ".2e", "converged": ".2%",
-           "residual": ".1e", "rate": ".1e", "distance": ".1e", "radius": ".3f",
+FORMATS = {"ssim": ".3f", "seconds to": ".3g", "seconds": ".2g", "loss": ".2e", "mse": ".2e",
+           "converged": ".2%", "residual": ".1e", "rate": ".1e", "distance": ".1e", "radius": ".3f",
            "norm": ".3f", "drift": "+.3f"}
 # A method's versions under other conditions, by what they are made for.
 VERSIONS = {"tuned here": (":", "s"), "protocol": ("-", "o"), "conditions": ("--", "D")}

@@ -108,7 +108,7 @@ class Job:
         words = f"{command or self.command} {SMALL}".split()
         environment = {"PYTHONPATH": f"{ROOT / 'tests' / 'hook'}{os.pathsep}{ROOT}",
                        "JFBNB_WORK": str(self.work), "XDG_CACHE_HOME": str(self.base / "cache"),
-                       "OMP_NUM_THREADS": "1", "JFBNB_FAULT": json.dumps(fault)}
+                       "JFBNB_FAULT": json.dumps(fault)}
         with open(self.log, "w") as stream:
             return subprocess.Popen(
                 [sys.executable, "-m", RUNNER, *words], env={**os.environ, **environment},

@@ -1,7 +1,6 @@
 """Several processes under torchrun do what one does. They talk over the loopback alone."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -43,8 +42,7 @@ def torchrun(*words, seconds: float = 120) -> subprocess.CompletedProcess:
     """Two processes on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                "--nproc-per-node", "2", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=seconds)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
 
 
 def leave_epoch_2(folder: Path) -> None:

@@ -123,14 +123,12 @@ def blocks(read: Read) -> dict[str, str]:
             blocks[f"training {profile}"] = read(f"{PUBLISHED}/{profile}/rivals.md").strip()
     blocks["ranking cpu-code"] = f"{ranking(read, 'cpu-code')} {undecided(read, 'cpu-code')}"
     blocks["computation"] = computation(read, "cpu")
-    blocks["seeds"] = read("benchmarks/results/seeds.md").strip()
     blocks["bench"] = bench(read)
     blocks["speed"] = speed(read)
     blocks["fast"] = fast(read)
     blocks["photographs"] = photographs(read)
-    for name, file in (("released", "released"), ("grid", "grid_overview"),
-                       ("quality", "quality")):
-        blocks[name] = read(f"benchmarks/results/{file}.md").strip()
+    for name in ("seeds", "released", "grid_overview", "quality"):
+        blocks[name] = read(f"benchmarks/results/{name}.md").strip()
     return blocks
 
 
@@ -293,11 +291,11 @@ def fast(read: Read) -> str:
     peer = own[own.index.str.endswith(" jfb, our map")].min()
     name = quality.columns[quality.columns.str.startswith("seconds to")][-1]
     ours = quality.training.str.startswith("jfbnb")
-    return (f"A training step of the U-Net, as profile `best` trains it, takes "
-            f"{own['jfbnb jfb, as best ships'] / peer:.2f} times what the faster of deepinv and "
-            f"torchdeq takes, on two cores. From a denoiser to {name.split()[2]} dB it trains the "
-            f"paper's network for {quality[ours][name].min():.0f} s, the faster peer for "
-            f"{quality[~ours][name].min():.0f} s, on one.")
+    return ("Profile `best` solves once for eight steps. In the mean of the eight a step of the "
+            f"U-Net takes {own['jfbnb jfb, as best ships'] / peer:.2f} times what the faster of "
+            "deepinv and torchdeq takes for one, on two cores. Trained so from the released "
+            f"denoiser, a DnCNN comes to {name.split()[2]} dB in {quality[ours][name].min():.0f} "
+            f"s, by the faster peer in {quality[~ours][name].min():.0f} s, on one core.")
 
 
 def photographs(read: Read) -> str:
