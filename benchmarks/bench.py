@@ -36,12 +36,12 @@ def problem(bench: Bench, size: Size) -> Path:
     return file
 
 
-def settings(bench: Bench, size: Size, contender: Contender) -> list[dict]:
+def setting(bench: Bench, size: Size, contender: Contender, target: float) -> dict:
     """`calibrate`, once for all contenders that solve alike."""
-    key = size, contender.iterates
+    key = size, contender.iterates, target
     if key not in bench.calibrated:
         print(f"  how far must {contender.name} iterate?", flush=True)
-        bench.calibrated[key] = alone(calibrate, problem(bench, size), contender, bench.targets)
+        bench.calibrated[key] = alone(calibrate, problem(bench, size), contender, target)
     return bench.calibrated[key]
 
 
@@ -74,8 +74,7 @@ def reconstruction(bench: Bench) -> None:
 def compare(bench: Bench, size: Size, contenders: list[Contender], target: float,
             training: bool) -> list[dict]:
     """The contenders side by side, to one distance: one record for each."""
-    found = {c: next(s for s in settings(bench, size, c) if s["target"] == target)
-             for c in contenders}
+    found = {c: setting(bench, size, c, target) for c in contenders}
     print(f"  {size}, to a distance of {target:.0e}", flush=True)
     workers = {}
     for c, s in found.items():
@@ -166,7 +165,8 @@ def parse(arguments: list[str] | None) -> Bench:
     parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
     parser.add_argument("--problems", nargs="+", type=Size.parse, metavar="BATCHxSIDE",
                         default=[Size(16, 64), Size(4, 128), Size(16, 64, unet=True)],
-                        help="of the section step; with -UNet the network of profile best")
+                        help="of the section step; with -UNet the network of profile best; "
+                             "-camera and -disk are other blurs, of unknown border")
     parser.add_argument("--gradients", nargs="+", default=list(GRADIENTS), choices=GRADIENTS,
                         help="in the section step; jfb is always there")
     parser.add_argument("--maps", nargs="+", default=list(MAPS), choices=MAPS,
@@ -177,11 +177,12 @@ def parse(arguments: list[str] | None) -> Bench:
                         help="tiny problems, one round, into build/bench: to see that all runs")
     bench = parser.parse_args(arguments, Bench(
         targets=(1e-2, 1e-3),  # distances to x*
-        images=[Size(1, 128), Size(16, 64)],  # of the section reconstruction
+        images=[Size(1, 128), Size(16, 64), Size(1, 512, unet=True, blur="camera"),
+                Size(1, 256, unet=True, blur="disk")],  # of the section reconstruction
         limits=[Size(1, 128), Size(4, 128, 17, 64)],
         growth={"K": (5, 10, 20, 40), "batch": (1, 2, 4, 8, 16), "side": (64, 128, 256, 512),
                 "width": (16, 32, 64, 128)},
-        calibrated={}))  # what `settings` has found
+        calibrated={}))  # what `setting` has found
     if bench.quick:
         bench.problems = bench.images = bench.limits = [Size(2, 32)]
         bench.targets, bench.rounds, bench.gradients = (3e-2,), 1, []

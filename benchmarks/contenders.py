@@ -22,17 +22,20 @@ from jfbnb.common import parse_yaml
 from jfbnb.datasets import bundled_photos
 from jfbnb.fixed_point import solve
 from jfbnb.gradients import neumann
+from jfbnb.kernels import disk
 from jfbnb.maps import GradientMap, ImplicitMap, SplittingMap
 from jfbnb.methods import BEST, METHODS, RELEASED, Settings, load_model
 from jfbnb.models import Equilibrium
 from jfbnb.muon import Muon
 from jfbnb.networks import Denoiser, pick_bf16
-from jfbnb.operators import Blur, get_protocol
+from jfbnb.operators import Convolution, get_protocol
 from jfbnb.recipes import prepare
 from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig, draw_measurement
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = get_protocol("paper")
+BLURS = {"paper": PAPER.operator, "camera": get_protocol("camera").operator,
+         "disk": lambda side: Convolution(side, disk(3))}  # of a scene's side
 CPU = torch.device("cpu")
 MAPS = {"Eq. 4": GradientMap, "our map": SplittingMap}
 KEYS = (0, 1, 0, 1)  # of the noise: those of a training's first batch
@@ -47,9 +50,9 @@ def profile(name: str = "cpu") -> dict:
 
 
 class Size(NamedTuple):
-    """Of a problem: `batch` images of `side` x `side` pixels, DnCNN of `depth` x `width`.
+    """Of a problem: `batch` scenes of `side` x `side` pixels, DnCNN of `depth` x `width`.
 
-    Or the U-Net of profile `best`, for which the name ends in `-UNet`.
+    Or the U-Net of profile `best`, `-UNet` in its name; by another of `BLURS`, which then ends it.
     """
 
     batch: int
@@ -57,16 +60,23 @@ class Size(NamedTuple):
     depth: int = 8
     width: int = 32
     unet: bool = False
+    blur: str = "paper"
 
     @staticmethod
     def parse(name: str) -> "Size":
-        shape, unet = name.removesuffix("-UNet"), name.endswith("-UNet")
+        shape, *more = name.split("-")
         batch, side = map(int, shape.split("x"))
-        return Size(batch, side, unet=unet)
+        unet, blur = more[:1] == ["UNet"], PAPER.name
+        if more[unet:]:
+            (blur,) = more[unet:]
+        if blur not in BLURS:
+            raise ValueError(f"{blur} is none of {', '.join(BLURS)}")
+        return Size(batch, side, unet=unet, blur=blur)
 
     def __str__(self) -> str:
         network = "UNet" if self.unet else f"{self.depth}x{self.width}"
-        return f"{self.batch}x{self.side}-{network}"
+        blur = "" if self.blur == PAPER.name else f"-{self.blur}"
+        return f"{self.batch}x{self.side}-{network}{blur}"
 
 
 @dataclass
@@ -78,7 +88,7 @@ class Problem:
         goals: for each map its fixed point, in float64.
     """
 
-    A: Blur
+    A: Convolution
     network: nn.Module
     settings: Settings
     x: Tensor
@@ -105,7 +115,7 @@ def solve_problem(file: Path, size: Size) -> None:
     photos = bundled_photos("train", size.side)
     x = photos[::len(photos) // size.batch][:size.batch].as_float()
     # d is yet to be drawn
-    problem = Problem(PAPER.operator(size.side), *released(size.unet), x, x, {})
+    problem = Problem(BLURS[size.blur](size.side), *released(size.unet), x, x, {})
     d, T = problem.draw(), problem.map("our map")
     near, _ = solve(T, d, 3e-6, 100)  # most of the way at float32's speed
     T.double()
@@ -118,11 +128,11 @@ def solve_problem(file: Path, size: Size) -> None:
 
 
 def load_problem(file: Path) -> Problem:
-    """What `solve_problem` wrote."""
+    """What `solve_problem` wrote, in a file of the problem's name."""
     goals = load_file(file)
     x, d = goals.pop("x"), goals.pop("d")
-    unet = file.stem.endswith("UNet")
-    return Problem(PAPER.operator(x.shape[-1]), *released(unet), x, d, goals)
+    make = BLURS.get(file.stem.rpartition("-")[2], PAPER.operator)
+    return Problem(make(x.shape[-1]), *released("-UNet" in file.stem), x, d, goals)
 
 
 def released(unet: bool) -> tuple[nn.Module, Settings]:
@@ -275,7 +285,7 @@ def deepinvs(gradient: str, map_name: str, problem: Problem, solver: str, effort
     window = DEEPINV[solver]
     common = {
         "data_fidelity": deepinv.optim.L2(), "max_iter": effort, "early_stop": False,
-        "unfold": True, "trainable_params": [], "custom_init": lambda y, physics: (y, y),
+        "unfold": True, "trainable_params": [], "custom_init": lambda y, physics: (T.start(y),) * 2,
         "sigma_denoiser": problem.settings["sigma"],
         "anderson_acceleration":
             AndersonAccelerationConfig(window, beta=1.0, eps=1e-8) if window else None,

@@ -31,12 +31,11 @@ BASE = {"K": 10, "batch": 2, "side": 64, "width": 32}  # a step, of which one th
 # --- the solvers: how far they must go ----------------------------------------------------------
 
 
-def calibrate(file: Path, contender: Contender, targets: tuple[float, ...]) -> list[Record]:
-    """For each distance to x* the solver that is there first, else nearest, and its effort."""
+def calibrate(file: Path, contender: Contender, target: float) -> Record:
+    """Of a contender's solvers the one that is first at a distance to x*, or nearest."""
     problem = load_problem(file)
-    return [min((least_effort(problem, contender, solver, target) for solver in contender.solvers),
-                key=lambda t: (not t["reached"], t["seconds" if t["reached"] else "distance"]))
-            for target in targets]
+    return min((least_effort(problem, contender, solver, target) for solver in contender.solvers),
+               key=lambda t: (not t["reached"], t["seconds" if t["reached"] else "distance"]))
 
 
 def least_effort(problem: Problem, contender: Contender, solver: str, target: float) -> Record:

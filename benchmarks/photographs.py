@@ -26,6 +26,8 @@ import pandas as pd
 import scenes
 import tifffile
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
 from processes import alone
 from scenes import GAUSSIAN, MOTION, NOISE, blurred, middle, mirrored, noisy, photograph, read, rim
@@ -33,8 +35,8 @@ from skimage import restoration as skimage_restoration
 
 from jfbnb import photographs
 from jfbnb.common import UserError, atomic_write
-from jfbnb.figures import image_row, save_data, save_figure
-from jfbnb.methods import make_methods
+from jfbnb.figures import image_row, new_figure, save_data, save_figure
+from jfbnb.methods import JFB, make_methods
 from jfbnb.operators import MRI, Downsampling, Inpainting
 from jfbnb.plausibility import estimate_noise
 from jfbnb.suite.cli import main as jfbnb
@@ -141,6 +143,23 @@ def mismatches(bench: Bench) -> Iterator[Row]:
                            "warned": bool(said["warning"]), **said}
 
 
+def nearly(bench: Bench) -> Iterator[Row]:
+    """Kernels that are nearly right, and three ways with them. Lost is against the right kernel."""
+    for case in dict.fromkeys(case for case, _ in scenes.NEARLY):
+        for name in bench.photographs:
+            file, d, x = case.take(name, bench.side, bench.scratch)
+            image, said = deblur(file, case.right(bench.scratch), "--method", "jfb")
+            most, noise_std = psnr(image, x), str(1.5 * said["noise taken"])
+            for told in (told for other, told in scenes.NEARLY if other is case):
+                for way, *options in (("jfb", "--method", "jfb"), ("jfb, 1.5 times the noise",
+                                      "--method", "jfb", "--noise-std", noise_std),
+                                      ("jfb-energy", "--method", "jfb-energy")):
+                    image, said = deblur(file, told, *options)
+                    yield {"blur": case.name, "told": told, "way": way, "photograph": name,
+                           "input": psnr(d, x), "PSNR": (own := psnr(image, x)),
+                           "lost": most - own, "warned": bool(said["warning"]), **said}
+
+
 def noise(bench: Bench) -> Iterator[Row]:
     """Estimated noise over the true one, which the rounding to eight bits is part of."""
     for case in (GAUSSIAN, MOTION, scenes.DISK, scenes.WIDE):
@@ -203,18 +222,37 @@ def run(command: list[str]) -> tuple[int, Row]:
 
 def large(bench: Bench) -> Iterator[Row]:
     """The command in a process of its own, with two threads: time, and all of its memory."""
-    x, file = mirrored(*bench.large), bench.scratch / "large.png"
-    for case in LARGE:
-        Image.fromarray(noisy(blurred(x, case.kernel), NOISE)).save(file)
-        # By a fresh process, as Linux counts in what the one had that starts another.
-        status, found = alone(run, [
-            sys.executable, "-m", "jfbnb", "deblur", str(file), "--kernel",
-            case.right(bench.scratch), "--out", str(bench.scratch)])
-        if status:
-            raise UserError("the command failed: see above")
-        image = read(bench.scratch / "large-jfb.png")
-        yield {"blur": case.name, "pixels": "{} x {}".format(*bench.large),
-               "input": psnr(read(file), x), "PSNR": psnr(image, x), **found}
+    file = bench.scratch / "large.png"
+    for width in bench.large:
+        height = 3 * width // 4
+        x = mirrored(width, height)
+        for case in LARGE:
+            Image.fromarray(noisy(blurred(x, case.kernel), NOISE)).save(file)
+            # By a fresh process, as Linux counts in what the one had that starts another.
+            status, found = alone(run, [
+                sys.executable, "-m", "jfbnb", "deblur", str(file), "--kernel",
+                case.right(bench.scratch), "--out", str(bench.scratch)])
+            if status:
+                raise UserError("the command failed: see above")
+            image = read(bench.scratch / "large-jfb.png")
+            yield {"blur": case.name, "pixels": f"{width} x {height}",
+                   "megapixels": width * height / 1e6, "input": psnr(read(file), x),
+                   "PSNR": psnr(image, x), **found}
+
+
+def rate(table: pd.DataFrame) -> Figure:
+    """How many photographs a minute, by their size."""
+    figure, (ax,) = new_figure()
+    for (blur, own), line in zip(table.groupby("blur", sort=False), ("-", "--"), strict=False):
+        ax.loglog(own.megapixels, 60 / own.seconds, line, marker="o", label=blur,
+                  color=JFB.colour)
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter("{x:g}")
+    ax.set(xlabel="megapixels", ylabel="photographs a minute")
+    ax.legend()
+    return figure
 
 
 def seams(bench: Bench) -> Iterator[Row]:
@@ -260,7 +298,8 @@ def _first(lines: pd.Series) -> str:
 
 KEYS = {"restoration": ["blur", "method", "setting"],
         "operators": ["operator", "method", "weight"], "mismatches": ["model", "case"],
-        "noise": ["blur", "noise"], "large": ["blur", "pixels"], "seams": ["blur", "side"]}
+        "nearly": ["blur", "told", "way"], "noise": ["blur", "noise"],
+        "large": ["blur", "pixels"], "seams": ["blur", "side"]}
 WAYS = {"iterations": ["max"], "residual": ["max"], "ratio": ["min", "max"],
         "converged": [_count], "warned": [_count], "within 20%": [_count], "warning": [_first]}
 FORMATS = {"input|PSNR|frame|lost|ratio": ".2f", "residual|rms|largest": ".1e"}  # else .3g
@@ -296,7 +335,7 @@ def report(out: Path) -> None:
 
 
 SECTIONS = {section.__name__: section for section in
-            (restoration, operators, mismatches, noise, large, seams)}
+            (restoration, operators, mismatches, nearly, noise, large, seams)}
 
 
 def parse(arguments: list[str] | None) -> Bench:
@@ -305,7 +344,8 @@ def parse(arguments: list[str] | None) -> Bench:
     parser.add_argument("--photographs", nargs="+",
                         default=["coffee", "astronaut", "chelsea", "rocket"])
     parser.add_argument("--side", type=int, default=192, help="of the windows")
-    parser.add_argument("--large", type=int, nargs=2, default=[4000, 3000])
+    parser.add_argument("--large", type=int, nargs="+", default=[500, 1000, 2000, 4000],
+                        help="widths, of which the height is three quarters")
     parser.add_argument("--part", type=int, default=900, help="side of what seams are sought in")
     parser.add_argument("--out", type=Path,
                         default=Path(__file__).resolve().parent / "results")
@@ -320,6 +360,8 @@ def main(arguments: list[str] | None = None) -> None:
             bench.scratch = Path(scratch)
             table = pd.DataFrame(SECTIONS[name](bench))
         save_data(table, bench.out / f"photographs_{name}")
+        if name == "large":
+            save_figure(rate(table), bench.out / "photographs_large")
         report(bench.out)
 
 

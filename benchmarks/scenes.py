@@ -69,7 +69,7 @@ def noisy(image: np.ndarray, noise_std: float) -> np.ndarray:
 
 def mirrored(width: int, height: int) -> np.ndarray:
     """A scene of any size: a photograph, and its mirror images beside it."""
-    x = photograph("motorcycle")
+    x = photograph("coffee")
     more = [(0, max(0, n - have)) for n, have in zip((height, width), x.shape, strict=False)]
     return np.pad(x, (*more, (0, 0)), mode="symmetric")[:height, :width]
 
@@ -140,6 +140,10 @@ WRONG = (  # to be told `USUAL` and a noise of 0.01
 RIGHT = tuple(replace(case, name=f"{case.name}, noise {noise_std}", noise_std=noise_std)
               for case, noise_std in ((GAUSSIAN, 0.003), (GAUSSIAN, 0.03), (MOTION, 0.01),
                                       (DISK, 0.005), (WIDE, 0.02)))
+NEARLY = (  # what was done, and what is told of it: a tenth more or less, or turned by 6 degrees
+    (GAUSSIAN, "gaussian:2,5"), (GAUSSIAN, "gaussian:2.5,5"),
+    (MOTION, "motion:8,30"), (MOTION, "motion:10,30"), (MOTION, "motion:9,24"),
+    (DISK, "disk:2.7"), (DISK, "disk:3.3"))
 
 
 # --- what other operators measure ---------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What every module needs: one kind of user error, seeded draws, safe writes, the device."""
 
 import contextlib
+import ctypes
 import os
 import re
 import tempfile
@@ -119,6 +120,18 @@ def pick_device(device: str) -> torch.device:
     # Convolutions in TF32, PyTorch's default on a GPU, round too much for solves to reach 1e-4.
     torch.backends.cudnn.allow_tf32 = False
     return torch.device(device)
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees for its next large arrays, instead of giving it back.
+
+    Linux's C library gives arrays of many megabytes back at once, and each new page costs a fault:
+    in the U-Net on large tiles a sixth of the time. Other systems' libraries know no such setting.
+    """
+    with contextlib.suppress(AttributeError, TypeError, OSError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back what is free beyond so many bytes
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: place larger arrays by themselves
 
 
 def describe_device(device: torch.device) -> str:

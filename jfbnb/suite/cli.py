@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from jfbnb import datasets, evaluation, images, kernels, methods, operators, photographs, processes
-from jfbnb.common import UserError, atomic_path, parse_yaml, pick_device
+from jfbnb.common import UserError, atomic_path, keep_freed_memory, parse_yaml, pick_device
 from jfbnb.suite import checkout
 from jfbnb.suite.doctor import examine
 
@@ -292,6 +292,7 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
 @torch.no_grad()
 def run_deblur(args: argparse.Namespace) -> None:
     name = args.method or "jfb"
+    keep_freed_memory()
     kernel = kernels.parse(args.kernel)
     noise_std = None if args.noise_std == "auto" else args.noise_std
     if noise_std is not None:
