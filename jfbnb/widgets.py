@@ -6,8 +6,10 @@ anew, and shows what goes wrong as a line of its own.
 
 import base64
 import html
+import importlib
 import io
 import itertools
+import sys
 import uuid
 from pathlib import Path
 
@@ -31,6 +33,15 @@ STYLE = """
 .jfbnb-captions { display: flex; justify-content: space-between; gap: 16px; font-weight: bold; }
 .jfbnb-readout { min-height: 1.4em; font-family: monospace; font-size: 12px; }
 """
+
+
+def enable_on_colab() -> None:
+    """On Google Colab: turn on the switch without which it shows no widgets of other packages."""
+    if "google.colab" in sys.modules:
+        importlib.import_module("google.colab.output").enable_custom_widget_manager()
+
+
+enable_on_colab()
 
 
 def to_png(image: Tensor) -> bytes:

@@ -23,10 +23,12 @@ from jfbnb.operators import Blur, LinearOperator
 
 MAPS = (GradientMap, PreconditionedMap, SplittingMap, ProximalMap, ADMMMap)
 
-# The tensors here are too small to share out, and those of the processes that tests start: as two
-# of them run at a time, twice as many threads as cores would take several times as long.
+# The tensors here are too small to share out, and those of the processes that tests start: where
+# two tests run at a time, twice as many threads as cores would take several times as long.
+# JupyterLab's kernels in tests/browser keep all: with fewer the notebooks would train anew.
 torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -6,10 +6,12 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import threading
 import time
 import zlib
 from datetime import UTC, datetime
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -102,6 +104,20 @@ def test_pictures_are_exact_to_8_bits(x):
 def test_what_cannot_be_compared_is_said(images, truth, message):
     with pytest.raises(UserError, match=message):
         compare(images, truth)
+
+
+def test_colab_is_told_to_show_widgets_and_nobody_else(monkeypatch):
+    """Its module stood in for: where it is not loaded, nothing of it is asked for."""
+    told = []
+    output = ModuleType("google.colab.output")
+    output.enable_custom_widget_manager = lambda: told.append(True)
+    monkeypatch.setitem(sys.modules, "google.colab.output", output)
+    widgets.enable_on_colab()
+    assert not told
+    monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
+    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
+    widgets.enable_on_colab()
+    assert told == [True]
 
 
 def test_script_is_valid_javascript():
