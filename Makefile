@@ -34,7 +34,7 @@ test: $(INSTALLED)
 # On a copy, with runs/ and figures/ of its own.
 	rm -rf build/nbval
 	mkdir -p build/nbval
-	cp -r notebooks build/nbval/
+	cp -r notebooks docs build/nbval/
 	JFBNB_WORK=build/nbval $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout 900 build/nbval
 	JFBNB_WORK=build/nbval $(BIN)/python -m pytest tests/browser

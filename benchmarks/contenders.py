@@ -22,7 +22,6 @@ from jfbnb.common import parse_yaml
 from jfbnb.datasets import bundled_photos
 from jfbnb.fixed_point import solve
 from jfbnb.gradients import neumann
-from jfbnb.kernels import disk
 from jfbnb.maps import GradientMap, ImplicitMap, SplittingMap
 from jfbnb.methods import BEST, METHODS, RELEASED, Settings, load_model
 from jfbnb.models import Equilibrium
@@ -34,8 +33,7 @@ from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig, draw_m
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = get_protocol("paper")
-BLURS = {"paper": PAPER.operator, "camera": get_protocol("camera").operator,
-         "disk": lambda side: Convolution(side, disk(3))}  # of a scene's side
+BLURS = {name: get_protocol(name).operator for name in ("paper", "camera")}
 CPU = torch.device("cpu")
 MAPS = {"Eq. 4": GradientMap, "our map": SplittingMap}
 KEYS = (0, 1, 0, 1)  # of the noise: those of a training's first batch

@@ -112,7 +112,7 @@ def peak_memory() -> float:
     """The most memory that this process has had, in MB, libraries included."""
     status = Path("/proc/self/status")
     if status.exists():  # what getrusage says has the parent's memory in it, on Linux
-        lines = status.read_text().splitlines()
+        lines = status.read_text("utf-8").splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
     memory = psutil.Process().memory_info()
     return getattr(memory, "peak_wset", memory.rss) / 1e6  # the peak on Windows alone

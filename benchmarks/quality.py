@@ -131,9 +131,10 @@ def measure(bench: argparse.Namespace) -> None:
         for name, rival in rivals(fastest(bench.out)).items():
             if (name, minutes) in done:
                 continue
-            model, history = train_method(
+            model, card = train_method(
                 rival.method, network, settings, problem, rival.config, rival.losses,
                 Run(CPU, log=lambda line: None), minutes=minutes)
+            history = pd.DataFrame(card["history"])
             rows.append({"rival": name, "minutes": minutes, "seconds": history.seconds.sum(),
                          "epochs": history.epoch.iloc[-1], "images": len(problem.x),
                          "before": before, **score(model.on(problem.A), problem)})

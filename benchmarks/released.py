@@ -23,7 +23,7 @@ from jfbnb.operators import get_protocol, measure
 from jfbnb.sources import digest
 
 PART = 100  # images between two records
-SETS = {"paper's DnCNN": RELEASED, "U-Net": BEST}
+SETS = {"DnCNN 8 x 32": RELEASED, "U-Net": BEST}
 SHOWN = ("jfb", "jfb-head", "jfb-energy")
 
 

@@ -71,9 +71,10 @@ def verdicts(out: Path) -> pd.DataFrame:
     def judge(target: str, measured: float, met: bool) -> None:
         rows.append({"target": target, "measured": measured, "met": "yes" if met else "no"})
 
-    step, image, limits, fits, trainings = (
+    step, image, limits, fits, trainings, large = (
         pd.read_csv(file) if (file := out / f"{name}.csv").exists() else pd.DataFrame()
-        for name in ("step", "reconstruction", "limit", "growth_exponents", "quality"))
+        for name in ("step", "reconstruction", "limit", "growth_exponents", "quality",
+                     "photographs_large"))
     if len(step):
         for ours, name, network, wanted in FACTORS:
             fitting = step[step.problem.str.endswith(network)]
@@ -100,6 +101,11 @@ def verdicts(out: Path) -> pd.DataFrame:
         peers = trainings["times ours, 34 dB"][~trainings.training.str.startswith("jfbnb")]
         judge("a peer's training takes twice as long as ours or more, to 34.0 dB", peers.min(),
               peers.min() >= 2)
+    if len(large):
+        most = large[large.megapixels == large.megapixels.max()][["seconds", "process MB"]].max()
+        minutes, size = most.seconds / 60, f"a photograph of {large.megapixels.max():g} megapixels"
+        judge(f"{size} in 10 minutes or less", minutes, minutes <= 10)
+        judge(f"{size} in 4 GiB or less", gib := most["process MB"] / 1024, gib <= 4)
     return pd.DataFrame(rows, columns=["target", "measured", "met"])
 
 

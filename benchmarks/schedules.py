@@ -52,9 +52,9 @@ def trained(method: Method, card: dict, length: float, seed: int, weights: Path,
     config = TrainingConfig.read(card)
     config = replace(config, epochs=length * config.epochs, seed=seed, unconverged_limit=1.0)
     network = load_denoiser(weights / "denoiser.safetensors").network
-    model, history = train_method(method, network, card["settings"], problem, config,
-                                  LossSettings.read(card), Run(CPU, log=lambda line: None))
-    return model, length * card["minutes"], history.seconds.sum()
+    model, made = train_method(method, network, card["settings"], problem, config,
+                               LossSettings.read(card), Run(CPU, log=lambda line: None))
+    return model, length * card["minutes"], sum(part["seconds"] for part in made["history"])
 
 
 def measure(bench: argparse.Namespace) -> None:

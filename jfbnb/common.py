@@ -20,6 +20,10 @@ UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being
 class UserError(Exception):
     """Bad input. The message is one line: what is wrong and what to do."""
 
+    def _render_traceback_(self) -> list[str]:
+        """In a notebook, too: IPython asks for what to show in the place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def seeded_generator(*keys: int) -> torch.Generator:
     """A CPU generator that depends on the integer keys alone, e.g. (seed, image index).
@@ -130,8 +134,9 @@ def keep_freed_memory() -> None:
     """
     with contextlib.suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: give back what is free beyond so many bytes
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: place larger arrays by themselves
+        # M_MMAP_THRESHOLD: larger arrays are placed by themselves. Older ones refuse over 32 MB.
+        if mallopt(-3, 2**30) or mallopt(-3, 2**25):
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free beyond so much is given back
 
 
 def describe_device(device: torch.device) -> str:

@@ -120,7 +120,7 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
 def train_method(method: Method, network: nn.Module, settings: Settings, problem: Problem,
                  config: TrainingConfig, losses: LossSettings, run: Run,
                  watch: Callable[[Model], dict[str, float]] | None = None,
-                 minutes: float | None = None) -> tuple[Model, pd.DataFrame]:
+                 minutes: float | None = None) -> tuple[Model, dict]:
     """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
 
     Its model card says how well it restores the problem's images, and four photographs.
@@ -133,7 +133,8 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
             is, and at which rate to learn. The search's own time comes on top.
 
     Returns:
-        The model, for crops, and the records.
+        The model, for crops, and what its model card says of the training; `history` are its
+        records.
     """
     tried = None
     if minutes is not None:
@@ -153,8 +154,7 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
                 ("validation images", problem), ("photographs", others))}
         run.log(f"{method.label}: {card['measured']['validation images']['psnr']:.2f} dB on "
                 f"{len(problem.x)} validation images")
-    _store(method.name, model, history, problem.splits, config, run, card)
-    return model, history
+    return model, _store(method.name, model, history, problem.splits, config, run, card)
 
 
 def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOperator,
@@ -333,21 +333,27 @@ def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config
 
 
 def _store(name: str, module: nn.Module, history: pd.DataFrame, splits: Splits,
-           config: TrainingConfig, run: Run, card: dict) -> None:
-    if run.out is None or processes.rank() > 0:
-        return
-    atomic_write(run.out / f"{name}_history.csv", history.to_csv(index=False))
+           config: TrainingConfig, run: Run, card: dict) -> dict:
+    """Write a trained network, its card and its history, and return the card."""
     if run.weights:  # another run's, with what it says of them
-        for suffix in (".safetensors", ".json"):
-            with atomic_path(run.out / f"{name}{suffix}") as temporary:
-                shutil.copyfile(Path(run.weights) / f"{name}{suffix}", temporary)
-        return
-    card = {**card, "training data": splits.source, "training images": len(splits.train),
-            "training": asdict(config)}
-    save_weights(_place(name, module, card, run) / f"{name}.safetensors", module, {
-        **card, "history": history.to_dict(orient="records"),
-        "training seconds": round(history.seconds.sum()), "device": describe_device(run.device),
-        "processes": processes.world_size(), "command": run.command, "torch": torch.__version__})
+        card = read_cards(Path(run.weights), [name])[name]
+    else:
+        card = {**card, "training data": splits.source, "training images": len(splits.train),
+                "training": asdict(config), "history": history.to_dict(orient="records"),
+                "training seconds": round(history.seconds.sum()),
+                "device": describe_device(run.device), "processes": processes.world_size(),
+                "command": run.command, "torch": torch.__version__}
+    if run.out is None or processes.rank() > 0:
+        return card
+    place = run.out if run.weights else _place(name, module, card, run)
+    atomic_write(place / f"{name}_history.csv", history.to_csv(index=False))
+    if not run.weights:
+        save_weights(place / f"{name}.safetensors", module, card)
+        return card
+    for suffix in (".safetensors", ".json"):
+        with atomic_path(place / f"{name}{suffix}") as temporary:
+            shutil.copyfile(Path(run.weights) / f"{name}{suffix}", temporary)
+    return card
 
 
 def _place(name: str, module: nn.Module, card: dict, run: Run) -> Path:

@@ -310,6 +310,11 @@ def test_verdicts_are_read_from_the_tables(tmp_path):
                   "times ours, 34 dB": [1.0, np.nan, 2.5]}).to_csv(
                       tmp_path / "quality.csv", index=False)
     assert verdicts(tmp_path).measured.iloc[-1] == 2.5  # who never came is no ratio
+    pd.DataFrame({"megapixels": [3.0, 12.0, 12.0], "seconds": [900, 300, 660],
+                  "process MB": [8000, 2048, 3072]}).to_csv(
+                      tmp_path / "photographs_large.csv", index=False)
+    assert verdicts(tmp_path).tail(2)[["measured", "met"]].to_numpy().tolist() == [
+        [11, "no"], [3, "yes"]]  # of the largest the slowest
 
 
 # --- schedules ----------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def few(monkeypatch):
     monkeypatch.setattr(scenes, "RIGHT", scenes.RIGHT[2:3])
     monkeypatch.setattr(scenes, "NEARLY", scenes.NEARLY[3:4])
     monkeypatch.setattr(bench, "NOISES", (0.01,))
-    monkeypatch.setattr(bench, "LARGE", (scenes.MOTION,))
+    monkeypatch.setattr(bench, "BLURS", (scenes.MOTION,))
     monkeypatch.setattr(bench.photographs, "TILE", 96)
 
 
@@ -165,6 +165,11 @@ def test_sections_write_their_rows_and_one_report(tmp_path, few, capfd):
     wrong = tables["mismatches"].query("model == 'wrong' and case == 'noise 0.1 told 0.01'")
     assert wrong.warned.all() and (wrong.lost > 1).all()
     assert len(tables["mismatches"]) == 2 + 1 + 1
+    three = tables["nearly"].set_index("way")
+    assert three["noise taken"]["jfb, 1.5 times the noise"] == pytest.approx(
+        1.5 * three["noise taken"]["jfb"], rel=0.05)
+    assert set(three.told) == {"motion:10,30"} and (three.PSNR + three.lost).nunique() == 1
+    assert (tmp_path / "photographs_large.png").exists()
     assert tables["noise"]["within 20%"].all() and len(tables["noise"]) == 4 * 3
     assert tables["large"].PSNR[0] > tables["large"].input[0] + 1
     # Tiles of 96 pixels leave strips, where nothing shows; Tikhonov reaches less far than a prior.

@@ -417,7 +417,8 @@ class Hiding(PathFinder):
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 from jfbnb.suite.cli import main
-for words in ("blur a.png --out o", "deblur a.png --out o", "evaluate --data o --method jfb"):
+for words in ("blur a.png --out o", "deblur a.png --out o", "evaluate --data o --method jfb",
+              "doctor"):
     assert main(words.split()) == 0, words
 """)
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")

@@ -56,6 +56,12 @@ def test_an_nvidia_gpu_that_pytorch_cannot_use_is_trouble(monkeypatch, image_fol
     assert "TROUBLE an NVIDIA driver is here" in capsys.readouterr().out
 
 
+def test_apples_gpu_is_said_to_be_unused(monkeypatch, image_folder, capsys):
+    monkeypatch.setattr(doctor.torch.backends.mps, "is_available", lambda: True)
+    assert main(["doctor", "--data", str(image_folder)]) == 0
+    assert "Apple's GPU is not used" in capsys.readouterr().out
+
+
 def test_anothers_method_is_no_finding_before_it_is_trained(monkeypatch, tmp_path):
     theirs = dataclasses.replace(METHODS["jfb"], name="theirs")
     monkeypatch.setitem(METHODS, "theirs", theirs)
@@ -69,5 +75,7 @@ def test_anothers_method_is_no_finding_before_it_is_trained(monkeypatch, tmp_pat
 
 def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setattr(doctor, "LIBRARIES", ("torch", "no-such-library"))
+    monkeypatch.setattr(doctor, "FOR_NOTEBOOKS", ("no-such-widgets",))
     found = list(doctor._libraries())
+    assert any(well and line.startswith("no no-such-widgets: ") for well, line in found)
     assert (False, "not installed: no-such-library; `make reproduce` installs all") in found

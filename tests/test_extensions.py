@@ -105,12 +105,12 @@ def trained(method, network, settings, problem):
     """Train it for a moment: the loss on the same crops and the same noise must fall."""
     x = problem.splits.train.as_float()[..., 8:24, 8:24]
     before = prepare(method, network, settings, problem.setup.operator(16), LOSSES)[1]
-    model, history = train_method(method, network, settings, problem, BRIEF, LOSSES,
-                                  Run(CPU, log=str.encode))
+    model, card = train_method(method, network, settings, problem, BRIEF, LOSSES,
+                               Run(CPU, log=str.encode))
     first, last = (loss(x, (9,), range(len(x)))[0].mean().item()
                    for loss in (before, method.loss(model, LOSSES)))
     assert last < first, method.name
-    return model, history
+    return model, pd.DataFrame(card["history"])
 
 
 @pytest.mark.parametrize("make, shape, to_train", [

@@ -208,7 +208,8 @@ def test_no_file_needs_a_unix_to_be_imported():
 def test_files_are_read_and_written_as_utf_8():
     """Windows has another encoding where none is given."""
     missing = []
-    for path in (*ROOT.glob("jfbnb/**/*.py"), *ROOT.glob("tools/*.py")):
+    for path in (*ROOT.glob("jfbnb/**/*.py"), *ROOT.glob("tools/*.py"),
+                 *ROOT.glob("benchmarks/*.py")):
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and (
                     call.func.attr in ("read_text", "write_text")):

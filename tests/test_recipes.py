@@ -2,8 +2,9 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
+import pandas as pd
 import pytest
 import torch
 
@@ -136,10 +137,13 @@ def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_
     """No clock of ours: half a second of training, by the real one."""
     torch.manual_seed(0)
     network, lines = DnCNN(2, 4), []
-    model, history = train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
-                                  Run(CPU, tmp_path / "a", log=lines.append), minutes=0.5 / 60)
+    model, card = train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
+                               Run(CPU, tmp_path / "a", log=lines.append), minutes=0.5 / 60)
+    history = pd.DataFrame(card["history"])
     assert 0.1 < history.seconds.sum() < 2.5
     cards = read_cards(tmp_path / "a", ["unrolled"])
+    assert card["history"] == cards["unrolled"]["history"]
+    assert card["measured"] == cards["unrolled"]["measured"]
     assert cards["unrolled"]["minutes"] == 0.5 / 60 and len(cards["unrolled"]["search"]) >= 3
     table, schedules = trainings(cards)
     assert table.Minutes[0] == pytest.approx(history.seconds.sum() / 60)
@@ -147,13 +151,29 @@ def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_
     assert len(schedules) == len(cards["unrolled"]["search"]) + 1 and schedules.chosen.sum() == 2
     taken, same = train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
                                Run(CPU, tmp_path / "b", weights=tmp_path / "a"), minutes=0.5 / 60)
-    assert same.seconds.tolist() == history.seconds.tolist()
+    assert same == cards["unrolled"]
     assert all(torch.equal(a, b) for a, b in zip(
         model.state_dict().values(), taken.state_dict().values(), strict=True))
     for minutes, message in ((1.0, "of training, not of 1.0"), (None, "was trained with")):
         with pytest.raises(UserError, match=message):
             train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
                          Run(CPU, weights=tmp_path / "a"), minutes=minutes)
+
+
+def test_an_exercise_sees_its_own_training_and_leaves_the_kept_one(problem, tmp_path):
+    """Notebook 4 with other numbers: what it shows is of those, what others read is not."""
+    torch.manual_seed(0)
+    network = DnCNN(2, 4)
+    run = Run(CPU, tmp_path, log=str.encode, keep=True)
+    first, second = (train_method(UNROLLED, network, SETTINGS, problem,
+                                  replace(CONFIG, learning_rate=rate), LOSSES, run)[1]
+                     for rate in (1e-3, 2e-3))
+    assert first["history"][-1]["loss"] != second["history"][-1]["loss"]
+    for folder, card, rate in ((tmp_path, first, 1e-3), (tmp_path / "other", second, 2e-3)):
+        assert card["training"]["learning_rate"] == rate
+        assert read_cards(folder, ["unrolled"])["unrolled"]["history"] == card["history"]
+        written = pd.read_csv(folder / "unrolled_history.csv")
+        assert written.loss.tolist() == pytest.approx([part["loss"] for part in card["history"]])
 
 
 def test_a_card_without_a_search_cannot_be_taken_by_the_clock(problem, tmp_path):
@@ -179,9 +199,11 @@ def test_a_notebook_keeps_anothers_weights_and_a_command_replaces_them(problem, 
 
     trained(2, keep=True)
     trained(2, keep=True)  # the same again is no other
+    before = (tmp_path / "denoiser_history.csv").read_text()
     assert not any("is kept" in line for line in lines)
     trained(3, keep=True)
     assert (depth(tmp_path), depth(tmp_path / "other")) == (2, 3)
+    assert (tmp_path / "denoiser_history.csv").read_text() == before
     assert "other parameters (networks) and is kept" in lines[-1] and "`profile`" in lines[-1]
     trained(3, keep=False)
     assert depth(tmp_path) == 3

@@ -127,6 +127,7 @@ def blocks(read: Read) -> dict[str, str]:
     blocks["speed"] = speed(read)
     blocks["fast"] = fast(read)
     blocks["photographs"] = photographs(read)
+    blocks["nearly"] = nearly(read)
     for name in ("seeds", "released", "grid_overview", "quality"):
         blocks[name] = read(f"benchmarks/results/{name}.md").strip()
     return blocks
@@ -285,18 +286,25 @@ def speed(read: Read) -> str:
 
 def fast(read: Read) -> str:
     """What README says of speed, a sentence for each of its figures."""
-    step, quality = (load(read, f"benchmarks/results/{name}.csv") for name in ("step", "quality"))
+    step, quality, large = (load(read, f"benchmarks/results/{name}.csv")
+                            for name in ("step", "quality", "photographs_large"))
     own = step[step.problem.str.endswith("UNet") & (step["to distance"] == 0.01)]
     own = own.set_index("contender").seconds
     peer = own[own.index.str.endswith(" jfb, our map")].min()
     name = quality.columns[quality.columns.str.startswith("seconds to")][-1]
     ours = quality.training.str.startswith("jfbnb")
+    most = large.loc[large.megapixels.idxmax()]
+    both = large.pivot(index="megapixels", columns="blur", values="seconds").dropna()
+    slower = (both.max(axis=1) / both[most.blur]).iloc[-1]
     return ("Profile `best` solves once for eight steps. At protocol `paper`, where the peers are "
             "timed, a step of the U-Net, in the mean of the eight, takes "
             f"{own['jfbnb jfb, as best ships'] / peer:.2f} times what the faster of "
             "deepinv and torchdeq takes for one, on two cores. Trained so from the released "
             f"denoiser, a DnCNN comes to {name.split()[2]} dB in {quality[ours][name].min():.0f} "
-            f"s, by the faster peer in {quality[~ours][name].min():.0f} s, on one core.")
+            f"s, by the faster peer in {quality[~ours][name].min():.0f} s, on one core. "
+            f"A photograph of {most.megapixels:g} megapixels, blurred by a Gaussian, is restored "
+            f"in {most.seconds / 60:.1f} minutes on two; where the camera has moved, one of "
+            f"{both.index[-1]:g} takes {slower:.1f} times as long.")
 
 
 def photographs(read: Read) -> str:
@@ -319,7 +327,7 @@ def photographs(read: Read) -> str:
                           "Total variation": best["total-variation"],
                           "Tikhonov": best["tikhonov"],
                           "scikit-image's best": best[skimage].max(axis=1),
-                          "Converged": solved.converged.mean().map("{:.0%}".format)})
+                          "JFB converged": solved.converged.mean().map("{:.0%}".format)})
     others = table("operators")
     others = others[others.photograph != "chelsea"]  # which chose the weights
     means = mean(others, ["operator", "method"]).pivot(index="operator", columns="method",
@@ -330,10 +338,26 @@ def photographs(read: Read) -> str:
                            "the DnCNN's": means["jfb-head"],
                            "Total variation": means["total-variation"],
                            "Tikhonov": means["tikhonov"],
-                           "Converged": solved.converged.mean().map("{:.0%}".format)})
+                           "JFB converged": solved.converged.mean().map("{:.0%}".format)})
     return "\n\n".join(
         rows.rename_axis(title).to_markdown(floatfmt=".2f")
         for title, rows in (("PSNR (dB), blurred by", first), ("PSNR (dB), measured by", second)))
+
+
+def nearly(read: Read) -> str:
+    """PSNR where the kernel that is told is nearly right, and where it is."""
+    rows = load(read, "benchmarks/results/photographs_nearly.csv")
+    rows["right"] = rows.PSNR + rows.lost
+    by_kernel = rows.groupby(["blur", "told"], sort=False)
+    ways = rows.pivot_table("PSNR", ["blur", "told"], "way", sort=False)
+    converged = rows[rows.way == "jfb"].groupby(["blur", "told"], sort=False).converged.mean()
+    table = pd.DataFrame({"Picture": by_kernel.input.mean(), "JFB, the right kernel":
+                          by_kernel.right.mean(), "JFB, this one": ways["jfb"],
+                          "and 1.5 times the noise": ways["jfb, 1.5 times the noise"],
+                          "JFB, energy, this one": ways["jfb-energy"],
+                          "JFB converged": converged.map("{:.0%}".format)}).reset_index()
+    return table.rename(columns={"blur": "PSNR (dB), blurred by"}).to_markdown(
+        index=False, floatfmt=".2f")
 
 
 def times_table(read: Read) -> str:
@@ -347,9 +371,10 @@ def times_table(read: Read) -> str:
                      "machine": provenance["machine"],
                      "device": provenance["device"], **seconds, "all": sum(seconds.values())})
     table = pd.DataFrame(rows)
-    buffer = io.StringIO()
-    table.to_markdown(buffer, index=False, floatfmt=".0f", missingval="")
-    return buffer.getvalue()
+    for column in table.select_dtypes("float"):
+        table[column] = [format(seconds, ".0f") if pd.notna(seconds) else ""
+                         for seconds in table[column]]
+    return table.to_markdown(index=False)
 
 
 if __name__ == "__main__":

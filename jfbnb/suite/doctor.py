@@ -16,8 +16,8 @@ from jfbnb.datasets import load_images
 from jfbnb.methods import RELEASED, expected_methods, make_methods
 from jfbnb.suite import checkout
 
-LIBRARIES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "safetensors", "matplotlib",
-             "jupyterlab", "ipywidgets", "anywidget", "papermill", "nbval")
+LIBRARIES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "safetensors")
+FOR_NOTEBOOKS = ("matplotlib", "jupyterlab", "ipywidgets", "anywidget", "papermill")
 NEEDED_BYTES = 200_000_000  # of profile quick: executed notebooks, figures, checkpoints
 
 
@@ -33,6 +33,8 @@ def examine(data: str, weights: Path) -> Iterator[tuple[bool, str]]:
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
         yield False, (f"an NVIDIA driver is here, but torch {torch.__version__} cannot use it: "
                       "install a build for CUDA, and see what nvidia-smi says")
+    if torch.backends.mps.is_available():
+        yield True, "Apple's GPU is not used: the CPU computes"
     yield from _folder()
     yield from _data(data)
     yield from _weights(weights)
@@ -40,15 +42,18 @@ def examine(data: str, weights: Path) -> Iterator[tuple[bool, str]]:
 
 def _libraries() -> Iterator[tuple[bool, str]]:
     missing = []
-    for name in LIBRARIES:
+    for name in (*LIBRARIES, *FOR_NOTEBOOKS):
         try:
             found = version(name)
         except PackageNotFoundError:
             missing.append(name)
         else:
             yield True, f"{name} {found}"
-    if missing:
-        yield False, f"not installed: {', '.join(missing)}; `make reproduce` installs all"
+    if needed := [name for name in missing if name in LIBRARIES]:
+        yield False, f"not installed: {', '.join(needed)}; `make reproduce` installs all"
+    if lacking := [name for name in missing if name in FOR_NOTEBOOKS]:
+        yield True, (f"no {', '.join(lacking)}: pictures are restored without, the notebooks would "
+                     "not run; pip install 'jfbnb[notebooks]'")
     try:
         yield True, f"distributed {version('distributed')}"
     except PackageNotFoundError:
@@ -60,10 +65,12 @@ def _libraries() -> Iterator[tuple[bool, str]]:
 
 
 def _kernel() -> Iterator[tuple[bool, str]]:
-    from jfbnb.suite.reproduce import check_kernel  # slow to import
-
     try:
+        from jfbnb.suite.reproduce import check_kernel  # slow to import
+
         yield True, f"the Jupyter kernel python3 has the package in {check_kernel()}"
+    except ModuleNotFoundError as error:
+        yield True, f"no Jupyter kernel was looked for, as {error.name} is not installed"
     except UserError as error:
         yield False, str(error)
 

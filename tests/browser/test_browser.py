@@ -37,7 +37,7 @@ LOCAL = ("localhost", "127.0.0.1", "")
 
 @pytest.fixture(scope="session")
 def lab(tmp_path_factory):
-    """JupyterLab on the copy of the suite; its address."""
+    """JupyterLab on the copy of the suite, as `jfbnb lab` opens it; its address."""
     if not (SUITE / "notebooks").is_dir():
         pytest.skip("build/nbval is missing: `make test` makes it")
     with socket.socket() as probe:
@@ -52,7 +52,9 @@ def lab(tmp_path_factory):
                    "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}",
                "--ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password=",
-               "--allow-root", f"--ServerApp.root_dir={SUITE / 'notebooks'}"]
+               "--allow-root", f"--ServerApp.root_dir={SUITE}"]
+    subprocess.run([sys.executable, "-m", "jupyter", "trust", *(SUITE / "notebooks").glob(
+        "*.ipynb")], env=environment, check=True)
     with open(home / "lab.log", "w") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
@@ -97,10 +99,14 @@ def page(browser):
     assert outside == []
 
 
+def open_notebook(page, lab: str, name: str) -> None:
+    page.goto(f"{lab}/lab/tree/notebooks/{name}.ipynb?reset")
+    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+
+
 def run_all(page, lab: str, name: str, minutes: float = 8) -> None:
     """Open a notebook, run all its cells, wait until the kernel is idle."""
-    page.goto(f"{lab}/lab/tree/{name}.ipynb?reset")
-    page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
+    open_notebook(page, lab, name)
     page.get_by_text(re.compile("Python 3 .*Idle")).first.wait_for(timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
@@ -131,6 +137,14 @@ def bring(page, selector: str):
 
 def picture(page) -> str:
     return page.locator(".widget-image").first.get_attribute("src")
+
+
+def test_a_stored_comparison_lives_and_links_lead_on(lab, page):
+    """Nothing has been run: the notebook is trusted. Its glossary is a folder further up."""
+    open_notebook(page, lab, "05_evaluation_and_figures")
+    swipe(page)
+    bring(page, '.jp-MarkdownOutput a:text-is("glossary")').click()
+    page.locator(".lm-TabBar-tabLabel", has_text="glossary.md").wait_for(timeout=20_000)
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
