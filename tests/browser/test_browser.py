@@ -142,6 +142,8 @@ def picture(page) -> str:
 def test_a_stored_comparison_lives_and_links_lead_on(lab, page):
     """Nothing has been run: the notebook is trusted. Its glossary is a folder further up."""
     open_notebook(page, lab, "05_evaluation_and_figures")
+    bring(page, ".jfbnb-swipe canvas")
+    page.wait_for_timeout(1000)  # JupyterLab lays the cells out anew
     swipe(page)
     bring(page, '.jp-MarkdownOutput a:text-is("glossary")').click()
     page.locator(".lm-TabBar-tabLabel", has_text="glossary.md").wait_for(timeout=20_000)
