@@ -178,7 +178,7 @@ def parse(arguments: list[str] | None) -> Bench:
                         help="tiny problems, one round, into build/bench: to see that all runs")
     bench = parser.parse_args(arguments, Bench(
         targets=(1e-2, 1e-3),  # distances to x*
-        images=[Size(1, 128), Size(16, 64), Size(1, 512, unet=True, blur="camera")],
+        images=[Size(1, 128), Size(16, 64), Size(1, 512, unet=True, camera=True)],
         limits=[Size(1, 128), Size(4, 128, 17, 64)],
         growth={"K": (5, 10, 20, 40), "batch": (1, 2, 4, 8, 16), "side": (64, 128, 256, 512),
                 "width": (16, 32, 64, 128)},

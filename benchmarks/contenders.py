@@ -33,7 +33,6 @@ from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig, draw_m
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = get_protocol("paper")
-BLURS = {name: get_protocol(name).operator for name in ("paper", "camera")}
 CPU = torch.device("cpu")
 MAPS = {"Eq. 4": GradientMap, "our map": SplittingMap}
 KEYS = (0, 1, 0, 1)  # of the noise: those of a training's first batch
@@ -50,7 +49,8 @@ def profile(name: str = "cpu") -> dict:
 class Size(NamedTuple):
     """Of a problem: `batch` scenes of `side` x `side` pixels, DnCNN of `depth` x `width`.
 
-    Or the U-Net of profile `best`, `-UNet` in its name; by another of `BLURS`, which then ends it.
+    Its name says `-UNet` where it is that of profile `best`, and `-camera` where the border is
+    unknown.
     """
 
     batch: int
@@ -58,23 +58,19 @@ class Size(NamedTuple):
     depth: int = 8
     width: int = 32
     unet: bool = False
-    blur: str = "paper"
+    camera: bool = False
 
     @staticmethod
     def parse(name: str) -> "Size":
         shape, *more = name.split("-")
         batch, side = map(int, shape.split("x"))
-        unet, blur = more[:1] == ["UNet"], PAPER.name
-        if more[unet:]:
-            (blur,) = more[unet:]
-        if blur not in BLURS:
-            raise ValueError(f"{blur} is none of {', '.join(BLURS)}")
-        return Size(batch, side, unet=unet, blur=blur)
+        if set(more) - {"UNet", "camera"}:
+            raise ValueError(f"{name} is no problem")
+        return Size(batch, side, unet="UNet" in more, camera="camera" in more)
 
     def __str__(self) -> str:
         network = "UNet" if self.unet else f"{self.depth}x{self.width}"
-        blur = "" if self.blur == PAPER.name else f"-{self.blur}"
-        return f"{self.batch}x{self.side}-{network}{blur}"
+        return f"{self.batch}x{self.side}-{network}" + "-camera" * self.camera
 
 
 @dataclass
@@ -113,7 +109,7 @@ def solve_problem(file: Path, size: Size) -> None:
     photos = bundled_photos("train", size.side)
     x = photos[::len(photos) // size.batch][:size.batch].as_float()
     # d is yet to be drawn
-    problem = Problem(BLURS[size.blur](size.side), *released(size.unet), x, x, {})
+    problem = Problem(operator(size.side, size.camera), *released(size.unet), x, x, {})
     d, T = problem.draw(), problem.map("our map")
     near, _ = solve(T, d, 3e-6, 100)  # most of the way at float32's speed
     T.double()
@@ -129,8 +125,13 @@ def load_problem(file: Path) -> Problem:
     """What `solve_problem` wrote, in a file of the problem's name."""
     goals = load_file(file)
     x, d = goals.pop("x"), goals.pop("d")
-    make = BLURS.get(file.stem.rpartition("-")[2], PAPER.operator)
-    return Problem(make(x.shape[-1]), *released("-UNet" in file.stem), x, d, goals)
+    A = operator(x.shape[-1], "-camera" in file.stem)
+    return Problem(A, *released("-UNet" in file.stem), x, d, goals)
+
+
+def operator(side: int, camera: bool) -> Convolution:
+    """The blur of a scene: with protocol camera's unknown border, or the paper's black one."""
+    return (get_protocol("camera") if camera else PAPER).operator(side)
 
 
 def released(unet: bool) -> tuple[nn.Module, Settings]:

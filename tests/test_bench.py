@@ -110,6 +110,7 @@ def test_a_malformed_problem_is_refused(name, capsys):
     assert name in capsys.readouterr().err.splitlines()[-1]
     assert str(contenders.Size.parse("16x64")) == "16x64-8x32"
     assert str(contenders.Size.parse("16x64-UNet")) == "16x64-UNet"
+    assert str(contenders.Size.parse("1x512-UNet-camera")) == "1x512-UNet-camera"
 
 
 # --- what is timed is what ships ----------------------------------------------------------------
@@ -208,6 +209,21 @@ def test_contenders_meet_at_the_equilibrium(problem_file):
         run = NAMED[name].make(problem, solver, effort)
         assert problem.distance("our map", run.image(problem.d).detach()) < 1e-3, name
     assert problem.distance("our map", problem.d) > 0.1
+
+
+def test_contenders_meet_where_the_scene_goes_on(tmp_path):
+    """The picture is smaller than the scene that all solve for."""
+    pytest.importorskip("torchdeq")
+    pytest.importorskip("deepinv")
+    size = contenders.Size(1, 36, camera=True)
+    file = tmp_path / f"{size}.safetensors"
+    solve_problem(file, size)
+    problem = load_problem(file)
+    assert problem.d.shape[-2:] == (32, 32) and problem.x.shape[-2:] == (36, 36)
+    for name, effort in (("jfbnb", 1e-5), ("torchdeq jfb, our map", 40),
+                         ("deepinv jfb, our map", 40)):
+        run = NAMED[name].make(problem, "Anderson", effort)
+        assert problem.distance("our map", run.image(problem.d).detach()) < 1e-3, name
 
 
 def test_gradients_like_for_like_are_the_peers(problem_file):

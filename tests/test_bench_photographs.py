@@ -123,8 +123,10 @@ def test_a_command_that_fails_is_no_row(place):
 
 
 def test_a_process_is_timed_and_its_memory_taken():
-    status, found = bench.run([sys.executable, "-c", "x = bytearray(b'x' * 2 * 10**8)"])
-    assert status == 0 and found["process MB"] > 2e8 / 2**20 and found["seconds"] > 0
+    status, said, found = bench.run([sys.executable, "-c",
+                                     "x = bytearray(b'x' * 2 * 10**8); print('done')"])
+    assert status == 0 and said == "done\n"
+    assert found["process MB"] > 2e8 / 2**20 and found["seconds"] > 0
     assert bench.run([sys.executable, "-c", "raise SystemExit(3)"])[0] != 0
 
 
@@ -140,7 +142,8 @@ def few(monkeypatch):
         return real([*arguments, *([] if "--method" in arguments else ["--method", "tikhonov"])])
 
     monkeypatch.setattr(bench, "jfbnb", command)
-    monkeypatch.setattr(bench, "alone", lambda job, line: (real(line[3:]), {"seconds": 1.5}))
+    monkeypatch.setattr(bench, "alone", lambda job, line: (
+        real(line[3:]), "warning: 1 of 1 tiles did not converge", {"seconds": 1.5}))
     monkeypatch.setattr(bench, "METHODS", ("tikhonov",))
     monkeypatch.setattr(bench, "WEIGHTS", (0.1, 10))
     monkeypatch.setattr(scenes, "WRONG", scenes.WRONG[1:3])
@@ -171,6 +174,7 @@ def test_sections_write_their_rows_and_one_report(tmp_path, few, capfd):
     assert set(three.told) == {"motion:10,30"} and (three.PSNR + three.lost).nunique() == 1
     assert (tmp_path / "photographs_large.png").exists()
     assert tables["noise"]["within 20%"].all() and len(tables["noise"]) == 4 * 3
+    assert not tables["large"].converged.any()
     assert tables["large"].PSNR[0] > tables["large"].input[0] + 1
     # Tiles of 96 pixels leave strips, where nothing shows; Tikhonov reaches less far than a prior.
     seams = tables["seams"].iloc[0]

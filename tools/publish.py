@@ -296,6 +296,8 @@ def fast(read: Read) -> str:
     most = large.loc[large.megapixels.idxmax()]
     both = large.pivot(index="megapixels", columns="blur", values="seconds").dropna()
     slower = (both.max(axis=1) / both[most.blur]).iloc[-1]
+    moved = large[(large.megapixels == both.index[-1]) & (large.blur != most.blur)]
+    stalls = "" if moved.converged.all() else ", and some of its tiles do not converge"
     return ("Profile `best` solves once for eight steps. At protocol `paper`, where the peers are "
             "timed, a step of the U-Net, in the mean of the eight, takes "
             f"{own['jfbnb jfb, as best ships'] / peer:.2f} times what the faster of "
@@ -304,7 +306,7 @@ def fast(read: Read) -> str:
             f"s, by the faster peer in {quality[~ours][name].min():.0f} s, on one core. "
             f"A photograph of {most.megapixels:g} megapixels, blurred by a Gaussian, is restored "
             f"in {most.seconds / 60:.1f} minutes on two; where the camera has moved, one of "
-            f"{both.index[-1]:g} takes {slower:.1f} times as long.")
+            f"{both.index[-1]:g} takes {slower:.1f} times as long{stalls}.")
 
 
 def photographs(read: Read) -> str:
