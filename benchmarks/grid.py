@@ -96,8 +96,8 @@ def restored(model: Equilibrium, x: Tensor, d: Tensor, further: int,
              certified: int) -> dict[str, Tensor]:
     """What comes of some images, and what of them when the solve goes on from there."""
     T = model.T
-    state, info = solve(T, d, model.tolerance * T.scale, model.max_iterations)
-    later, rest = solve(T, d, ARRIVED * T.scale, further, start=state)
+    state, info = solve(T, d, model.tolerance, model.max_iterations)
+    later, rest = solve(T, d, ARRIVED, further, start=state)
     before, after = (psnr(T.A.visible(T.image(z)), T.A.visible(x)) for z in (state, later))
     radius, norm = torch.full((2, len(x)), math.nan)
     if certified > 0:

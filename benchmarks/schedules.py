@@ -1,8 +1,8 @@
-"""Quality against training time, and over seeds: python benchmarks/schedules.py --weights runs/cpu
+"""Quality against computation, and over seeds: python benchmarks/schedules.py --weights runs/cpu
 
 Every point is a training of its own, from the same denoiser, whose learning rate has fallen to 0
 at its end: a longer schedule read early would not do, as a cosine flattens by itself. Methods,
-learning rates and steps are those of the model cards in --weights; a seed draws other crops and
+learning rates and budgets are those of the model cards in --weights; a seed draws other crops and
 other noise, not another denoiser. The curves are of validation images, the table of test images.
 
 What is in schedules.csv is not done again, so that a run that was stopped goes on.
@@ -16,10 +16,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 from command import options, run
+from matplotlib.figure import Figure
 
 from jfbnb.common import UserError
 from jfbnb.datasets import load_splits
-from jfbnb.figures import quality_against_time, save_data, save_figure, save_table
+from jfbnb.figures import new_figure, save_data, save_figure, save_table
 from jfbnb.methods import METHODS, Method, load_model
 from jfbnb.models import Model
 from jfbnb.networks import load_denoiser
@@ -30,31 +31,30 @@ from jfbnb.training import LossSettings, TrainingConfig
 CPU = torch.device("cpu")
 RIVALS = ("jfb", "deq", "unrolled", "feedforward-tikhonov")
 KEYS = ["method", "length", "seed"]
-SAME = ["protocol", "learning_rate", "full_epochs"]  # of a method's rows: else they are of others
+SAME = ["protocol", "learning_rate", "full_budget"]  # of a method's rows: else they are of others
 Row = dict[str, object]
 
 
 def planned(bench: argparse.Namespace) -> Iterator[tuple[float, int]]:
-    """Lengths, as shares of the cards' minutes, and seeds: the table's seeds first."""
+    """Lengths, as shares of the cards' budgets, and seeds: the table's seeds first."""
     yield from ((1.0, seed) for seed in range(bench.seeds))
     yield from ((length, 0) for length in bench.lengths if length != 1)
 
 
 def trained(method: Method, card: dict, length: float, seed: int, weights: Path,
-            problem: Problem) -> tuple[Model, float, float]:
-    """A model, its minutes by the card, and the seconds that its training took here."""
-    if card["minutes"] is None:
-        raise UserError(f"{weights / method.name}.json is of a training by epochs, which has no "
-                        "length in minutes")
+            problem: Problem) -> tuple[Model, float]:
+    """A model, and the applications of its network that its training made."""
+    if not card["training"].get("budget"):
+        raise UserError(f"{weights / method.name}.json is of a training without a budget: make "
+                        "one with `jfbnb train`")
     if length == 1 and seed == card["training"]["seed"]:
-        return (load_model(method, card["settings"], weights), card["minutes"],
-                card["training seconds"])
+        return load_model(method, card["settings"], weights), card["history"][-1]["applications"]
     config = TrainingConfig.read(card)
-    config = replace(config, epochs=length * config.epochs, seed=seed, unconverged_limit=1.0)
+    config = replace(config, budget=length * config.budget, seed=seed, unconverged_limit=1.0)
     network = load_denoiser(weights / "denoiser.safetensors").network
     model, made = train_method(method, network, card["settings"], problem, config,
                                LossSettings.read(card), Run(CPU, log=lambda line: None))
-    return model, length * card["minutes"], sum(part["seconds"] for part in made["history"])
+    return model, made["history"][-1]["applications"]
 
 
 def measure(bench: argparse.Namespace) -> None:
@@ -70,19 +70,20 @@ def measure(bench: argparse.Namespace) -> None:
     for length, seed in planned(bench):
         for name in bench.methods:
             card = read_cards(bench.weights, [name])[name]
-            what = [bench.protocol, card["training"]["learning_rate"], card["training"]["epochs"]]
+            what = [bench.protocol, card["training"]["learning_rate"],
+                    card["training"].get("budget")]
             if before := done.get((name, length, seed)):
                 if before != what:
                     raise UserError(f"{file} has trainings of {name} by other cards than those in "
                                     f"{bench.weights}: move it away, or choose another --out")
                 continue
-            model, minutes, seconds = trained(METHODS[name], card, length, seed,
-                                              bench.weights, few)
+            model, applications = trained(METHODS[name], card, length, seed, bench.weights, few)
             for images, problem in sets.items():
                 if images == "test" and length != 1:
                     continue  # they are for the table
-                rows.append({"method": name, "length": length, "seed": seed, "minutes": minutes,
-                             "seconds": seconds, "images": images, "count": len(problem.x),
+                rows.append({"method": name, "length": length, "seed": seed,
+                             "applications": applications, "images": images,
+                             "count": len(problem.x),
                              **dict(zip(SAME, what, strict=True)),
                              **score(model.on(problem.A), problem)})
             save_data(pd.DataFrame(rows), file.with_suffix(""))
@@ -117,17 +118,33 @@ def over_seeds(rows: pd.DataFrame) -> pd.DataFrame:
         "± over pairs": apart[order].sem().values})
 
 
+def quality_against_computation(ends: pd.DataFrame) -> Figure:
+    """PSNR at the end of whole schedules; over seeds the mean, with its standard error."""
+    figure, (ax,) = new_figure(height=4.6)
+    for name in [name for name in METHODS if name in set(ends.method)]:
+        own, method = ends[ends.method == name], METHODS[name]
+        points = own.groupby("length").agg(at=("applications", "mean"), psnr=("psnr", "mean"),
+                                           sem=("psnr", "sem")).fillna(0)
+        ax.errorbar(points["at"] / 1000, points.psnr, points["sem"], color=method.colour,
+                    marker="o", markersize=4, linestyle="--" if method.behind else "-", capsize=3,
+                    label=method.label)
+    ax.set(xscale="log", xlabel="thousands of applications of the network to a training crop,\n"
+           "each point a whole schedule", ylabel="PSNR on validation images (dB)",
+           title="Quality against computation")
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
 def report(out: Path) -> None:
     """The figure and the table, of schedules.csv alone."""
     rows = with_heads(pd.read_csv(out / "schedules.csv"))
     test = rows[rows.images == "test"]
-    minutes = test.minutes.max()
     save_table(over_seeds(rows), out / "seeds",
-               f"{minutes:g} minutes of training each, from the same denoiser, on "
-               f"{test['count'].max()} test images and the same measurements. ± is the standard "
-               "error over trainings.")
+               f"{test.full_budget.max():,.0f} applications of its network to a training crop "
+               f"each, from the same denoiser, on {test['count'].max()} test images and the same "
+               "measurements. ± is the standard error over trainings.")
     watched = rows[rows.images == "validation"]
-    save_figure(quality_against_time(watched), out / "schedules",
+    save_figure(quality_against_computation(watched), out / "schedules",
                 f"CelebA, {watched['count'].max()} validation images")
 
 

@@ -139,7 +139,7 @@ def total_variation(
     for _ in range(max_iterations):
         p_new = p + sigma * image_gradient(x_bar)
         p_new = p_new / (_magnitude(p_new) / weight).clamp_min(1)
-        x_new = A.solve_normal(b + x / tau - image_gradient_adjoint(p_new), 1 / tau)
+        x_new = A.solve_normal(b + x / tau - image_gradient_adjoint(p_new), 1 / tau, x)
         dx, dp = x - x_new, p - p_new
         primal = (dx / tau - image_gradient_adjoint(dp)).flatten(1).norm(dim=1)
         dual = (dp / sigma - image_gradient(dx)).transpose(0, 1).flatten(1).norm(dim=1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from jfbnb.datasets import ImageSet
 from jfbnb.diagnostics import jacobian_norm, spectral_radius
-from jfbnb.fixed_point import SolveInfo, anderson, picard, solve
+from jfbnb.fixed_point import SolveInfo, anderson, picard, scale_of, solve
 from jfbnb.maps import ImplicitMap
 from jfbnb.methods import METHODS, Restorer, Settings
 from jfbnb.metrics import psnr, ssim
@@ -26,7 +26,8 @@ ROUNDING = 5e-7  # a relative change that float32 cannot tell from none
 TUNED_HERE = "tuned here"  # the version of a method that is tuned under each condition
 RUN_ON = 8  # images of a method under a condition that are solved on, at most
 FURTHER = 300  # evaluations of T in which they are
-EQUALLY = 1.1  # times the least minutes of training that the most may be
+SPENT = "Applications in training"  # Table 2's column of a training's computation
+EQUALLY = 1.01  # times the least computation of a training that the most may be
 
 # --- tables -------------------------------------------------------------------------------------
 
@@ -286,10 +287,10 @@ def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int
         def apply(z: Tensor, part: slice = part) -> Tensor:
             return T(z, d[part])
 
-        state, info = solve(T, d[part], tolerance * T.scale, max_iterations)
+        state, info = solve(T, d[part], tolerance, max_iterations)
         own = getattr(T, "solver", anderson)
         onward = picard if own is anderson else own
-        later, rest = solve(T, d[part], ROUNDING, further, onward, state)
+        later, rest = solve(T, d[part], ROUNDING / scale_of(T), further, onward, state)
         distance = (state - later).flatten(1).norm(dim=1) / later.flatten(1).norm(dim=1)
         radius, norm = (measured(apply, later, 30, torch.Generator().manual_seed(seed)).cpu()
                         for measured in (spectral_radius, jacobian_norm))
@@ -354,10 +355,12 @@ def reference_table2() -> pd.DataFrame:
     return table
 
 
-def table2(summary: pd.DataFrame, minutes: Mapping[str, float] | None = None) -> pd.DataFrame:
+def table2(summary: pd.DataFrame, applications: Mapping[str, float] | None = None
+           ) -> pd.DataFrame:
     """Table 2: our means beside the published values, one row per method of either.
 
-    `minutes` are those of training, by the names of the methods that have some.
+    `applications` of a network to a crop are what a training spent, by the names of the methods
+    that have one.
 
     The published JFB value is on the scale of its code (see `on_published_scale`); the column
     `Published PSNR, range 1` puts it on the usual one. The scale of the others is not known, and
@@ -375,21 +378,21 @@ def table2(summary: pd.DataFrame, minutes: Mapping[str, float] | None = None) ->
     rows["Converged"] = ours.converged.reindex(order)
     rows["Seconds per image"] = ours.seconds_per_image.reindex(order)
     own = [(METHODS[m].behind or METHODS[m]).name if m in METHODS else m for m in order]
-    rows["Minutes of training"] = pd.Series(minutes or {}, dtype=float).reindex(own).values
+    rows[SPENT] = pd.Series(applications or {}, dtype=float).reindex(own).values
     rows["Published PSNR"] = published.psnr.reindex(order)
     rows["Published PSNR, range 1"] = published.usual_psnr.reindex(order, fill_value="")
     rows["Published SSIM"] = published.ssim.reindex(order)
     return rows.reset_index(drop=True)
 
 
-def trained_for(minutes: Iterable[float]) -> str:
-    """For how long the trained methods of a table were trained, and whether equally: a sentence."""
-    least, most = min(minutes := list(minutes)), max(minutes)
-    span = " to ".join(dict.fromkeys(f"{m:.2g}" for m in (least, most)))
+def trained_for(applications: Iterable[float]) -> str:
+    """How long the trained methods of a table were trained, and whether equally: a sentence."""
+    least, most = min(applications := list(applications)), max(applications)
     if most <= EQUALLY * least:
-        return f"Each trained method had {span} minutes of training."
-    return (f"The trained methods had {span} minutes of training: this order is one of efforts as "
-            "well as of methods.")
+        return (f"Each trained method had {least:,.0f} applications of its network to a training "
+                "crop, to less than 1%.")
+    return (f"The trained methods had {least:,.0f} to {most:,.0f} applications of their networks "
+            "to a training crop: this order is one of efforts as well as of methods.")
 
 
 def on_published_scale(x: Tensor, truth: Tensor) -> Tensor:

@@ -146,23 +146,15 @@ def image_table(rows: dict[str, Tensor]) -> Figure:
     return figure
 
 
-def quality_against_time(ends: pd.DataFrame) -> Figure:
-    """PSNR on validation images at the end of whole schedules, by their minutes.
-
-    Args:
-        ends: method, minutes, psnr (dB); a row for each training. Where a method has several of one
-            length, their mean and its standard error are drawn.
-    """
+def learning_curves(curves: pd.DataFrame) -> Figure:
+    """PSNR on the fixed crops against the computation spent: `recipes.trainings` has both."""
     figure, (ax,) = new_figure(height=4.6)
-    for name in [name for name in METHODS if name in set(ends.method)]:
-        own, method = ends[ends.method == name], METHODS[name]
-        points = own.groupby("minutes").psnr.agg(["mean", "sem"]).fillna(0)
-        ax.errorbar(points.index, points["mean"], points["sem"], color=method.colour, marker="o",
-                    markersize=4, linestyle="--" if method.behind else "-", capsize=3,
-                    label=method.label)
-    _logarithmic(ax)
-    ax.set(xlabel="minutes of training, each point a whole schedule",
-           ylabel="PSNR on validation images (dB)", title="Quality against training time")
+    for name in [name for name in METHODS if name in set(curves.method)]:
+        own, method = curves[curves.method == name], METHODS[name]
+        ax.plot(own.applications / 1000, own.psnr, color=method.colour, marker="o", markersize=4,
+                label=method.label)
+    ax.set(xlabel="thousands of applications of the network to a crop",
+           ylabel="PSNR on the fixed crops (dB)", title="Learning curves")
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
@@ -186,12 +178,24 @@ def _logarithmic(ax: Axes) -> None:
     ax.xaxis.set_major_formatter("{x:g}")
 
 
-def training_loss(history: pd.DataFrame, title: str, method: str) -> Figure:
-    """Fig. 1: average training loss per image against the epoch, in the method's colour."""
+def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
+                  start: tuple[str, float] | None = None) -> Figure:
+    """Fig. 1: average loss per image against the epoch, in the method's colour.
+
+    Args:
+        start: a method's name and its loss, from which the training sets out: a dashed line.
+    """
     figure, (ax,) = new_figure()
-    ax.plot(history.epoch, history.loss, "o-", color=METHODS[method].colour, markersize=4)
-    ax.set(xlabel="epoch", ylabel="average training loss per image\n(mean squared error)",
+    if start is not None:
+        ax.axhline(start[1], color=METHODS[start[0]].colour, linestyle="--",
+                   label=METHODS[start[0]].label)
+        epochs, loss = [0, *epochs], [start[1], *loss]
+    ax.plot(epochs, loss, "o-", color=METHODS[method].colour, markersize=4,
+            label=METHODS[method].label)
+    ax.set(xlabel="epoch", ylabel="average loss per image\n(mean squared error)",
            title=title, yscale="log")
+    if start is not None:
+        ax.legend()
     ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
     ax.xaxis.get_major_locator().set_params(integer=True)
     return figure

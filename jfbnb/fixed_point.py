@@ -259,12 +259,22 @@ def solve(
     Args:
         T: the map, called as T(x, d); its `start(d)` is where to start, unless `start` is given.
         d: the measurements, (B, ...).
+        tolerance: multiplied by `T.scale`, where the map has one: how small its steps are wherever
+            it is. So it means the same distance from x* for every map.
         solver: one of those above, by default the map's own, else `anderson`; other arguments as
             there.
     """
     x0 = T.start(d) if start is None else start
     chosen = solver or getattr(T, "solver", anderson)
-    return chosen(T, x0, tolerance, max_iterations, callback, given=d)
+    return chosen(T, x0, tolerance * scale_of(T), max_iterations, callback, given=d)
+
+
+def scale_of(T: Callable[..., Tensor]) -> float | Tensor:
+    """How small a map's steps are wherever it is, on the scale of one whose steps are not: 1.
+
+    What is called small of T(x) - x, or near 1 of its growth, is so in this unit.
+    """
+    return getattr(T, "scale", 1.0)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ class WeightedMap(ImplicitMap):
 
     def data_step(self, z: Tensor, d: Tensor) -> Tensor:
         """(A'A + tau I)^-1 (A'd + tau z): the minimiser of |A x - d|^2 + tau |x - z|^2."""
-        return self.A.solve_normal(self.A.adjoint(d) + self.tau * z, self.tau)
+        return self.A.solve_normal(self.A.adjoint(d) + self.tau * z, self.tau, z)
 
 
 class GradientMap(WeightedMap):

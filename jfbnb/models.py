@@ -59,7 +59,7 @@ class Equilibrium(Model):
     """The implicit network N(d) = x* with x* = T(x*; d), Eq. 3, solved to its tolerance."""
 
     def forward(self, d: Tensor) -> Result:
-        state, info = solve(self.T, d, self.tolerance * self.T.scale, self.max_iterations)
+        state, info = solve(self.T, d, self.tolerance, self.max_iterations)
         return self.T.image(state), info
 
 

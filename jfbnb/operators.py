@@ -17,7 +17,6 @@ picture by the kernel's reach, and nothing is assumed of what lies there.
 import copy
 import math
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,19 +59,15 @@ class LinearOperator(nn.Module):
         """
         return x
 
-    def solve_normal(self, r: Tensor, tau: float | Tensor) -> Tensor:
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r for tau > 0, by conjugate gradients; differentiable in r and tau.
 
-        They start from the solution before, where that is nearer than zero: an iteration asks for
-        one that hardly moves.
+        Args:
+            start: an image near the solution, if one is known. Conjugate gradients start there
+                where it is nearer than zero; a closed form has no use for it.
         """
         tau = torch.as_tensor(tau, dtype=r.dtype, device=r.device)
-        before = _before.get(self)
-        fits = before is not None and (before.shape, before.dtype, before.device) == (
-            r.shape, r.dtype, r.device)
-        x = _SolveNormal.apply(r, tau, self, before if fits else None)
-        _before[self] = x.detach()
-        return x
+        return _SolveNormal.apply(r, tau, self, None if start is None else start.detach())
 
     def precondition(self, r: Tensor, tau: float | Tensor) -> Tensor:
         """About (A'A + tau I)^-1 r, symmetric and positive definite, to need fewer iterations."""
@@ -102,10 +97,6 @@ class LinearOperator(nn.Module):
                             f"<A u, v> = {left:.6g} and <u, A' v> = {right:.6g}, apart by "
                             f"{apart:.1e} of |A u| |v|")
         return apart
-
-
-# What each operator solved for last. It is no part of what an operator is: kept apart from it.
-_before: "weakref.WeakKeyDictionary[LinearOperator, Tensor]" = weakref.WeakKeyDictionary()
 
 
 class _SolveNormal(torch.autograd.Function):
@@ -260,7 +251,7 @@ class Separable(LinearOperator):
         V_h, V_w = (torch.linalg.pinv(V, rtol=1e-12) for V in (self.V_h, self.V_w))
         return (V_h @ d.double() @ V_w.mT).to(d.dtype)
 
-    def solve_normal(self, r: Tensor, tau: float | Tensor) -> Tensor:
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r, exactly, for tau > 0."""
         return self.filter(r, 1 / (self.spectrum**2 + tau))
 
@@ -376,10 +367,10 @@ class Convolution(LinearOperator):
     def inverse(self, d: Tensor) -> Tensor:
         return self.factors.inverse(d) if self.factors else super().inverse(d)
 
-    def solve_normal(self, r: Tensor, tau: float | Tensor) -> Tensor:
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         if self.factors:
             return self.factors.solve_normal(r, tau)
-        return super().solve_normal(r, tau)
+        return super().solve_normal(r, tau, start)
 
     def precondition(self, r: Tensor, tau: float | Tensor) -> Tensor:
         if self.factors:
@@ -503,7 +494,7 @@ class Inpainting(LinearOperator):
             known = (near > 0).to(d.dtype)
         return x
 
-    def solve_normal(self, r: Tensor, tau: float | Tensor) -> Tensor:
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r, exactly, for tau > 0: A'A is diagonal."""
         return r / (self.mask.to(r.dtype) + tau)
 
@@ -556,13 +547,13 @@ class MRI(LinearOperator):
             z = z * torch.view_as_complex(self.rotation).to(z.dtype).conj()
         return z.real
 
-    def solve_normal(self, r: Tensor, tau: float | Tensor) -> Tensor:
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r, exactly without a phase: A'A is diagonal in k-space.
 
         A real image says the same at k and -k: what counts is the mean of the mask at the two.
         """
         if self.rotation is not None:
-            return super().solve_normal(r, tau)
+            return super().solve_normal(r, tau, start)
         m = torch.fft.ifftshift(self.mask).to(r.dtype)
         response = (m + m.flip((0, 1)).roll((1, 1), (0, 1))) / 2
         return torch.fft.ifft2(torch.fft.fft2(r) / (response + tau)).real

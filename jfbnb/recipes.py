@@ -19,21 +19,16 @@ from torch import Tensor, nn
 
 from jfbnb import processes
 from jfbnb.common import UserError, atomic_path, atomic_write, describe_device
-from jfbnb.datasets import ImageSet, Splits, bundled_photos
+from jfbnb.datasets import ImageSet, Splits, bundled_photos, random_crops
 from jfbnb.methods import METHODS, Method, Settings
 from jfbnb.metrics import psnr
 from jfbnb.models import Model
 from jfbnb.networks import Denoiser, describe, save_weights
 from jfbnb.operators import LinearOperator, Protocol, measure
-from jfbnb.sources import digest
 from jfbnb.training import BatchLoss, DenoiserLoss, LossSettings, TrainingConfig, train
 
 BY_COMMAND = "JFBNB_BY_COMMAND"  # set where `jfbnb reproduce` runs the notebooks
-RATES = (0.5, 1.0, 2.0)  # times the learning rate: what a search tries first
-TRIES = 5  # of learning rates, at most
-SHORT = 1 / 8  # of the minutes: how long each of them is tried
-ENOUGH = 50  # steps of such a try, or a third of all where that is less
-FIRST = 12  # steps, to see what one takes: the last of them, as the first are slower
+FIXED = 16  # training crops, always the same, on which every training's progress is measured
 
 
 @dataclass(frozen=True)
@@ -71,6 +66,16 @@ def middle(problem: Problem, crop: int, images: int = 4) -> Problem:
     indices = problem.splits.validation.indices[:len(x)]
     d = measure(A, x, problem.setup.noise_std, problem.seed, indices)
     return replace(problem, A=A, x=x, d=d)
+
+
+def fixed_crops(problem: Problem, crop: int) -> Problem:
+    """The problem on `FIXED` crops of training images, the same and measured alike at all times."""
+    images = problem.splits.train.images
+    A = problem.setup.operator(crop).to(problem.x.device)
+    x = random_crops(images[::math.ceil(len(images) / FIXED)], crop, problem.seed, 0, 0, 0)
+    x = x.to(problem.x.device)
+    return replace(problem, A=A, x=x, d=measure(A, x, problem.setup.noise_std, problem.seed,
+                                                range(len(x))))
 
 
 def by_hand() -> bool:
@@ -119,33 +124,31 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
 
 def train_method(method: Method, network: nn.Module, settings: Settings, problem: Problem,
                  config: TrainingConfig, losses: LossSettings, run: Run,
-                 watch: Callable[[Model], dict[str, float]] | None = None,
-                 minutes: float | None = None) -> tuple[Model, dict]:
+                 watch: Callable[[Model], dict[str, float]] | None = None) -> tuple[Model, dict]:
     """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
 
-    Its model card says how well it restores the problem's images, and four photographs.
+    Its records have `fixed_mse`, the mean squared error on `fixed_crops` of what the model restores
+    then, solved as for a table. Its model card says how well it restores the problem's images, and
+    four photographs.
 
     Args:
         network: the denoiser's; a copy of it is trained.
         settings: the method's, as tuned.
         watch: what else to record on the way.
-        minutes: how long to train, whatever a step costs: `search` then says how many epochs that
-            is, and at which rate to learn. The search's own time comes on top.
 
     Returns:
-        The model, for crops, and what its model card says of the training; `history` are its
-        records.
+        The model, for crops, and what its model card says of the training: `history` are its
+        records, `start` is the first one's `fixed_mse` before any step.
     """
-    tried = None
-    if minutes is not None:
-        config, tried = search(method, network, settings, problem, config, losses, run, minutes)
     A = problem.setup.operator(config.crop).to(run.device)
     model, loss = prepare(method, network, settings, A, losses)
+    fixed = fixed_crops(problem, config.crop)
+    start = fixed_error(model.to(run.device), fixed)
     history = _train(method.name, model, loss, problem.splits, config, run,
-                     watch and (lambda: watch(model)))
+                     lambda: fixed_error(model, fixed) | (watch(model) if watch else {}))
     card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
-            "settings": settings, "minutes": minutes, "search": tried,
-            "loss": asdict(replace(losses, noise_power=method.noise_power))}
+            "settings": settings, "loss": asdict(replace(losses, noise_power=method.noise_power)),
+            "start": start}
     if run.out and not run.weights:  # those that are taken have been measured
         photographs = bundled_photos("validation", problem.setup.image_size)[:4]
         others = measured(problem, photographs)
@@ -157,6 +160,16 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
     return model, _store(method.name, model, history, problem.splits, config, run, card)
 
 
+@torch.no_grad()
+def fixed_error(model: Model, fixed: Problem) -> dict[str, float]:
+    """The mean squared error of a model's images of some crops, and the share that converged."""
+    y, info = model(fixed.d)
+    found = {"fixed_mse": fixed.A.visible(y - fixed.x).square().mean().item()}
+    if info is not None:
+        found["fixed_converged"] = info.converged.float().mean().item()
+    return found
+
+
 def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOperator,
             losses: LossSettings) -> tuple[Model, BatchLoss]:
     """A method's model as its training begins, and the loss that trains it."""
@@ -164,110 +177,6 @@ def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOpe
     if method.head and losses.heads:
         model.add_head()
     return model, method.loss(model, replace(losses, noise_power=method.noise_power))
-
-
-def search(method: Method, network: nn.Module, settings: Settings, problem: Problem,
-           config: TrainingConfig, losses: LossSettings, run: Run, minutes: float
-           ) -> tuple[TrainingConfig, list[dict[str, float]]]:
-    """The training that takes so many minutes, at the learning rate that is best on short ones.
-
-    Half the config's rate, the rate itself and twice of it are tried, and further ones, by factors
-    of 2, as long as the best so far is at an end. For each a whole schedule of an eighth of the
-    time, or of `ENOUGH` steps, is run from the pretrained denoiser. Their seconds say how many
-    steps there are in all of it. What has been tried is not tried again after a stop, and with
-    weights that are taken their own search is.
-
-    Returns:
-        The config with its epochs and its learning rate; for each rate that could be trained, the
-        lowest first, learning_rate, epochs, seconds, and psnr in dB on the problem's images.
-
-    Raises:
-        UserError: where none could.
-    """
-    if run.weights:
-        return _searched(method.name, Path(run.weights), config, minutes)
-    images, device = problem.splits.train.images, run.device
-    batches = math.ceil(len(images) / config.batch_size)
-    A = problem.setup.operator(config.crop).to(device)
-    file = None
-    if run.out is not None:
-        # How far the minutes reach depends on the machine, and what is best on the problem.
-        key = digest(search, *prepare(method, network, settings, A, losses), images, config,
-                     minutes, problem.x, problem.d, describe_device(device),
-                     processes.world_size())
-        file = run.out / "checkpoints" / f"{processes.gather(key)[0][:16]}.json"
-    with processes.rank_0_first():
-        state = _read_state(file)
-
-    def attempt(learning_rate: float, steps: int) -> tuple[Model, list[dict[str, float]]]:
-        own = replace(config, epochs=steps / batches, learning_rate=learning_rate,
-                      unconverged_limit=1.0)
-        model, loss = prepare(method, network, settings, A, losses)
-        return model, train(model.to(device), loss, images, own, device, log=lambda line: None)
-
-    if not state:  # at a rate that changes next to nothing: only the time matters
-        _, history = attempt(config.learning_rate / 100, FIRST)
-        whole = 60 * minutes * FIRST / (history[-1]["seconds"] * len(history))
-        short = max(1, round(max(SHORT * whole, min(ENOUGH, whole / 3))))
-        state = {"steps": processes.gather(short)[0], "tries": []}
-    while rate := _next_rate(config.learning_rate, state["tries"]):
-        tried = {"learning_rate": rate, "epochs": state["steps"] / batches, "seconds": 0.0,
-                 "psnr": -math.inf}
-        try:
-            model, history = attempt(rate, state["steps"])
-            quality = score(model.on(problem.A), problem)["psnr"]
-            if math.isfinite(quality):  # else its solves have overflowed
-                tried |= {"seconds": sum(record["seconds"] for record in history), "psnr": quality}
-        except UserError as error:  # such a rate is none
-            run.log(f"{method.name}: {error}")
-        state["tries"].append(processes.gather(tried)[0])
-        if file is not None and processes.rank() == 0:
-            atomic_write(file, json.dumps(state, indent=1) + "\n")
-    tries = sorted((t for t in state["tries"] if t["seconds"]), key=lambda t: t["learning_rate"])
-    if not tries:
-        raise UserError(f"{method.name} cannot be trained at any of {TRIES} learning rates from "
-                        f"{min(t['learning_rate'] for t in state['tries']):.1e} on")
-    best = max(tries, key=lambda tried: tried["psnr"])
-    seconds = sum(tried["seconds"] for tried in tries) / (state["steps"] * len(tries))
-    steps = max(1, round(60 * minutes / seconds))
-    return replace(config, epochs=steps / batches, learning_rate=best["learning_rate"]), tries
-
-
-def _next_rate(base: float, tries: list[dict[str, float]]) -> float | None:
-    """The learning rate to try next; None where the best is between two others, or is given up."""
-    found = {tried["learning_rate"]: tried["psnr"] for tried in tries}
-    for rate in (factor * base for factor in RATES):
-        if rate not in found:
-            return rate
-    best = max(found, key=found.get)
-    if len(found) == TRIES or min(found) < best < max(found):
-        return None
-    return best / 2 if best == min(found) else best * 2
-
-
-def _read_state(file: Path | None) -> dict:
-    """What a search has noted so far; nothing where the file is missing or damaged."""
-    try:
-        state = json.loads(file.read_text(encoding="utf-8")) if file else {}
-        return state if state.keys() == {"steps", "tries"} else {}
-    except (OSError, ValueError, AttributeError):
-        return {}
-
-
-def _searched(name: str, weights: Path, config: TrainingConfig, minutes: float
-              ) -> tuple[TrainingConfig, list[dict[str, float]]]:
-    """What a search found that is in a model card."""
-    card, file = read_cards(weights, [name])[name], weights / f"{name}.json"
-    try:
-        own, trained, tries = card["training"], card["minutes"], card["search"]
-        config = replace(config, epochs=own["epochs"], learning_rate=own["learning_rate"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{file} has no record of a training by the clock ({error}): leave the "
-                        "parameter `weights` empty to train") from error
-    if trained != minutes:
-        raise UserError(f"{file} is of {trained} minutes of training, not of {minutes}: leave the "
-                        "parameter `weights` empty to train")
-    return config, tries
 
 
 def read_cards(weights: Path, names: Sequence[str]) -> dict[str, dict]:
@@ -281,30 +190,26 @@ def read_cards(weights: Path, names: Sequence[str]) -> dict[str, dict]:
 
 
 def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Of some methods' model cards: a row for each training, and one for each whole schedule.
+    """Of some methods' model cards: a row for each training, and its learning curve.
 
     Returns:
-        A table to show, and one of method, learning_rate, minutes, psnr (dB, on validation images)
-        and chosen: whether it is at the learning rate that was taken.
+        A table to show, and one of method, applications (of the network so far) and psnr (dB, of
+        the mean squared error on the fixed crops), from before the first step on.
     """
-    rows, schedules = [], []
+    rows, curves = [], []
     for name, card in cards.items():
-        own, last = card["training"], card["history"][-1]
-        minutes = sum(record["seconds"] for record in card["history"]) / 60
-        batches = math.ceil(card["training images"] / own["batch_size"])
-        rows.append({"Method": METHODS[name].label, "Learning rate": own["learning_rate"],
-                     "Steps": round(own["epochs"] * batches), "Minutes": minutes,
+        history, last = pd.DataFrame(card["history"]), card["history"][-1]
+        errors = [card["start"]["fixed_mse"], *history.fixed_mse]
+        rows.append({"Method": METHODS[name].label,
+                     "Learning rate": card["training"]["learning_rate"], "Steps": last["steps"],
+                     "Applications": last["applications"], "Minutes": history.seconds.sum() / 60,
                      "Solves converged": last.get("converged", math.nan),
                      "Adjoint residual": last.get("adjoint_residual", math.nan),
-                     "Final loss": last["mse"]})
-        schedules += [{"method": name, "learning_rate": tried["learning_rate"],
-                       "minutes": tried["seconds"] / 60, "psnr": tried["psnr"],
-                       "chosen": tried["learning_rate"] == own["learning_rate"]}
-                      for tried in card["search"] or ()]
-        schedules.append({"method": name, "learning_rate": own["learning_rate"],
-                          "minutes": minutes, "chosen": True,
-                          "psnr": card["measured"]["validation images"]["psnr"]})
-    return pd.DataFrame(rows), pd.DataFrame(schedules)
+                     "Loss before": errors[0], "Loss after": errors[-1]})
+        curves.append(pd.DataFrame({
+            "method": name, "applications": [0, *history.applications],
+            "psnr": [-10 * math.log10(error) for error in errors]}))
+    return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
 
 
 @torch.no_grad()

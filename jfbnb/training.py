@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from jfbnb import kernels, processes
 from jfbnb.checkpoints import resume, save_checkpoint
 from jfbnb.common import UserError, seeded_generator
+from jfbnb.computation import metered
 from jfbnb.datasets import random_crops
-from jfbnb.fixed_point import SolveInfo, solve
+from jfbnb.fixed_point import SolveInfo, scale_of, solve
 from jfbnb.gradients import implicit, jfb
 from jfbnb.models import Model, Unrolled
 from jfbnb.muon import Muon
@@ -35,17 +36,19 @@ ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved,
 TYPICAL = 1e-3  # mean squared error
 POOL = 64  # batches that a training comes back to in turn
 LOST = 0.1  # the residual of a state that is not gone on from: plain iteration runs away from there
-RECORDS = 6  # of a training, at least; at most an epoch lies between two
+RECORDS = 10  # of a training, evenly spread over it; where epochs are given, at least one in each
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long and how fast: Adam with a cosine schedule from `learning_rate` to 0.
 
-    `epochs` is how often each training image is seen, on average; it need not be whole. In the
-    first `warmup` steps the rate rises from 0: Adam's own scale is a guess there. A gradient longer
-    than `clip` is cut to it; 0 leaves it. With `muon` the weights between hidden layers move by
-    `muon.Muon`, at the same rate.
+    `epochs` is how often each training image is seen, on average; it need not be whole. Where it is
+    0, `budget` is what the training may spend, in applications of the network to a crop
+    (`computation`): methods with the same budget are trained alike, whatever a step of each costs.
+    The schedule follows the share that is done. In the first `warmup` steps the rate rises from 0:
+    Adam's own scale is a guess there. A gradient longer than `clip` is cut to it; 0 leaves it. With
+    `muon` the weights between hidden layers move by `muon.Muon`, at the same rate.
     `unconverged_limit` is the share of fixed-point solves, from one record to the next, that may
     end above their tolerance: above half of it training warns, above all of it training stops.
     """
@@ -59,6 +62,18 @@ class TrainingConfig:
     warmup: int = 0
     clip: float = 0.0
     muon: bool = False
+    budget: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.epochs > 0) == (self.budget > 0):
+            raise UserError(f"epochs={self.epochs} and budget={self.budget}: give one of them, "
+                            "positive, and 0 for the other")
+
+    def share(self, steps: float, batches: int, applications: float) -> float:
+        """How much of a training is done, of 1, after so many steps and applications."""
+        if self.budget:
+            return applications / self.budget
+        return steps / max(1, round(self.epochs * batches))
 
     def everywhere(self) -> Self:
         """That of a training whose steps meet something else each: their gradients differ."""
@@ -129,8 +144,8 @@ class LossSettings:
         tolerance, max_iterations: of the solve for x*, by Anderson without gradient. The adjoint
             equation has as many iterations.
         power_iterations: of the stretch's estimate.
-        contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`; a penalty of 0
-            leaves the estimate out.
+        contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`, both counted from
+            1 in units of the map's `scale`; a penalty of 0 leaves the estimate out.
         bf16: for the first evaluations of a solve, the tracked application and the head; of an
             explicit model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
             of about 3e-3, and the estimate's differences would drown in the rounding.
@@ -252,10 +267,12 @@ class EquilibriumLoss:
             factor, slowest = contraction_estimate(lambda z: T(z, d[watched]), x_star[watched],
                                                    s.power_iterations, slowest)
             excess = torch.zeros_like(loss)
-            excess[watched] = s.watched * (factor - s.contraction).clamp_min(0).square()
+            # A map whose steps are small is near 1 by construction: its scale is the unit.
+            past = 1 - s.contraction - (1 - factor) / scale_of(T)
+            excess[watched] = s.watched * past.clamp_min(0).square()
             loss = loss + s.penalty * excess
             figures["contraction"] = factor.detach()
-        if s.visits > 1 and (figures["residual"] < LOST).all():
+        if s.visits > 1 and (figures["residual"] < LOST * scale_of(T)).all():
             self.memory[keys] = Tx.detach(), slowest
             for oldest in list(self.memory)[:-POOL]:
                 del self.memory[oldest]
@@ -271,7 +288,7 @@ class EquilibriumLoss:
         x_star, figures = state, {}
         with precision(self.model, s.bf16) as put:
             if x_star is None:
-                x_star, info = solve(T, d, s.tolerance * T.scale, s.max_iterations,
+                x_star, info = solve(T, d, s.tolerance, s.max_iterations,
                                      callback=lambda k, _: put(s.bf16 and k < COARSE))
                 figures = {"iterations": info.iterations, "residual": info.residual,
                            "converged": info.converged}
@@ -291,7 +308,10 @@ class EquilibriumLoss:
 
 @dataclass(frozen=True)
 class ImplicitLoss(EquilibriumLoss):
-    """The same by the exact gradient, Eq. 5; its equation is solved to 1e-3, if not further."""
+    """The same by the exact gradient, Eq. 5.
+
+    Its equation is solved to 1e-3 times the map's scale, if not further.
+    """
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
               figures: dict[str, Tensor]) -> Tensor:
@@ -299,7 +319,8 @@ class ImplicitLoss(EquilibriumLoss):
             figures["adjoint_residual"] = adjoint.residual
 
         with precision(self.model, False):  # its own solve, too, would stall in bfloat16
-            return implicit(T, x_star, min(ADJOINT, self.settings.tolerance),
+            return implicit(T, x_star,
+                            min(ADJOINT, self.settings.tolerance) * scale_of(self.model.T),
                             self.settings.max_iterations, report)
 
 
@@ -390,11 +411,11 @@ def train(
 ) -> list[dict[str, float]]:
     """Minimise `batch_loss` over random crops of `images`; return the records of its parts.
 
-    A loss with an attribute `visits` comes back to each batch so often. A training has as many
-    parts as epochs, and at least `RECORDS`. A record has the epochs so far, the part's mean loss
-    per image, the means of what the loss reports, the seconds of training, and what `validate`
-    returns. With `checkpoints`, a folder, the state after each part is stored and a stopped
-    training goes on from the last one that is whole.
+    A loss with an attribute `visits` comes back to each batch so often. A training has `RECORDS`
+    parts, or as many as epochs where those are more. A record has the epochs, steps and
+    applications of the network so far, the part's mean loss per image, the means of what the loss
+    reports, its seconds, and what `validate` returns. With `checkpoints`, a folder, the state after
+    each part is stored and a stopped training goes on from the last one that is whole.
 
     In a `processes.process_group` all processes train together, on the same batches as one would;
     rank 0 alone logs, validates and stores. The checkpoint of one number of processes serves any
@@ -408,7 +429,8 @@ def train(
 
     Raises:
         UserError: if the loss is not finite, if too many solves do not converge, if a checkpoint
-            cannot be read, or if `finished` was trained with another `config`.
+            cannot be read, if `finished` was trained with another `config`, or if there is a
+            budget and no network to count.
     """
     if not 0 < config.crop <= min(images.shape[2:]):
         raise UserError(f"crop={config.crop} does not fit images of {tuple(images.shape[2:])}")
@@ -431,23 +453,21 @@ def train(
         with processes.rank_0_first():  # the others read the one that it finds whole
             history = resume(file, module, optimizer, log)
         if history:
-            log(f"resumed after epoch {history[-1]['epoch']:.4g} of {config.epochs:.4g}")
+            log(f"resumed after {_so_far(history, config)}")
+    parts = max(RECORDS, math.ceil(config.epochs))
     batches = math.ceil(len(images) / config.batch_size)
-    steps = max(1, round(config.epochs * batches))
-    parts = min(steps, max(RECORDS, math.ceil(config.epochs)))
-    for part in range(len(history), parts):
+    while not history or config.share(history[-1]["steps"], batches,
+                                      history[-1]["applications"]) < 1:
         start = time.perf_counter()
         last_good = f"; the last good checkpoint is {file}" if file and history else ""
-        bounds = steps * part // parts, steps * (part + 1) // parts
-        record = {"epoch": bounds[1] / batches, **_train_part(
-            shared_loss, images, config, device, optimizer, range(*bounds), steps,
-            getattr(batch_loss, "visits", 1), last_good)}
+        record = _train_part(shared_loss, images, config, device, optimizer, module, parts,
+                             getattr(batch_loss, "visits", 1), history, last_good)
         record["seconds"] = time.perf_counter() - start
         record.update(validate() if validate else {})
         history.append(record)
         if file is not None and processes.rank() == 0:
             save_checkpoint(file, module, optimizer, history)
-        log(_progress(history, config.epochs, parts))
+        log(_progress(history, config, batches))
         if 1 - record.get("converged", 1) > config.unconverged_limit / 2:
             log(f"warning: {1 - record['converged']:.0%} of the solves up to epoch "
                 f"{record['epoch']:.4g} did not converge; training stops above "
@@ -455,16 +475,26 @@ def train(
     return history
 
 
-def _progress(history: list[dict[str, float]], epochs: float, parts: int) -> str:
+def _so_far(history: list[dict[str, float]], config: TrainingConfig) -> str:
+    """Where a training is, in the unit in which its length is given."""
+    record = history[-1]
+    if config.budget:
+        return (f"epoch {record['epoch']:.3g}, {record['applications']:.0f} of "
+                f"{config.budget:.0f} applications")
+    return f"epoch {record['epoch']:.4g} of {config.epochs:.4g}"
+
+
+def _progress(history: list[dict[str, float]], config: TrainingConfig, batches: int) -> str:
     """How far a training is, how well it does on its crops, and how long it will take."""
     record = history[-1]
-    found = [f"epoch {record['epoch']:.4g} of {epochs:.4g}", f"loss {record['loss']:.3g}"]
+    found = [_so_far(history, config), f"loss {record['loss']:.3g}"]
     if record.get("mse", 0.0) > 0:
         found.append(f"{-10 * math.log10(record['mse']):.1f} dB on its crops")
     if record.get("converged", 1.0) < 1:
         found.append(f"{record['converged']:.1%} of the solves converged")
-    seconds = sum(r["seconds"] for r in history) / len(history) * (parts - len(history))
-    return ", ".join([*found, f"{seconds:.0f} s left" if parts > len(history) else "done"])
+    share = config.share(record["steps"], batches, record["applications"])
+    seconds = sum(r["seconds"] for r in history) * (1 / share - 1)
+    return ", ".join([*found, f"{seconds:.0f} s left" if share < 1 else "done"])
 
 
 def _nothing(line: str) -> None:
@@ -488,46 +518,58 @@ def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dic
 
 
 def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
-                device: torch.device, optimizer: torch.optim.Optimizer, part: range, steps: int,
-                visits: int, last_good: str) -> dict[str, float]:
-    """Some of a training's steps; the means of the loss and of what it reports.
+                device: torch.device, optimizer: torch.optim.Optimizer, module: nn.Module,
+                parts: int, visits: int, history: list[dict[str, float]],
+                last_good: str) -> dict[str, float]:
+    """The steps of a training up to the next of so many even shares of it; their record.
 
     Each process has its share of every batch. The backward pass averages over the processes, so a
     share's sum is multiplied by their number.
     """
     batches = math.ceil(len(images) / config.batch_size)
+    first, before = (int(history[-1][name]) if history else 0 for name in ("steps", "applications"))
+    number, spent, done = first, before, config.share(first, batches, before)
+    end = (math.floor(done * parts + 1e-9) + 1) / parts - 1e-9
     means, order, shuffled = _Means(device), (), None
-    for number in part:
-        met = _which(number, visits)
-        epoch, step = met // batches + 1, met % batches
-        if shuffled != epoch:
-            order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
-            order, shuffled = order.split(config.batch_size), epoch
-        batch = order[step]
-        for group in optimizer.param_groups:
-            group["lr"] = (config.learning_rate * 0.5 * (1 + math.cos(math.pi * number / steps))
-                           * min(1.0, (number + 1) / (config.warmup + 1)))
-        share = processes.share(len(batch))
-        x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0)[share].to(device)
-        losses, figures = batch_loss(x, (config.seed, epoch, step, 1), range(len(batch))[share])
-        optimizer.zero_grad()
-        (losses.sum() * (processes.world_size() / len(batch))).backward()
-        length = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"],
-                                          config.clip or math.inf)
-        latest = means.add({"loss": losses.detach(), "gradient": length.expand(1), **figures})
-        if not math.isfinite(latest["loss"]):
-            raise UserError(f"the loss is {latest['loss']} at epoch {epoch}, step {step}, images "
-                            f"{batch.tolist()}: lower the learning rate{last_good}")
-        optimizer.step()
-        unconverged = 1 - means.of("converged", 1.0)
-        if unconverged > config.unconverged_limit and (number - part[0] >= 20
-                                                       or number == part[-1]):
-            raise UserError(
-                f"{unconverged:.0%} of the solves up to epoch {epoch}, step {step} did not "
-                f"converge (mean residual {means.of('residual', 0.0):.1e}): the map is not "
-                "stable; lower the learning rate, raise penalty or max_iterations, or raise "
-                f"unconverged_limit to go on{last_good}")
-    return {name: means.of(name, 0.0) for name in means.totals}
+    with metered(module) as meter:
+        while done < end:
+            met = _which(number, visits)
+            epoch, step = met // batches + 1, met % batches
+            if shuffled != epoch:
+                order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
+                order, shuffled = order.split(config.batch_size), epoch
+            batch = order[step]
+            for group in optimizer.param_groups:
+                group["lr"] = (config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+                               * min(1.0, (number + 1) / (config.warmup + 1)))
+            part = processes.share(len(batch))
+            x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0)[part]
+            losses, figures = batch_loss(x.to(device), (config.seed, epoch, step, 1),
+                                         range(len(batch))[part])
+            optimizer.zero_grad()
+            (losses.sum() * (processes.world_size() / len(batch))).backward()
+            length = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"],
+                                              config.clip or math.inf)
+            latest = means.add({"loss": losses.detach(), "gradient": length.expand(1), **figures})
+            if not math.isfinite(latest["loss"]):
+                raise UserError(f"the loss is {latest['loss']} at epoch {epoch}, step {step}, "
+                                f"images {batch.tolist()}: lower the learning rate{last_good}")
+            optimizer.step()
+            number += 1
+            spent = before + round(processes.add_up([float(meter.applications)], device)[0])
+            if config.budget and spent == before:
+                raise UserError("a budget counts applications of a Denoiser's network, and this "
+                                "step has made none: give epochs")
+            done = config.share(number, batches, spent)
+            unconverged = 1 - means.of("converged", 1.0)
+            if unconverged > config.unconverged_limit and (number - first > 20 or done >= end):
+                raise UserError(
+                    f"{unconverged:.0%} of the solves up to epoch {epoch}, step {step} did not "
+                    f"converge (mean residual {means.of('residual', 0.0):.1e}): the map is not "
+                    "stable; lower the learning rate, raise penalty or max_iterations, or raise "
+                    f"unconverged_limit to go on{last_good}")
+    return {"epoch": number / batches, "steps": number, "applications": spent,
+            **{name: means.of(name, 0.0) for name in means.totals}}
 
 
 def _which(step: int, visits: int) -> int:

@@ -37,7 +37,7 @@ class Scaled(LinearOperator):
     def guess(self, d):
         return self.A.guess(d / self.factor)
 
-    def solve_normal(self, r, tau):
+    def solve_normal(self, r, tau, start=None):
         return self.A.solve_normal(r / self.factor**2, tau / self.factor**2)
 
 

@@ -53,8 +53,11 @@ PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotli
 TRAINED = [name for name, method in METHODS.items() if method.trainable and not method.smooth]
 RIVALS = [name for name in TRAINED if name != JFB.name]  # notebook 5 trains them
 SMALLEST = sys.float_info.min  # all numbers among the parameters are positive, except:
-LEAST = {"depth": 2, **dict.fromkeys(("seed", "epochs", "penalty", "power_iterations",
+LEAST = {"depth": 2, **dict.fromkeys(("seed", "penalty", "power_iterations",
                                       "unconverged_limit"), 0)}
+# Parameters of earlier releases, and what to write now.
+GONE = dict.fromkeys(("minutes", "epochs"), "a training's length is its `budget` now, in "
+                     "applications of the network to a training crop; see docs/profiles.md")
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ STEPS = (
           "nb5_conditions"),
          ("table2_comparison", "rivals", "conditions", "other_protocol", "psnr_scales",
           "released"),
-         ("metrics", "schedules", "computation"),
+         ("metrics", "curves", "computation"),
          ("published_table2.csv", "weights/tuning.json", "weights/jfb.safetensors",
           "weights/best/tuning.json", "weights/best/jfb.safetensors"),
          ("conditions/tuning.json", *(f"conditions/{name}{suffix}" for name in TRAINED
@@ -181,6 +184,8 @@ def known_parameters() -> dict[str, Any]:
 def check_parameters(given: dict[str, Any], known: dict[str, Any]) -> None:
     """Raise UserError for a parameter that is not known, of another type, or out of range."""
     for name, value in given.items():
+        if name in GONE:
+            raise UserError(f"parameter {name!r} is gone: {GONE[name]}")
         if name not in known:
             raise UserError(f"unknown parameter {name!r}: the notebooks have "
                             f"{', '.join(sorted(known))}")

@@ -21,13 +21,20 @@ from jfbnb.recipes import Run, middle, pose, train_denoiser, train_method
 from jfbnb.suite.reproduce import STEPS, alone, load_profile, step_parameters
 from jfbnb.training import Conditions, LossSettings, TrainingConfig
 
-Parameters = dict[str, Any]  # those of notebooks 3 and 4, by name
+Parameters = dict[str, Any]  # those of notebooks 3 to 5, by name
 
 
 def network_parameters(profile: str, overrides: Parameters) -> Parameters:
-    """What notebooks 3 and 4 are given in a profile. Raises UserError for unknown ones."""
-    pretraining, training = step_parameters(STEPS[2:4], load_profile(profile) | overrides).values()
-    return pretraining | training
+    """What notebooks 3 to 5 are given in a profile. Raises UserError for unknown ones."""
+    found: Parameters = {}
+    for own in step_parameters(STEPS[2:5], load_profile(profile) | overrides).values():
+        found |= own
+    return found
+
+
+def rate_of(name: str, parameters: Parameters) -> float:
+    """The learning rate of a method, as notebooks 4 and 5 take it."""
+    return parameters["learning_rates"].get(name, parameters["learning_rate"])
 
 
 def train_network(name: str, parameters: Parameters, start: Path, out: Path, command: str,
@@ -91,10 +98,9 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
             losses = replace(losses, conditions=Conditions())
         if conditions or method is not JFB:
             limit = 1.0  # as in notebook 5: how many converge is in a table there
-        config = TrainingConfig(p["epochs"] or 1, p["batch_size"], p["crop"], p["learning_rate"],
-                                p["seed"], limit)
+        config = TrainingConfig(0, p["batch_size"], p["crop"], rate_of(name, p), p["seed"], limit,
+                                budget=p["budget"])
         if p["everywhere"]:
             config, losses = config.everywhere(), losses.everywhere()
-        train_method(method, network, best, problem, config, losses, run, watch,
-                     None if p["epochs"] else p["minutes"])
+        train_method(method, network, best, problem, config, losses, run, watch)
     run.log(f"written: {run.out / name}.safetensors")
