@@ -10,7 +10,7 @@ from torch import Tensor
 
 from jfbnb.fixed_point import SolveInfo, picard, solve
 from jfbnb.gradients import implicit, jfb, neumann, unrolled
-from jfbnb.maps import GradientMap, ImplicitMap, PreconditionedMap, SplittingMap
+from jfbnb.maps import ImplicitMap
 
 Gradient = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
@@ -48,32 +48,6 @@ def exact_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
     gradient = parameter_gradient(T, state, d, truth, partial(
         implicit, tolerance=tolerance, max_iterations=max_iterations, report=reports.append))
     return gradient, reports[0]
-
-
-def direction(T: SplittingMap, d: Tensor, truth: Tensor, seed: int = 0) -> dict[str, float]:
-    """JFB's direction through three maps at one equilibrium: x* of Eq. 4, and z* = D(x*).
-
-    Args:
-        T: one of the maps; the others are made of the same operator, denoiser and tau.
-
-    Returns:
-        For each map's name: cosine_NAME to the exact gradient of that map's loss, on x* for the
-        first two and on z* for the splitting, and radius_NAME, the median spectral radius of J
-        over the images.
-    """
-    z_star, _ = solve(T, d, 1e-5, 200)
-    x_star = T.data_step(z_star, d).detach()
-    found = {}
-    # The gradient map shares x* and so the exact gradient with the preconditioned one, which gives
-    # it in far fewer steps.
-    for kind, state in ((PreconditionedMap, x_star), (GradientMap, x_star), (SplittingMap, z_star)):
-        other = kind(T.A, T.D, T.tau.item()).to(d.device)
-        if kind is not GradientMap:
-            exact, _ = exact_gradient(other, state, d, truth, 1e-4, 200)
-        found[f"cosine_{kind.name}"] = neumann_cosines(other, state, d, truth, [1], exact)[0]
-        found[f"radius_{kind.name}"] = spectral_radius(
-            lambda z, T=other: T(z, d), state, generator=torch.manual_seed(seed)).median().item()
-    return found
 
 
 class Jacobian:

@@ -232,30 +232,16 @@ def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[floa
     return figure
 
 
-def gradient_angles(terms: list[int], cosines: dict[str, list[float]],
-                    watched: pd.DataFrame) -> Figure:
-    """Notebook 4: the cosine to the exact gradient, for three maps, seen from three sides.
-
-    Args:
-        cosines: map -> one cosine for each of `terms`, of the Neumann series.
-        watched: epoch, cosine_* and radius_* of `diagnostics.direction`, a row per epoch.
-    """
-    figure, axes = new_figure(columns=3, width=10.5, height=3.8)
+def gradient_angles(terms: list[int], cosines: dict[str, list[float]]) -> Figure:
+    """Notebook 4: the cosine of Neumann-k to the exact gradient; for each map one for each k."""
+    figure, (ax,) = new_figure()
     for kind in MAPS:
-        name, colour = kind.name, kind.colour
-        cosine = watched[f"cosine_{name}"]
-        axes[0].plot(terms, cosines[name], "o-", color=colour, label=name)
-        axes[1].plot(watched.epoch, cosine, "o-", color=colour)
-        axes[2].plot(watched[f"radius_{name}"], cosine, "o", color=colour)
-    axes[0].set(xscale="log", xticks=terms, xticklabels=terms, xlabel="terms $k$ (JFB has one)",
-                ylabel="cosine to the exact gradient", title="Neumann-k after training")
-    axes[0].minorticks_off()
-    axes[1].set(xlabel="epoch", title="JFB during training")
-    axes[2].set(xlabel="spectral radius of $J$", title="JFB against the stability")
-    lowest = min(ax.get_ylim()[0] for ax in axes)
-    for ax in axes:  # one scale for all three
-        ax.set_ylim(lowest, 1.03)
-    axes[0].legend()
+        ax.plot(terms, cosines[kind.name], "o-", color=kind.colour, label=kind.name)
+    ax.set(xscale="log", xticks=terms, xticklabels=terms, xlabel="terms $k$ (JFB has one)",
+           ylabel="cosine to the exact gradient", title="Neumann-k after training",
+           ylim=(None, 1.03))
+    ax.minorticks_off()
+    ax.legend()
     return figure
 
 

@@ -123,8 +123,7 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
 
 
 def train_method(method: Method, network: nn.Module, settings: Settings, problem: Problem,
-                 config: TrainingConfig, losses: LossSettings, run: Run,
-                 watch: Callable[[Model], dict[str, float]] | None = None) -> tuple[Model, dict]:
+                 config: TrainingConfig, losses: LossSettings, run: Run) -> tuple[Model, dict]:
     """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
 
     Its records have `fixed_mse`, the mean squared error on `fixed_crops` of what the model restores
@@ -134,7 +133,6 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
     Args:
         network: the denoiser's; a copy of it is trained.
         settings: the method's, as tuned.
-        watch: what else to record on the way.
 
     Returns:
         The model, for crops, and what its model card says of the training: `history` are its
@@ -145,7 +143,7 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
     fixed = fixed_crops(problem, config.crop)
     start = fixed_error(model.to(run.device), fixed)
     history = _train(method.name, model, loss, problem.splits, config, run,
-                     lambda: fixed_error(model, fixed) | (watch(model) if watch else {}))
+                     lambda: fixed_error(model, fixed))
     card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
             "settings": settings, "loss": asdict(replace(losses, noise_power=method.noise_power)),
             "start": start}

@@ -96,7 +96,7 @@ class Conditions:
         unknown: the share of steps whose scene goes on beyond the border; it is black in others.
         moved, unfocused: the shares whose kernel is a motion, 3 pixels long or more, or a disk;
             both are as wide as the Gaussians are.
-        home: the share that has one of the `PROTOCOLS`, as it is.
+        home: the shares that have one of the `PROTOCOLS`, as it is, by its name.
     """
 
     kernel_side: tuple[int, int] = (3, 13)
@@ -105,15 +105,16 @@ class Conditions:
     unknown: float = 0.0
     moved: float = 0.0
     unfocused: float = 0.0
-    home: float = 0.0
+    home: dict[str, float] = field(default_factory=dict)
 
     def draw(self, image_size: int, generator: torch.Generator) -> tuple[LinearOperator, float]:
         """An operator on images of that size, and a noise level."""
         u = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
         side, kernel, noise = u[:3]
-        if u[3] < self.home:
-            protocol = list(PROTOCOLS.values())[math.floor(u[4] * len(PROTOCOLS))]
-            return protocol.operator(image_size), protocol.noise_std
+        for name, share in self.home.items():
+            if u[3] < share:
+                return PROTOCOLS[name].operator(image_size), PROTOCOLS[name].noise_std
+            u[3] -= share
         border = "unknown" if u[4] < self.unknown else "black"
         noise_std = _between(self.noise_std, noise)
         low, high = self.kernel_side
@@ -128,7 +129,8 @@ class Conditions:
 
 
 # Borders, kernels and noise that are met in photographs, and the protocols.
-EVERYWHERE = Conditions((3, 15), (0.5, 5.0), unknown=0.6, moved=0.2, unfocused=0.15, home=0.6)
+EVERYWHERE = Conditions((3, 15), (0.5, 5.0), unknown=0.6, moved=0.2, unfocused=0.15,
+                        home={"paper": 0.36, "code": 0.12, "camera": 0.12})
 
 
 def _between(ends: tuple[float, float], share: float) -> float:

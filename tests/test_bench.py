@@ -337,7 +337,7 @@ def test_verdicts_are_read_from_the_tables(tmp_path):
 
 
 def test_schedules_are_trained_once_each_and_paired_by_seed(tmp_path, monkeypatch, capsys):
-    """Cards of trainings by the clock; lengths, seeds and images counted; what is done is kept."""
+    """Lengths, seeds and images counted; what is done is kept."""
     torch.manual_seed(0)
     images = torch.randint(256, (20, 3, 128, 128), dtype=torch.uint8)
     whole = ImageSet(images, [str(i) for i in range(20)], list(range(20)))
@@ -349,8 +349,8 @@ def test_schedules_are_trained_once_each_and_paired_by_seed(tmp_path, monkeypatc
     problem = pose(contenders.PAPER, splits, 1, 0, contenders.CPU)
     for name in ("jfb", "unrolled"):
         train_method(METHODS[name], network, settings, problem,
-                     TrainingConfig(1, 4, 16, 1e-3, 0, 1.0), LossSettings(0.01, 1e-2, 4, 1), run,
-                     minutes=0.5 / 60)
+                     TrainingConfig(0, 4, 16, 1e-3, 0, 1.0, budget=400),
+                     LossSettings(0.01, 1e-2, 4, 1), run)
     words = ["--weights", str(weights), "--out", str(tmp_path), "--methods", "jfb", "unrolled",
              "--lengths", "0.5", "1", "--seeds", "2", "--validation", "2", "--test", "3"]
     assert schedules.main(words) == 0

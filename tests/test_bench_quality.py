@@ -73,7 +73,7 @@ def test_what_is_done_is_kept(tmp_path, monkeypatch, capsys):
     images = torch.randint(256, (60, 3, 128, 128), dtype=torch.uint8)
     whole = ImageSet(images, [str(i) for i in range(60)], list(range(60)))
     monkeypatch.setattr(quality, "load_splits", lambda *_: Splits(whole, whole[:2], whole, "noise"))
-    words = ["--out", str(tmp_path), "--minutes", "0.001", "--validation", "1", "--threads", "1"]
+    words = ["--out", str(tmp_path), "--budgets", "100", "--validation", "1", "--threads", "1"]
     assert quality.main(words) == 1 and "no step.csv" in capsys.readouterr().out
     STEP.to_csv(tmp_path / "step.csv", index=False)
     few = partial(quality.rivals, {})  # ours alone

@@ -460,8 +460,10 @@ def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
 
 
 def test_train_refuses_numbers_out_of_range(capsys, tmp_path):
-    line = refused(capsys, "train", "jfb", "-p", "minutes=0", "--out", tmp_path / "out")
-    assert "parameter minutes must be positive, not 0" in line
+    line = refused(capsys, "train", "jfb", "-p", "budget=0", "--out", tmp_path / "out")
+    assert "parameter budget must be positive, not 0" in line
+    line = refused(capsys, "train", "jfb", "-p", "minutes=2", "--out", tmp_path / "out")
+    assert "parameter 'minutes' is gone: a training's length is its `budget` now" in line
 
 
 def test_a_negative_number_is_a_value_and_not_an_option(capsys, tmp_path):

@@ -3,7 +3,6 @@ import torch
 from conftest import make_map
 
 from jfbnb.diagnostics import (
-    direction,
     exact_gradient,
     gradient_costs,
     implicit_step,
@@ -151,18 +150,3 @@ def test_jfbs_memory_does_not_grow_with_the_solve(solved):
         assert cost[gradient, 100] < 1.05 * cost[gradient, 5]
     assert cost["unrolled", 100] > 10 * cost["unrolled", 5]
     assert cost["jfb", 5] < cost["implicit", 5]
-
-
-def test_direction_is_that_of_the_three_maps_at_their_common_equilibrium(solved):
-    A, D, x, d, x_star = solved
-    found = direction(make_map(SplittingMap, A, D), d, x)
-    exact, _ = exact_gradient(make_map(PreconditionedMap, A, D), x_star, d, x, 1e-12, 2000)
-    z_star = D(x_star).detach()
-    exact_z, _ = exact_gradient(make_map(SplittingMap, A, D), z_star, d, x, 1e-12, 2000)
-    for kind, state, reference in ((PreconditionedMap, x_star, exact),
-                                   (GradientMap, x_star, exact), (SplittingMap, z_star, exact_z)):
-        T = make_map(kind, A, D)
-        cosine = neumann_cosines(T, state, d, x, [1], reference)[0]
-        assert found[f"cosine_{kind.name}"] == pytest.approx(cosine, abs=1e-2)
-        radius = spectral_radius(lambda z, T=T: T(z, d), state, 200).median().item()
-        assert found[f"radius_{kind.name}"] == pytest.approx(radius, rel=2e-2)

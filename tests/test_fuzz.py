@@ -209,7 +209,7 @@ JSONS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | s
 WORDS = st.sampled_from((*NUMBERS, *NAMES, "nope", "[", "~", "/dev/null", "..", ".", "/", "a" * 300)
                         ) | st.text(st.characters(exclude_characters="\0",
                                                   exclude_categories=("Cs",)), max_size=12)
-PARAMETERS = st.sampled_from(("seed", "data", "minutes", "learning_rate", "table1_methods", "bf16",
+PARAMETERS = st.sampled_from(("seed", "data", "budget", "learning_rate", "table1_methods", "bf16",
                               "weights", "profile", "depth", "nope", ""))
 TEXTS = st.sampled_from(YAMLS) | WORDS | JSONS.map(lambda v: yaml.safe_dump(v, allow_unicode=True))
 
@@ -473,7 +473,7 @@ def test_checkpoints(other, edits):
 
 
 @fuzz
-@given(TEXTS | st.just("seed: 0\ndata: bundled\nepochs: 3\n"), EDITS)
+@given(TEXTS | st.just("seed: 0\ndata: bundled\nbudget: 3\n"), EDITS)
 def test_profiles(text, edits):
     known = reproduce.known_parameters()
     with trial() as folder:

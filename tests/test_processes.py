@@ -1,6 +1,7 @@
 """Several processes under torchrun do what one does. They talk over the loopback alone."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -184,21 +185,24 @@ def test_more_processes_than_a_batch_has_images(monkeypatch):
 
 
 def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "RECORDS", 6)  # as the command has it
+    monkeypatch.setattr(training, "RECORDS", 10)  # as the command has it
     words = ["train", "jfb", "--data", image_folder, "--from", weights]
     for setting in ("n_train=5", "n_validation=1", "n_test=1", "search_images=1", "candidates=1",
-                    "epochs=1", "max_iterations=8", "batch_size=3", "crop=12",
+                    "budget=600", "max_iterations=8", "batch_size=3", "crop=12",
                     "unconverged_limit=1.0", "device=cpu"):
         words += ["-p", setting]
     done = torchrun("-m", "jfbnb", *words, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 0.5 of") == done.stdout.count("epoch 1 of") == 1
+    assert 1 <= len(re.findall(r"^epoch .* \d+ of 600 applications", done.stdout, re.M)) <= 10
     assert "processes: 2;" in done.stdout
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
     cards = [json.loads((tmp_path / n / "jfb.json").read_text()) for n in ("one", "two")]
     assert losses(cards[1]["history"]) == pytest.approx(losses(cards[0]["history"]), rel=1e-2)
+    assert [[record["applications"] for record in card["history"]] for card in cards][0][-1] \
+        == pytest.approx(cards[1]["history"][-1]["applications"], rel=0.1)
     released = json.loads((RELEASED / "jfb.json").read_text())
-    assert {k for k in released["history"][0] if not k.startswith("validation")} | {"gradient"} \
+    assert {"epoch", "steps", "applications", "loss", "mse", "head_mse", "iterations", "residual",
+            "converged", "contraction", "gradient", "seconds", "fixed_mse", "fixed_converged"} \
         == set(cards[1]["history"][0])
     assert set(cards[1]["loss"]) >= set(released["loss"])
     assert {name: set(found) for name, found in cards[1]["measured"].items()} == {

@@ -18,6 +18,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+from jfbnb.evaluation import SPENT
 from jfbnb.networks import make_network
 from jfbnb.suite.checkout import ROOT
 from jfbnb.suite.cli import main
@@ -77,11 +78,11 @@ def test_a_profile_sets_what_the_notebooks_have_and_says_what_it_is(profile):
 
 
 def test_the_command_names_every_profile(capsys):
-    assert PROFILES == ["best", "cpu", "paper", "quick"]
+    assert PROFILES == ["best", "best-gpu", "cpu", "paper", "quick"]
     for command in ("reproduce", "train", "verify"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
-        assert "quick, cpu, paper or best" in " ".join(capsys.readouterr().out.split())
+        assert "quick, cpu, paper, best or best-gpu" in " ".join(capsys.readouterr().out.split())
 
 
 def test_best_is_cpus_data_with_a_unet_everywhere():
@@ -127,7 +128,7 @@ def test_readme_is_a_page_whose_links_lead_somewhere():
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
-def stored(minutes: dict[str, float]) -> dict[str, str]:
+def stored(spent: dict[str, float]) -> dict[str, str]:
     """A run's tables in which JFB is behind unrolling, and its head ahead of another."""
     psnr = {"tikhonov": [27.0, 29.0], "unrolled": [33.0, 36.0], "deq": [31.0, 33.0],
             "jfb": [32.8, 35.0], "feedforward-tikhonov-head": [34.0, 35.0],
@@ -135,13 +136,13 @@ def stored(minutes: dict[str, float]) -> dict[str, str]:
     rows = [{"method": name, "image": f"{i}", "psnr": value}
             for name, values in psnr.items() for i, value in enumerate(values)]
     table = pd.DataFrame({"Method": list(psnr),
-                          "Minutes of training": [minutes.get(name) for name in psnr]})
+                          SPENT: [spent.get(name) for name in psnr]})
     return {"figures/published/mine/metrics.csv": pd.DataFrame(rows).to_csv(index=False),
             "figures/published/mine/table2_comparison.csv": table.to_csv(index=False)}
 
 
 def test_ranking_names_the_first_of_each_kind_and_where_jfb_is(publish):
-    text = publish.ranking(stored({"jfb": 4.0, "unrolled": 4.1, "deq": 4.0}).get, "mine")
+    text = publish.ranking(stored({"jfb": 40000, "unrolled": 40300, "deq": 40001}).get, "mine")
     assert "over these 2 images" in text
     assert "- with no network, **Total variation** is first with 30.50 dB; Tikhonov is 2.500 ± " \
         "0.500 dB behind." in text
@@ -150,7 +151,7 @@ def test_ranking_names_the_first_of_each_kind_and_where_jfb_is(publish):
         "it, 0.600 ± 0.400 dB behind." in text
     assert "- with two, **JFB + head** is first with 35.10 dB" in text
     assert "paired differences over images" in text
-    assert "Each trained method had 4 to 4.1 minutes of training." in text
+    assert "Each trained method had 40,000 applications of its network" in text
 
 
 def test_ranking_says_which_differences_the_solves_cannot_tell(publish):
@@ -160,8 +161,8 @@ def test_ranking_says_which_differences_the_solves_cannot_tell(publish):
 
 def test_ranking_says_where_training_was_not_equal(publish):
     words = "this order is one of efforts as well as of methods"
-    unequal = stored({"jfb": 2.0, "unrolled": 0.5})
-    assert "had 0.5 to 2 minutes of training: " + words in publish.ranking(unequal.get, "mine")
+    ranking = publish.ranking(stored({"jfb": 2000.0, "unrolled": 500.0}).get, "mine")
+    assert "had 500 to 2,000 applications of their networks" in ranking and words in ranking
 
 
 def test_equilibrium_says_what_the_certificate_has(publish):

@@ -1,8 +1,9 @@
-"""A training by the clock: which learning rate, how many steps, and what a search leaves behind."""
+"""Trainings: of equal computation, the same on a busy machine, and what they leave behind."""
 
 import json
-import math
-from dataclasses import asdict, replace
+import subprocess
+import sys
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -10,19 +11,19 @@ import torch
 
 from jfbnb import recipes
 from jfbnb.common import UserError
-from jfbnb.datasets import ImageSet, Splits
-from jfbnb.methods import METHODS, prior
-from jfbnb.networks import DnCNN
+from jfbnb.datasets import ImageSet, Splits, bundled_photos
+from jfbnb.methods import METHODS, RELEASED, prior
+from jfbnb.networks import DnCNN, load_denoiser
 from jfbnb.operators import get_protocol
-from jfbnb.recipes import Run, pose, read_cards, search, train_method, trainings
-from jfbnb.training import LossSettings, TrainingConfig
+from jfbnb.recipes import Run, pose, read_cards, train_method, trainings
+from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig
 
 CPU = torch.device("cpu")
-COST = 0.25  # seconds of a step, on a clock of the test's own
 CONFIG = TrainingConfig(1, batch_size=4, crop=16, learning_rate=1e-3, seed=0, unconverged_limit=1.0)
 LOSSES = LossSettings(0.01, 1e-2, 4, 1, penalty=0.0)
 UNROLLED = METHODS["unrolled"]
 SETTINGS = {**prior(0.01, 1)[0], "iterations": 2}
+BUSY = "while True: sum(range(1000))"
 
 
 @pytest.fixture
@@ -33,131 +34,85 @@ def problem():
     return pose(get_protocol("paper"), Splits(whole[4:], whole[:2], whole[2:4], "noise"), 1, 0, CPU)
 
 
-@pytest.fixture
-def best():
-    """The best learning rate, in a list, to be changed."""
-    return [4e-3]
+@pytest.fixture(scope="module")
+def photographs():
+    train, validation = (bundled_photos(part, 128) for part in ("train", "validation"))
+    return pose(get_protocol("paper"), Splits(train, validation, validation, "photographs"), 1, 0,
+                CPU)
 
 
-@pytest.fixture
-def limit():
-    """The highest that can be trained."""
-    return [1.5e-3]
+EQUILIBRIA = [method for method in METHODS.values() if not method.smooth
+              and isinstance(method.loss, type) and issubclass(method.loss, EquilibriumLoss)]
 
 
-@pytest.fixture
-def clock(monkeypatch, best, limit):
-    """Trainings that take `COST` a step, and leave their learning rate where `score` finds it."""
-    seen = []
-
-    def train(module, loss, images, config, *arguments, **more):
-        steps = round(config.epochs * math.ceil(len(images) / config.batch_size))
-        seen.append((config.learning_rate, steps))
-        if config.learning_rate > limit[0] and steps != recipes.FIRST:
-            seen.pop()
-            raise UserError("the loss is nan")
-        return [{"epoch": config.epochs, "seconds": COST * steps}]
-
-    monkeypatch.setattr(recipes, "train", train)
-    monkeypatch.setattr(recipes, "score", lambda model, problem: {
-        "psnr": 30 - abs(math.log2(seen[-1][0] / best[0]))})
-    return seen
+@pytest.mark.parametrize("method", EQUILIBRIA, ids=lambda method: method.name)
+def test_training_lowers_every_maps_loss_at_its_equilibrium(photographs, method):
+    """With the same threshold of growth for all, in units of a map's own steps."""
+    denoiser = load_denoiser(RELEASED / "denoiser.safetensors").network
+    settings = {"tau": 0.056, "sigma": 0.042, "eta": 1.0}
+    config = TrainingConfig(0, 4, 24, 2.5e-4, 0, 1.0, budget=4000)
+    _, card = train_method(method, denoiser, settings, photographs, config,
+                           LossSettings(0.01, 1e-3, 60), Run(CPU, log=str.encode))
+    history = pd.DataFrame(card["history"])
+    assert history.converged.iloc[-1] == 1 and (history.fixed_converged == 1).all()
+    assert history.fixed_mse.iloc[-1] < 0.99 * card["start"]["fixed_mse"]
 
 
-def find(problem, run, minutes=1.0):
-    return search(UNROLLED, DnCNN(2, 4), SETTINGS, problem, CONFIG, LOSSES, run, minutes)
-
-
-def test_a_search_fills_the_minutes_at_the_best_rate_that_trains(problem, clock):
-    lines = []
-    config, tried = find(problem, Run(CPU, log=lines.append))
-    assert config.learning_rate == 1e-3  # 2e-3 would be better, and does not train
-    assert lines == ["unrolled: the loss is nan"]
-    assert round(config.epochs * 3) == 60 / COST  # three steps an epoch
-    short = 50  # an eighth of the minute would be fewer
-    assert [(rate, steps) for rate, steps in clock if steps != recipes.FIRST] == [
-        (5e-4, short), (1e-3, short)]
-    assert [t["learning_rate"] for t in tried] == [5e-4, 1e-3]
-    assert [t["psnr"] for t in tried] == pytest.approx([27, 28])
-
-
-@pytest.mark.parametrize(("goal", "found", "tries"), [
-    (1e-3, 1e-3, [5e-4, 1e-3, 2e-3]),
-    (2e-3, 2e-3, [5e-4, 1e-3, 2e-3, 4e-3]),
-    (2.6e-4, 2.5e-4, [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3]),
-    (1e-9, 1.25e-4, [1.25e-4, 2.5e-4, 5e-4, 1e-3, 2e-3])])  # five, and no more
-def test_a_search_goes_on_while_the_best_is_at_an_end(problem, clock, best, limit, goal, found,
-                                                      tries):
-    best[0], limit[0] = goal, 1.0
-    config, tried = find(problem, Run(CPU, log=lambda line: None))
-    assert config.learning_rate == pytest.approx(found)
-    assert [t["learning_rate"] for t in tried] == pytest.approx(tries)
-
-
-def test_no_rate_that_trains_is_an_error_that_says_so(problem, clock, limit):
-    limit[0] = 0.0
-    with pytest.raises(UserError, match=r"unrolled cannot be trained at any of 5 learning rates"):
-        find(problem, Run(CPU, log=lambda line: None))
-
-
-@pytest.mark.parametrize("damage", [False, True])
-def test_a_search_goes_on_where_it_was_stopped(problem, clock, tmp_path, monkeypatch, damage):
-    run, network = Run(CPU, tmp_path, log=lambda line: None), DnCNN(2, 4)
-
-    def again(minutes=1.0):
-        return search(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES, run, minutes)
-
-    class Killed(Exception):
-        pass
-
-    ours = recipes.score
-
-    def die_in_the_second(model, problem):
-        if len(clock) == 3:  # the first steps, and two tries
-            raise Killed
-        return ours(model, problem)
-
-    monkeypatch.setattr(recipes, "score", die_in_the_second)
-    with pytest.raises(Killed):
-        again()
-    monkeypatch.setattr(recipes, "score", ours)
-    (file,) = (tmp_path / "checkpoints").glob("*.json")
-    if damage:
-        file.write_text("{")
-    calls = len(clock)
-    first = again()
-    rates = [rate for rate, steps in clock[calls:] if steps != recipes.FIRST]
-    assert rates == pytest.approx([5e-4, 1e-3] if damage else [1e-3])  # 2e-3 does not train
-    calls = len(clock)
-    assert again() == first and len(clock) == calls  # done is done
-    assert again(2.0)[0].epochs == pytest.approx(2 * first[0].epochs) and len(clock) > calls
+def test_a_budget_is_spent_alike_and_to_the_digit_on_a_busy_machine(problem):
+    config = replace(CONFIG, epochs=0, budget=3000)
+    found = {}
+    for busy in (False, True):
+        torch.manual_seed(0)
+        network = DnCNN(2, 4)
+        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(4 * busy)]
+        try:
+            for name in ("jfb", "unrolled", "feedforward", "deq"):
+                model, card = train_method(METHODS[name], network, SETTINGS, problem, config,
+                                           LossSettings(0.01, 1e-3, 30), Run(CPU, log=str.encode))
+                found[name, busy] = model, pd.DataFrame(card["history"]).drop(columns="seconds")
+        finally:
+            for other in others:
+                other.kill()
+    spent = [history.applications.iloc[-1] for _, history in found.values()]
+    assert min(spent) >= 3000 and max(spent) <= 1.05 * 3000  # a step or less beyond it
+    for name in ("jfb", "unrolled", "feedforward", "deq"):
+        (quiet, first), (busy, second) = found[name, False], found[name, True]
+        pd.testing.assert_frame_equal(first, second, check_exact=True)
+        assert all(torch.equal(a, b) for a, b in zip(
+            quiet.state_dict().values(), busy.state_dict().values(), strict=True))
 
 
 def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_path):
-    """No clock of ours: half a second of training, by the real one."""
     torch.manual_seed(0)
-    network, lines = DnCNN(2, 4), []
-    model, card = train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
-                               Run(CPU, tmp_path / "a", log=lines.append), minutes=0.5 / 60)
+    network, config = DnCNN(2, 4), replace(CONFIG, epochs=0, budget=500)
+    model, card = train_method(UNROLLED, network, SETTINGS, problem, config, LOSSES,
+                               Run(CPU, tmp_path / "a", log=str.encode))
     history = pd.DataFrame(card["history"])
-    assert 0.1 < history.seconds.sum() < 2.5
     cards = read_cards(tmp_path / "a", ["unrolled"])
     assert card["history"] == cards["unrolled"]["history"]
     assert card["measured"] == cards["unrolled"]["measured"]
-    assert cards["unrolled"]["minutes"] == 0.5 / 60 and len(cards["unrolled"]["search"]) >= 3
-    table, schedules = trainings(cards)
+    table, curves = trainings(cards)
     assert table.Minutes[0] == pytest.approx(history.seconds.sum() / 60)
+    assert table.Applications[0] == curves.applications.iloc[-1] >= 500
     assert table.Steps[0] == round(history.epoch.iloc[-1] * 3)
-    assert len(schedules) == len(cards["unrolled"]["search"]) + 1 and schedules.chosen.sum() == 2
-    taken, same = train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
-                               Run(CPU, tmp_path / "b", weights=tmp_path / "a"), minutes=0.5 / 60)
+    assert len(curves) == len(history) + 1 == 11  # ten records, and the start
+    assert curves.psnr[0] == pytest.approx(-10 * torch.tensor(card["start"]["fixed_mse"]).log10())
+    taken, same = train_method(UNROLLED, network, SETTINGS, problem, config, LOSSES,
+                               Run(CPU, tmp_path / "b", weights=tmp_path / "a"))
     assert same == cards["unrolled"]
     assert all(torch.equal(a, b) for a, b in zip(
         model.state_dict().values(), taken.state_dict().values(), strict=True))
-    for minutes, message in ((1.0, "of training, not of 1.0"), (None, "was trained with")):
-        with pytest.raises(UserError, match=message):
-            train_method(UNROLLED, network, SETTINGS, problem, CONFIG, LOSSES,
-                         Run(CPU, weights=tmp_path / "a"), minutes=minutes)
+    with pytest.raises(UserError, match="was trained with"):
+        train_method(UNROLLED, network, SETTINGS, problem, replace(config, budget=600), LOSSES,
+                     Run(CPU, weights=tmp_path / "a"))
+    with pytest.raises(UserError, match="no model card in"):
+        read_cards(tmp_path, ["unrolled", "jfb"])
+
+
+@pytest.mark.parametrize(("epochs", "budget"), [(0, 0), (1, 100), (-1, 0), (0, -5)])
+def test_a_training_is_told_how_long_in_one_way(epochs, budget):
+    with pytest.raises(UserError, match="give one of them, positive"):
+        replace(CONFIG, epochs=epochs, budget=budget)
 
 
 def test_an_exercise_sees_its_own_training_and_leaves_the_kept_one(problem, tmp_path):
@@ -174,14 +129,6 @@ def test_an_exercise_sees_its_own_training_and_leaves_the_kept_one(problem, tmp_
         assert read_cards(folder, ["unrolled"])["unrolled"]["history"] == card["history"]
         written = pd.read_csv(folder / "unrolled_history.csv")
         assert written.loss.tolist() == pytest.approx([part["loss"] for part in card["history"]])
-
-
-def test_a_card_without_a_search_cannot_be_taken_by_the_clock(problem, tmp_path):
-    (tmp_path / "unrolled.json").write_text(json.dumps({"training": asdict(CONFIG)}))
-    with pytest.raises(UserError, match="no record of a training by the clock"):
-        find(problem, Run(CPU, weights=tmp_path))
-    with pytest.raises(UserError, match="no model card in"):
-        read_cards(tmp_path, ["unrolled", "jfb"])
 
 
 def test_a_notebook_keeps_anothers_weights_and_a_command_replaces_them(problem, tmp_path,

@@ -29,7 +29,7 @@ def file(tmp_path):
     ("profile: quick\nparameters: {seed: [x]}", "seed takes a value like 0"),
     ("profile: slow\nparameters: {seed: [3]}", "unknown profile 'slow'"),
     ("profile: quick\nparameters: {profile: [a]}", "a folder of its own"),
-    ("profile: quick\nparameters: {minutes: [1, 0]}", "minutes must be positive, not 0"),
+    ("profile: quick\nparameters: {budget: [1, 0]}", "budget must be positive, not 0"),
     ("profile: quick\nparameters: {learning_rate: [-5e-4]}", "learning_rate must be positive")])
 def test_bad_sweeps_are_refused_in_one_line(tmp_path, capsys, text, message):
     path = tmp_path / "bad.yaml"

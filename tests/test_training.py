@@ -260,7 +260,7 @@ def test_training_lowers_the_loss_and_reports_the_solves(images):
     history = train(model, loss, images, TrainingConfig(20, 4, 16, 3e-3, 0, 1.0), CPU)
     assert history[-1]["loss"] < history[0]["loss"]
     assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "contraction",
-            "gradient", "seconds"} == set(history[0])
+            "gradient", "seconds", "steps", "applications"} == set(history[0])
     assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
 
 
@@ -496,22 +496,22 @@ def test_a_checkpoint_of_a_unet_of_another_depth(tmp_path):
 # --- the command --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("profile", ["quick", "cpu", "paper", "best"])
+@pytest.mark.parametrize("profile", ["quick", "cpu", "paper", "best", "best-gpu"])
 @pytest.mark.parametrize("name", ["denoiser", "jfb"])
 def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch, tmp_path):
     """The same images, network, config and losses, from the same parameters."""
     seen, asked = {}, []
-    problem = SimpleNamespace(A=None, x=[0], d=None)
+    problem = SimpleNamespace(setup=get_protocol("paper"), A=None, x=[0], d=None)
     for part, returned in (
-            ("tune", {}), ("pose", problem), ("middle", None),
+            ("tune", {}), ("pose", problem),
             ("load_splits", SimpleNamespace(train=[], source="")),
             ("load_denoiser", SimpleNamespace(network=torch.nn.Identity()))):
         monkeypatch.setattr(command, part, lambda *a, part=part, returned=returned, **k:
                             (asked.append((part, a)), returned)[1])
     monkeypatch.setattr(command, "train_denoiser", lambda network, splits, config, *rest:
                         seen.update(network=network, config=config))
-    monkeypatch.setattr(command, "train_method", lambda method, network, best, problem, config,
-                        losses, *rest: seen.update(config=config, losses=losses))
+    monkeypatch.setattr(command, "train_method", lambda method, config, losses, **rest:
+                        seen.update(config=config, losses=losses))
     p = command.network_parameters(profile, {"device": "cpu", "data": "bundled"})
     command.train_network(name, p, tmp_path, tmp_path, "", log=lambda line: None)
     assert dict(asked)["load_splits"][-1] is p["everywhere"]
@@ -535,7 +535,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
         assert repr(seen["network"]) == repr(wanted["R"])
     else:
         assert seen["losses"] == wanted["losses"]
-        assert (seen["losses"].conditions == EVERYWHERE) is (profile == "best")
+        assert (seen["losses"].conditions == EVERYWHERE) is profile.startswith("best")
 
 
 def test_the_command_refuses_a_network_that_is_not_there(capsys, tmp_path, monkeypatch):
@@ -558,7 +558,7 @@ def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatc
     monkeypatch.setattr("jfbnb.datasets.bundled_photos", lambda *_: photographs)
     words = ["--profile", "best", "--data", image_folder, "--out", tmp_path]
     for setting in ("n_train=5", "n_validation=1", "n_test=1", "search_images=1", "candidates=1",
-                    "depth=2", "width=4", "pretrain_epochs=1", "pretrain_crop=24", "epochs=1",
+                    "depth=2", "width=4", "pretrain_epochs=1", "pretrain_crop=24", "budget=500",
                     "crop=24", "max_iterations=6", "unconverged_limit=1.0"):
         words += ["-p", setting]
     assert main([str(word) for word in ("train", "denoiser", *words)]) == 0

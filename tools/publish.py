@@ -18,7 +18,7 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
-from jfbnb.evaluation import trained_for
+from jfbnb.evaluation import SPENT, trained_for
 from jfbnb.methods import JFB, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,8 +166,8 @@ def ranking(read: Read, profile: str) -> str:
         lines.append(line + ".")
     errors = ("The errors are those of paired differences over images. They say nothing of other "
               "trainings, with other seeds.")
-    minutes = load(read, f"{PUBLISHED}/{profile}/table2_comparison.csv")["Minutes of training"]
-    return "\n".join([*lines, "", f"{errors} {trained_for(minutes.dropna())}"])
+    spent = load(read, f"{PUBLISHED}/{profile}/table2_comparison.csv")[SPENT]
+    return "\n".join([*lines, "", f"{errors} {trained_for(spent.dropna())}"])
 
 
 def front(read: Read) -> str:
@@ -186,10 +186,9 @@ def front(read: Read) -> str:
 def summary(read: Read) -> str:
     """Table 2 of CelebA, in short."""
     table = load(read, f"{PUBLISHED}/cpu/table2_comparison.csv").set_index("Method")
-    table = table[["PSNR (dB)", "± PSNR", "SSIM", "Converged", "Minutes of training"]]
+    table = table[["PSNR (dB)", "± PSNR", "SSIM", "Converged", SPENT]]
     table["Converged"] = [f"{share:.0%}" if share == share else "" for share in table.Converged]
-    minutes = table["Minutes of training"]
-    table["Minutes of training"] = [f"{m:.1f}" if m == m else "" for m in minutes]
+    table[SPENT] = [f"{spent:,.0f}" if spent == spent else "" for spent in table[SPENT]]
     images = len(load(read, f"{PUBLISHED}/cpu/metrics.csv").image.unique())
     text = table.to_markdown(floatfmt=("", ".2f", ".2f", ".3f", "", ""))
     return (f"{text}\n\n{images} test images of CelebA, protocol `paper`; ± is over "

@@ -132,7 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.set_defaults(run=run_data)
 
     sub = commands.add_parser("verify", help="measure a finished run again, and compare")
-    sub.add_argument("profile", metavar="PROFILE", help="quick, cpu, paper or best")
+    sub.add_argument("profile", metavar="PROFILE", help="quick, cpu, paper, best or best-gpu")
     _add_data(sub, "where its images are now")
     sub.add_argument("--limit", type=int, help="measure on the first N test images")
     sub.set_defaults(run=run_verify)
@@ -155,7 +155,7 @@ def _add_data(sub: argparse.ArgumentParser, note: str, **options: object) -> Non
 
 
 def _add_parameters(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--profile", default="quick", help="quick, cpu, paper or best")
+    sub.add_argument("--profile", default="quick", help="quick, cpu, paper, best or best-gpu")
     _add_data(sub, "folder, tar or zip of CelebA JPEGs")
     sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
                      help="set a notebook parameter; may be repeated")

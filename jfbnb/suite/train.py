@@ -12,12 +12,11 @@ import torch
 
 from jfbnb import processes
 from jfbnb.common import UserError, describe_device, pick_device, remove_unfinished
-from jfbnb.datasets import load_splits
-from jfbnb.diagnostics import direction
-from jfbnb.methods import JFB, Tuning, get_method, tune
+from jfbnb.datasets import Splits, load_splits
+from jfbnb.methods import JFB, Method, Tuning, get_method, tune
 from jfbnb.networks import load_denoiser, make_network, pick_bf16
 from jfbnb.operators import get_protocol
-from jfbnb.recipes import Run, middle, pose, train_denoiser, train_method
+from jfbnb.recipes import Run, pose, train_denoiser, train_method
 from jfbnb.suite.reproduce import STEPS, alone, load_profile, step_parameters
 from jfbnb.training import Conditions, LossSettings, TrainingConfig
 
@@ -71,36 +70,41 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
                              p["n_test"], run.log, p["everywhere"])
     run.log(f"{len(splits.train)} training images: {splits.source}; processes: "
             f"{processes.world_size()}; device of the first: {describe_device(run.device)}")
-    bf16 = pick_bf16(p["bf16"], run.device)
     if name == "denoiser":
         torch.manual_seed(p["seed"])
         config = TrainingConfig(p["pretrain_epochs"], p["pretrain_batch_size"], p["pretrain_crop"],
                                 p["pretrain_learning_rate"], p["seed"])
         network = make_network(p["network"], p["depth"], p["width"])
         train_denoiser(network, splits, config.everywhere() if p["everywhere"] else config,
-                       p["noise_max"], bf16, run)
+                       p["noise_max"], pick_bf16(p["bf16"], run.device), run)
     else:
-        method, network = get_method(name), load_denoiser(start / "denoiser.safetensors").network
-        if not method.takes(network):
-            raise UserError(f"{name} needs a network with a continuous derivative, and "
-                            f"{type(network).__name__} has kinks: use network=UNet, as in profile "
-                            "best")
-        network.to(run.device)
-        problem = pose(setup, splits, p["search_images"], p["seed"], run.device)
-        few = middle(problem, p["crop"])
-        best = tune(method.tuned_as or method, Tuning(setup.noise_std, len(problem.x)), problem.A,
-                    problem.d, problem.x, p["candidates"], network)
-        losses = LossSettings(setup.noise_std, bf16=bf16, **{k: p[k] for k in (
-            "tolerance", "max_iterations", "power_iterations", "contraction", "penalty")})
-        watch = (lambda model: direction(model.T, few.d, few.x)) if method is JFB else None
-        limit = p["unconverged_limit"]
-        if conditions:
-            losses = replace(losses, conditions=Conditions())
-        if conditions or method is not JFB:
-            limit = 1.0  # as in notebook 5: how many converge is in a table there
-        config = TrainingConfig(0, p["batch_size"], p["crop"], rate_of(name, p), p["seed"], limit,
-                                budget=p["budget"])
-        if p["everywhere"]:
-            config, losses = config.everywhere(), losses.everywhere()
-        train_method(method, network, best, problem, config, losses, run, watch)
+        method = get_method(name)
+        train_method(method, **prepared(method, p, splits, start, conditions, run.device), run=run)
     run.log(f"written: {run.out / name}.safetensors")
+
+
+def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditions: bool,
+             device: torch.device) -> dict[str, Any]:
+    """What `train_method` is given of a method's training, as notebooks 4 and 5 give it."""
+    network = load_denoiser(start / "denoiser.safetensors").network
+    if not method.takes(network):
+        raise UserError(f"{method.name} needs a network with a continuous derivative, and "
+                        f"{type(network).__name__} has kinks: use network=UNet, as in profile "
+                        "best")
+    network.to(device)
+    problem = pose(get_protocol(p["protocol"]), splits, p["search_images"], p["seed"], device)
+    best = tune(method.tuned_as or method, Tuning(problem.setup.noise_std, len(problem.x)),
+                problem.A, problem.d, problem.x, p["candidates"], network)
+    losses = LossSettings(problem.setup.noise_std, bf16=pick_bf16(p["bf16"], device), **{
+        k: p[k] for k in ("tolerance", "max_iterations", "power_iterations", "contraction",
+                          "penalty")})
+    if conditions:
+        losses = replace(losses, conditions=Conditions())
+    # In notebook 5 a table says how many converge.
+    limit = p["unconverged_limit"] if method is JFB and not conditions else 1.0
+    config = TrainingConfig(0, p["batch_size"], p["crop"], rate_of(method.name, p), p["seed"],
+                            limit, budget=p["budget"])
+    if p["everywhere"]:
+        config, losses = config.everywhere(), losses.everywhere()
+    return {"network": network, "settings": best, "problem": problem, "config": config,
+            "losses": losses}
