@@ -2,9 +2,9 @@
 
 All start from the denoiser that comes with the package, with the same crops and the same loop. A
 point is the best of whole schedules at three learning rates, all with the same budget of
-applications of the network; its seconds are what that training took. A peer has its own solve and its own one-step gradient, on our map, by the solver that was
-fastest in the section `step`. Quality is the PSNR of x* on validation images, solved for all by
-the same function.
+applications of the network; its seconds are what that training took. A peer has its own solve and
+its own one-step gradient, on our map, by the solver that was fastest in the section `step`. Quality
+is the PSNR of x* on validation images, solved for all by the same function.
 
 What is in quality_trainings.csv is not done again, so that a run that was stopped goes on.
 """

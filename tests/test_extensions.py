@@ -188,8 +188,8 @@ def test_a_map_and_a_gradient(splits):
 
 
 SMALL = ("n_train=4", "n_validation=1", "n_test=2", "candidates=1", "search_images=1",
-         "max_steps=20", "depth=2", "width=4", "pretrain_epochs=1", "pretrain_crop=16", "budget=300",
-         "batch_size=4", "crop=16", "unconverged_limit=1", "further_iterations=5",
+         "max_steps=20", "depth=2", "width=4", "pretrain_epochs=1", "pretrain_crop=16",
+         "budget=300", "batch_size=4", "crop=16", "unconverged_limit=1", "further_iterations=5",
          "condition_images=1", "released_images=1")
 
 

@@ -198,8 +198,8 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path, mon
     assert main([*map(str, words), "--out", str(tmp_path / "one")]) == 0
     cards = [json.loads((tmp_path / n / "jfb.json").read_text()) for n in ("one", "two")]
     assert losses(cards[1]["history"]) == pytest.approx(losses(cards[0]["history"]), rel=1e-2)
-    assert [[record["applications"] for record in card["history"]] for card in cards][0][-1] \
-        == pytest.approx(cards[1]["history"][-1]["applications"], rel=0.1)
+    spent = [card["history"][-1]["applications"] for card in cards]
+    assert spent[0] == pytest.approx(spent[1], rel=0.1)
     released = json.loads((RELEASED / "jfb.json").read_text())
     assert {"epoch", "steps", "applications", "loss", "mse", "head_mse", "iterations", "residual",
             "converged", "contraction", "gradient", "seconds", "fixed_mse", "fixed_converged"} \
