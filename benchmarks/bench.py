@@ -5,22 +5,18 @@ and each one's tables and figures are written as soon as it is done.
 """
 
 import argparse
-import json
-import os
-import platform
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
+from command import record
 from contenders import MAPS, RECONSTRUCTIONS, ROOT, STEPS, Contender, Size, available, solve_problem
-from measurements import calibrate, prepare, prepare_growth, prepare_limit
+from measurements import calibrate, prepare
 from processes import Worker, alone, in_turns
-from report import bars, exponent, verdicts, with_ratio
+from report import bars, verdicts, with_ratio
 
-from jfbnb.common import UserError, atomic_write
+from jfbnb.common import UserError
 from jfbnb.figures import save_figure, save_table
 
 PEERS = ("deepinv", "torchdeq")
@@ -106,36 +102,7 @@ def _row(size: Size, contender: Contender, setting: dict, runs: pd.DataFrame) ->
             "process MB": runs["process MB"].max()}
 
 
-def limit(bench: Bench) -> None:
-    """Distance to what the machine can do."""
-    workers = {(size, bf16): Worker(prepare_limit, size, bf16)
-               for size in bench.limits for bf16 in (False, True)}
-    runs = pd.DataFrame([{"problem": str(size), "type": "bfloat16" if bf16 else "float32",
-                          **record} for (size, bf16), record in in_turns(workers, bench.rounds)])
-    table = runs.groupby(["problem", "type"], sort=False).median().reset_index()
-    save_table(table, bench.out / "limit", "The convolutions against the best matrix product; "
-               f"medians of {bench.rounds} runs.")
-
-
-def growth(bench: Bench) -> None:
-    """Seconds and memory of a step as one thing grows."""
-    workers = {name: Worker(prepare_growth, name, v) for name, v in bench.growth.items()}
-    runs = pd.DataFrame([r for _, own in in_turns(workers, bench.rounds) for r in own])
-    table = (runs.groupby(["series", "value", "gradient"], sort=False)[["seconds", "MB"]]
-             .median().reset_index())
-    save_table(table, bench.out / "growth",
-               f"One training step as one thing grows; medians of {bench.rounds} runs.")
-    save_table(pd.DataFrame([
-        {"series": series, "gradient": gradient,
-         "exponent of time": exponent(own.value, own.seconds),
-         "exponent of memory": exponent(own.value, own.MB),
-         "most over least MB": own.MB.max() / own.MB.min()}
-        for (series, gradient), own in table.groupby(["series", "gradient"], sort=False)]),
-        bench.out / "growth_exponents",
-        "y grows like x to the power of the exponent; least squares on logarithms.")
-
-
-SECTIONS = {section.__name__: section for section in (step, reconstruction, limit, growth)}
+SECTIONS = {section.__name__: section for section in (step, reconstruction)}
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -144,13 +111,13 @@ SECTIONS = {section.__name__: section for section in (step, reconstruction, limi
 def main(arguments: list[str] | None = None) -> int:
     bench = parse(arguments)
     bench.out.mkdir(parents=True, exist_ok=True)
-    atomic_write(bench.out / "machine.json", json.dumps(machine(), indent=2) + "\n")
     with tempfile.TemporaryDirectory() as scratch:
         bench.scratch = Path(scratch)
         for name in bench.sections:
             print(name, flush=True)
             try:
                 SECTIONS[name](bench)
+                record(bench.out, name)
             except UserError as error:
                 print(f"{name} is left out: {error}")
             table = verdicts(bench.out)
@@ -179,14 +146,10 @@ def parse(arguments: list[str] | None) -> Bench:
     bench = parser.parse_args(arguments, Bench(
         targets=(1e-2, 1e-3),  # distances to x*
         images=[Size(1, 128), Size(16, 64), Size(1, 512, unet=True, camera=True)],
-        limits=[Size(1, 128), Size(4, 128, 17, 64)],
-        growth={"K": (5, 10, 20, 40), "batch": (1, 2, 4, 8, 16), "side": (64, 128, 256, 512),
-                "width": (16, 32, 64, 128)},
         calibrated={}))  # what `setting` has found
     if bench.quick:
-        bench.problems = bench.images = bench.limits = [Size(2, 32)]
+        bench.problems = bench.images = [Size(2, 32)]
         bench.targets, bench.rounds, bench.gradients = (3e-2,), 1, []
-        bench.growth = {"K": (2, 4), "width": (8, 16)}
     bench.out = bench.out or ROOT / ("build/bench" if bench.quick else "benchmarks/results")
     missing = [peer for peer in PEERS if not available(peer)]
     for peer in missing:
@@ -197,16 +160,3 @@ def parse(arguments: list[str] | None) -> Bench:
         for group in (STEPS, RECONSTRUCTIONS))
     bench.steps = [c for c in bench.steps if c.gradient in ("jfb", *bench.gradients)]
     return bench
-
-
-def machine() -> dict:
-    """What the figures were measured on."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text("utf-8").splitlines() if cpuinfo.exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"system": f"{platform.system()} {platform.machine()}",
-            "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "vector instructions": torch.backends.cpu.get_cpu_capability(),
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", *PEERS) if available(name)}}

@@ -13,19 +13,12 @@ from pathlib import Path
 
 import psutil
 import torch
-from contenders import PAPER, Contender, Problem, Size, load_problem
-
-from jfbnb.diagnostics import gradient_costs, implicit_step, jfb_step, unrolled_step
-from jfbnb.fixed_point import solve
-from jfbnb.maps import SplittingMap
-from jfbnb.networks import Denoiser, DnCNN, precision
+from contenders import Contender, Problem, load_problem
 
 Record = dict[str, object]
 RESIDUALS = tuple(0.03 * 10 ** (-i / 12) for i in range(48))  # at which an image may be done
 ITERATIONS = tuple(range(1, 151))  # after which a batch may be
 PATIENCE = 10.0  # seconds of a solve, after which a solver need not go further
-STEPS = {"jfb": jfb_step, "implicit": implicit_step, "unrolled": unrolled_step}
-BASE = {"K": 10, "batch": 2, "side": 64, "width": 32}  # a step, of which one thing then grows
 
 
 # --- the solvers: how far they must go ----------------------------------------------------------
@@ -116,59 +109,6 @@ def peak_memory() -> float:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e3
     memory = psutil.Process().memory_info()
     return getattr(memory, "peak_wset", memory.rss) / 1e6  # the peak on Windows alone
-
-
-# --- growth -------------------------------------------------------------------------------------
-
-
-def prepare_growth(series: str, values: list[int]) -> Callable[[], list[Record]]:
-    """Seconds and memory of a step as one thing grows: K, batch, side or width."""
-
-    def costs(value: int) -> list[Record]:
-        size = {**BASE, series: value}
-        T = untrained(size["side"], 8, size["width"])
-        x = torch.rand(size["batch"], 3, size["side"], size["side"])
-        steps = STEPS if series == "K" else {"jfb": jfb_step}
-        return [{"series": series, "value": value, "gradient": cost["gradient"],
-                 "seconds": cost["seconds"], "MB": cost["bytes"] / 1e6}
-                for cost in gradient_costs(T, T.A(x), x, [size["K"]], steps)]
-
-    return lambda: [record for value in values for record in costs(value)]
-
-
-def untrained(side: int, depth: int, width: int) -> SplittingMap:
-    return SplittingMap(PAPER.operator(side), Denoiser(DnCNN(depth, width), 0.05), tau=0.05)
-
-
-# --- distance to the limit ----------------------------------------------------------------------
-
-
-def prepare_limit(size: Size, bf16: bool, iterations: int = 12) -> Callable[[], Record]:
-    """A solve's FLOP/s in the convolutions against the best matrix product's; where time goes."""
-    T = untrained(size.side, size.depth, size.width)
-    d = torch.rand(size.batch, 3, size.side, size.side)
-    weights = sum(p.numel() for p in T.D.network.parameters() if p.dim() == 4)
-    flops = 2 * weights * size.batch * size.side**2  # of one evaluation; 2: multiply and add
-
-    squares = [torch.rand(n, n).to(torch.bfloat16 if bf16 else torch.float32)
-               for n in (1024, 2048)]
-
-    @torch.no_grad()
-    def measured() -> Record:
-        with precision(T, bf16):
-            network = least(lambda: T.D(d))
-            data = least(lambda: T.data_step(d, d))
-            whole = least(lambda: solve(T, d, 0.0, iterations)) / iterations
-        best = max(2 * len(a)**3 / least(lambda a=a: a @ a) for a in squares)
-        return {"matrix product GFLOP/s": best / 1e9,
-                "convolutions GFLOP/s": flops / network / 1e9,
-                "convolutions' share": flops / network / best,
-                "solve's share": flops / whole / best,
-                "ms per evaluation": 1e3 * whole, "ms network": 1e3 * network,
-                "ms data step": 1e3 * data, "ms solver": 1e3 * (whole - network - data)}
-
-    measured()
-    return measured
 
 
 def least(action: Callable[[], object], times: int = 5) -> float:

@@ -26,6 +26,7 @@ import pandas as pd
 import scenes
 import tifffile
 import torch
+from command import record
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
@@ -368,6 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
             bench.scratch = Path(scratch)
             table = pd.DataFrame(SECTIONS[name](bench))
         save_data(table, bench.out / f"photographs_{name}")
+        record(bench.out, f"photographs_{name}")
         if name == "large":
             save_figure(rate(table), bench.out / "photographs_large")
         report(bench.out)

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -20,11 +19,6 @@ def with_ratio(table: pd.DataFrame) -> pd.DataFrame:
     ratio = table.seconds / table.set_index(keys).index.map(first)
     table.insert(table.columns.get_loc("seconds") + 1, "times ours", ratio)
     return table
-
-
-def exponent(x: pd.Series, y: pd.Series) -> float:
-    """The p of y = c x^p, by least squares on logarithms."""
-    return np.polyfit(np.log(x), np.log(y), 1)[0]
 
 
 # --- figures ------------------------------------------------------------------------------------
@@ -71,10 +65,9 @@ def verdicts(out: Path) -> pd.DataFrame:
     def judge(target: str, measured: float, met: bool) -> None:
         rows.append({"target": target, "measured": measured, "met": "yes" if met else "no"})
 
-    step, image, limits, fits, trainings, large = (
+    step, image, trainings, large = (
         pd.read_csv(file) if (file := out / f"{name}.csv").exists() else pd.DataFrame()
-        for name in ("step", "reconstruction", "limit", "growth_exponents", "quality",
-                     "photographs_large"))
+        for name in ("step", "reconstruction", "quality", "photographs_large"))
     if len(step):
         for ours, name, network, wanted in FACTORS:
             fitting = step[step.problem.str.endswith(network)]
@@ -91,12 +84,6 @@ def verdicts(out: Path) -> pd.DataFrame:
     if len(single):
         seconds = single.seconds[single.contender == "jfbnb"].max()
         judge("one image of 128 x 128 in under 0.12 s", seconds, seconds < 0.12)
-    if len(limits):
-        judge("the solve runs at 0.6 of the matrix product's rate or more",
-              share := limits["solve's share"][limits.type == "float32"].min(), share >= 0.6)
-    if len(fits):
-        own = fits["most over least MB"][(fits.series == "K") & (fits.gradient == "jfb")]
-        judge("JFB's memory varies by at most 1.05 over K", own.max(), own.max() <= 1.05)
     if len(trainings):
         peers = trainings["times ours, 34 dB"][~trainings.training.str.startswith("jfbnb")]
         judge("a peer's training takes twice as long as ours or more, to 34.0 dB", peers.min(),

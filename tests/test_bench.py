@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ import measurements
 import schedules
 from contenders import KEYS, RECONSTRUCTIONS, STEPS, load_problem, ours, solve_problem
 from processes import Worker, alone, in_turns
-from report import exponent, verdicts
+from report import verdicts
 
 from jfbnb.datasets import ImageSet, Splits
 from jfbnb.methods import METHODS, load_model
@@ -80,18 +81,9 @@ def test_quick_run_compares_and_writes(tmp_path, monkeypatch, inline):
                         ("jfbnb jfb, as shipped", "our map")):
         assert any(f"that of {ours_} or more" in line and name in line
                    for line in text.splitlines())
-    assert "torchdeq" in (tmp_path / "machine.json").read_text()
-
-
-def test_quick_run_of_what_needs_no_peer(tmp_path, inline):
-    bench.main(["--quick", "--out", str(tmp_path), "--sections", "limit", "growth"])
-    limit = pd.read_csv(tmp_path / "limit.csv")
-    assert set(limit.type) == {"float32", "bfloat16"} and (limit["solve's share"] > 0).all()
-    growth = pd.read_csv(tmp_path / "growth.csv")
-    assert set(growth.gradient[growth.series == "K"]) == {"jfb", "implicit", "unrolled"}
-    fits = pd.read_csv(tmp_path / "growth_exponents.csv").set_index(["series", "gradient"])
-    assert fits["most over least MB"]["K", "jfb"] < 1.05 < fits["most over least MB"]["K",
-                                                                                     "unrolled"]
+    record = json.loads((tmp_path / "provenance.json").read_text())
+    assert set(record) == {"step", "reconstruction"} and "torchdeq" in record["step"]["machine"]
+    assert record["step"]["version"] == version("jfbnb") and record["step"]["command"]
 
 
 def test_a_missing_peer_is_one_line_and_the_rest_runs(monkeypatch, capsys):
@@ -293,12 +285,6 @@ def test_workers_take_turns_and_are_closed():
     results = in_turns({name: Recorder(name) for name in "ab"}, 2)
     assert order == ["a", "b", "a", "b"] and closed == ["a", "b"]
     assert results == [("a", "A"), ("b", "B"), ("a", "A"), ("b", "B")]
-
-
-def test_exponent_of_a_power_law():
-    x = pd.Series([1, 2, 4, 16])
-    assert exponent(x, 3 * x**1.7) == pytest.approx(1.7)
-    assert exponent(x, 0 * x + 5) == pytest.approx(0)
 
 
 def test_verdicts_are_read_from_the_tables(tmp_path):
