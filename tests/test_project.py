@@ -114,7 +114,7 @@ def test_numbers_on_pages_are_those_of_the_stored_runs(publish):
 
 
 def test_every_block_on_a_page_is_filled(publish):
-    names = {*publish.blocks(committed), "measured"}  # which tools/scaling.py fills
+    names = {*publish.blocks(committed)}
     for path in publish.PAGES:
         assert set(re.findall(r"<!-- (?!end )(.+?) -->", committed(path))) <= names
 
@@ -227,6 +227,35 @@ def test_a_release_has_one_version():
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
 
 
+def test_all_that_is_shown_was_made_by_this_version():
+    """And by a command: published runs, benchmarks, and searches of learning rates."""
+    version = pyproject()["version"]
+    for path in sorted((ROOT / "figures" / "published").glob("*/provenance.json")):
+        assert json.loads(path.read_text())["release"] == f"v{version}", path
+    results = ROOT / "benchmarks" / "results"
+    made = json.loads((results / "provenance.json").read_text())
+    for name, found in made.items():
+        assert found["version"] == version and found["command"].startswith("python"), name
+    for path in results.glob("*.csv"):
+        owner = {"targets": "step", "grid_overview": "grid", "released_images": "released",
+                 "quality_trainings": "quality"}.get(path.stem, path.stem)
+        assert owner in made, path
+    text = " ".join((ROOT / page).read_text() for page in ("README.md", "docs/speed.md",
+                                                           "docs/results.md"))
+    assert "earlier version" not in text
+
+
+@pytest.mark.parametrize("profile", ["quick", "cpu"])
+def test_learning_rates_are_the_best_of_the_stored_search(profile, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from rates import best_rates
+
+    found = best_rates(ROOT / "notebooks" / "profiles" / "rates" / f"{profile}.csv")
+    own = known_parameters() | load_profile(profile)
+    rates = {name: own["learning_rates"].get(name, own["learning_rate"]) for name in found}
+    assert rates == found
+
+
 def test_authors_repository_and_both_papers_are_cited():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert "/lliu58b/" in citation["preferred-citation"]["url"]
@@ -245,15 +274,6 @@ def test_notebook_times_are_those_of_the_stored_run(publish):
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         first = nbformat.read(path, as_version=4).cells[0].source
         assert publish.running_time(provenance, path.stem) in first
-
-
-def test_scaling_page_shows_what_was_measured(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import scaling
-
-    page = committed("docs/scaling.md")
-    for name, text in scaling.blocks(json.loads(committed("docs/scaling.json"))).items():
-        assert scaling.replace_block(page, name, text) == page
 
 
 def tracked() -> list[str]:

@@ -121,14 +121,13 @@ def blocks(read: Read) -> dict[str, str]:
         if profile != RUN:
             blocks[f"equilibrium {profile}"] = equilibrium(read, profile)
             blocks[f"training {profile}"] = read(f"{PUBLISHED}/{profile}/rivals.md").strip()
-    blocks["ranking cpu-code"] = f"{ranking(read, 'cpu-code')} {undecided(read, 'cpu-code')}"
     blocks["computation"] = computation(read, "cpu")
     blocks["bench"] = bench(read)
     blocks["speed"] = speed(read)
     blocks["fast"] = fast(read)
     blocks["photographs"] = photographs(read)
     blocks["nearly"] = nearly(read)
-    for name in ("seeds", "released", "grid_overview", "quality"):
+    for name in ("released", "grid_overview"):
         blocks[name] = read(f"benchmarks/results/{name}.md").strip()
     return blocks
 
@@ -258,7 +257,7 @@ def equilibrium(read: Read, profile: str) -> str:
 
 def bench(read: Read) -> str:
     """What the benchmark promised and found, and on which machine."""
-    found = json.loads(read("benchmarks/results/machine.json"))
+    found = json.loads(read("benchmarks/results/provenance.json"))["step"]["machine"]
     libraries = ", ".join(f"{name} {found[name]}" for name in ("torch", "deepinv", "torchdeq"))
     return (f"{found['cpu']}, {found['threads']} threads, {found['vector instructions']}; "
             f"{libraries}.\n\n{read('benchmarks/results/targets.md').strip()}")
@@ -285,13 +284,11 @@ def speed(read: Read) -> str:
 
 def fast(read: Read) -> str:
     """What README says of speed, a sentence for each of its figures."""
-    step, quality, large = (load(read, f"benchmarks/results/{name}.csv")
-                            for name in ("step", "quality", "photographs_large"))
+    step, large = (load(read, f"benchmarks/results/{name}.csv")
+                   for name in ("step", "photographs_large"))
     own = step[step.problem.str.endswith("UNet") & (step["to distance"] == 0.01)]
     own = own.set_index("contender").seconds
     peer = own[own.index.str.endswith(" jfb, our map")].min()
-    name = quality.columns[quality.columns.str.startswith("seconds to")][-1]
-    ours = quality.training.str.startswith("jfbnb")
     most = large.loc[large.megapixels.idxmax()]
     both = large.pivot(index="megapixels", columns="blur", values="seconds").dropna()
     slower = (both.max(axis=1) / both[most.blur]).iloc[-1]
@@ -300,9 +297,7 @@ def fast(read: Read) -> str:
     return ("Profile `best` solves once for eight steps. At protocol `paper`, where the peers are "
             "timed, a step of the U-Net, in the mean of the eight, takes "
             f"{own['jfbnb jfb, as best ships'] / peer:.2f} times what the faster of "
-            "deepinv and torchdeq takes for one, on two cores. Trained so from the released "
-            f"denoiser, a DnCNN comes to {name.split()[2]} dB in {quality[ours][name].min():.0f} "
-            f"s, by the faster peer in {quality[~ours][name].min():.0f} s, on one core. "
+            "deepinv and torchdeq takes for one, on two cores. "
             f"A photograph of {most.megapixels:g} megapixels, blurred by a Gaussian, is restored "
             f"in {most.seconds / 60:.1f} minutes on two; where the camera has moved, one of "
             f"{both.index[-1]:g} takes {slower:.1f} times as long{stalls}.")
