@@ -523,11 +523,7 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
                 device: torch.device, optimizer: torch.optim.Optimizer, module: nn.Module,
                 parts: int, visits: int, history: list[dict[str, float]],
                 last_good: str) -> dict[str, float]:
-    """The steps of a training up to the next of so many even shares of it; their record.
-
-    Each process has its share of every batch. The backward pass averages over the processes, so a
-    share's sum is multiplied by their number.
-    """
+    """The steps of a training up to the next of so many even shares of it; their record."""
     batches = math.ceil(len(images) / config.batch_size)
     first, before = (int(history[-1][name]) if history else 0 for name in ("steps", "applications"))
     number, spent, done = first, before, config.share(first, batches, before)
@@ -548,15 +544,9 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
             x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0)[part]
             losses, figures = batch_loss(x.to(device), (config.seed, epoch, step, 1),
                                          range(len(batch))[part])
-            optimizer.zero_grad()
-            (losses.sum() * (processes.world_size() / len(batch))).backward()
-            length = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"],
-                                              config.clip or math.inf)
-            latest = means.add({"loss": losses.detach(), "gradient": length.expand(1), **figures})
-            if not math.isfinite(latest["loss"]):
-                raise UserError(f"the loss is {latest['loss']} at epoch {epoch}, step {step}, "
-                                f"images {batch.tolist()}: lower the learning rate{last_good}")
-            optimizer.step()
+            where = f"epoch {epoch}, step {step}"
+            _update(losses, figures, len(batch), config, optimizer, means,
+                    f"{where}, images {batch.tolist()}: lower the learning rate{last_good}")
             number += 1
             spent = before + round(processes.add_up([float(meter.applications)], device)[0])
             if config.budget and spent == before:
@@ -566,12 +556,27 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
             unconverged = 1 - means.of("converged", 1.0)
             if unconverged > config.unconverged_limit and (number - first > 20 or done >= end):
                 raise UserError(
-                    f"{unconverged:.0%} of the solves up to epoch {epoch}, step {step} did not "
-                    f"converge (mean residual {means.of('residual', 0.0):.1e}): the map is not "
-                    "stable; lower the learning rate, raise penalty or max_iterations, or raise "
-                    f"unconverged_limit to go on{last_good}")
+                    f"{unconverged:.0%} of the solves up to {where} did not converge (mean "
+                    f"residual {means.of('residual', 0.0):.1e}): the map is not stable; lower the "
+                    "learning rate, raise penalty or max_iterations, or raise unconverged_limit "
+                    f"to go on{last_good}")
     return {"epoch": number / batches, "steps": number, "applications": spent,
             **{name: means.of(name, 0.0) for name in means.totals}}
+
+
+def _update(losses: Tensor, figures: dict[str, Tensor], batch_size: int, config: TrainingConfig,
+            optimizer: torch.optim.Optimizer, means: "_Means", place: str) -> None:
+    """One step down the mean loss of a batch, of which this process has a share.
+
+    The backward pass averages over the processes, so a share's sum is multiplied by their number.
+    """
+    optimizer.zero_grad()
+    (losses.sum() * (processes.world_size() / batch_size)).backward()
+    length = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip or math.inf)
+    latest = means.add({"loss": losses.detach(), "gradient": length.expand(1), **figures})
+    if not math.isfinite(latest["loss"]):
+        raise UserError(f"the loss is {latest['loss']} at {place}")
+    optimizer.step()
 
 
 def _which(step: int, visits: int) -> int:
