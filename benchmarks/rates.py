@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
 FACTORS = (0.5, 1.0, 2.0)  # of the profile's learning rate: what is tried first
 TRIES = 7  # of learning rates, at most
+LEVEL = 0.01  # dB: less decides nothing, and the lower rate is then the more careful one
 
 
 def next_rate(base: float, tried: dict[float, float]) -> float | None:
@@ -80,10 +81,10 @@ def report(out: Path) -> None:
 
 
 def best_rates(file: Path) -> dict[str, float]:
-    """Of each method in a file the rate with the highest PSNR."""
+    """Of each method in a file the lowest rate that is the best or level with it."""
     rows = pd.read_csv(file)
-    best = rows.loc[rows.groupby("method", sort=False).psnr.idxmax()]
-    return dict(zip(best.method, best.learning_rate, strict=True))
+    level = rows[rows.psnr > rows.groupby("method").psnr.transform("max") - LEVEL]
+    return level.groupby("method", sort=False).learning_rate.min().to_dict()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -27,7 +27,7 @@ GRADIENT_COLOURS = {"exact": METHODS["deq"].colour, "Neumann": "#117733",
 # How a table's numbers are written, by a word in the name of their column.
 FORMATS = {"ssim": ".3f", "seconds to": ".3g", "seconds": ".2g", "loss": ".2e", "mse": ".2e",
            "converged": ".2%", "residual": ".1e", "rate": ".1e", "distance": ".1e", "radius": ".3f",
-           "norm": ".3f", "drift": "+.3f"}
+           "norm": ".3f", "drift": "+.3f", "applications": ",.0f"}
 # A method's versions under other conditions, by what they are made for.
 VERSIONS = {"tuned here": (":", "s"), "protocol": ("-", "o"), "conditions": ("--", "D")}
 STYLE = {
@@ -154,7 +154,8 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
         ax.plot(own.applications / 1000, own.psnr, color=method.colour, marker="o", markersize=4,
                 label=method.label)
     ax.set(xlabel="thousands of applications of the network to a crop",
-           ylabel="PSNR on the fixed crops (dB)", title="Learning curves")
+           ylabel="PSNR on the fixed crops (dB)", title="Learning curves",
+           ylim=(curves.groupby("method").psnr.last().min() - 1.5, None))
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure
 
