@@ -148,7 +148,7 @@ def test_a_network(splits, tmp_path):
     config = replace(BRIEF, learning_rate=1e-2)
     _, history = train_denoiser(network, splits, config, 0.1, False,
                                 Run(CPU, tmp_path, log=str.encode))
-    assert history.loss.iloc[-1] < history.loss.iloc[0]
+    assert history.loss.tail(3).mean() < history.loss.head(3).mean()
     again = Run(CPU, tmp_path / "again", weights=tmp_path, log=str.encode)
     train_denoiser(module.Shrinking(4), splits, config, 0.1, False, again)
     for name in ("denoiser.safetensors", "denoiser.json"):  # taken as they are, card and all
