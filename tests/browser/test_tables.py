@@ -7,7 +7,9 @@ import pytest
 
 from jfbnb.suite.checkout import ROOT
 
-NEAR = 0.02  # dB between machines: rounding in another order, amplified by training
+# dB. With as many threads on the same machine every digit is the same. One thread in the place of
+# two was measured to change a row by 0.036: rounding in another order, amplified by training.
+NEAR = 0.1
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_its_order_is_the_published_one(tables):
     here, published = (table["PSNR (dB)"] for table in tables)
     names = published.sort_values().index
     for worse, better in pairwise(names):
-        if published[better] - published[worse] > 2 * NEAR:
+        if published[better] - published[worse] > NEAR:
             assert here[better] > here[worse]
 
 
