@@ -101,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="only print the best rates")
     bench = parser.parse_args(arguments)
     bench.start = bench.start or ROOT / "runs" / bench.profile
-    return run("rates", bench, measure, report)
+    return run(f"rates_{bench.profile}", bench, measure, report)
 
 
 if __name__ == "__main__":

@@ -234,6 +234,7 @@ def test_all_that_is_shown_was_made_by_this_version():
         assert json.loads(path.read_text())["release"] == f"v{version}", path
     results = ROOT / "benchmarks" / "results"
     made = json.loads((results / "provenance.json").read_text())
+    made |= json.loads((ROOT / "notebooks" / "profiles" / "rates" / "provenance.json").read_text())
     for name, found in made.items():
         assert found["version"] == version and found["command"].startswith("python"), name
     for path in results.glob("*.csv"):
