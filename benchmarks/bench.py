@@ -17,7 +17,7 @@ from processes import Worker, alone, in_turns
 from report import bars, verdicts, with_ratio
 
 from jfbnb.common import UserError
-from jfbnb.figures import save_figure, save_table
+from jfbnb.teaching.figures import save_figure, save_table
 
 PEERS = ("deepinv", "torchdeq")
 GRADIENTS = tuple(dict.fromkeys(contender.gradient for contender in STEPS))

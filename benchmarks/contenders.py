@@ -19,17 +19,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from jfbnb.common import parse_yaml
-from jfbnb.datasets import bundled_photos
-from jfbnb.fixed_point import solve
-from jfbnb.gradients import neumann
-from jfbnb.maps import GradientMap, ImplicitMap, SplittingMap
-from jfbnb.methods import BEST, METHODS, RELEASED, Settings, load_model
-from jfbnb.models import Equilibrium
-from jfbnb.muon import Muon
-from jfbnb.networks import Denoiser, pick_bf16
-from jfbnb.operators import Convolution, get_protocol
-from jfbnb.recipes import prepare
-from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig, draw_measurement
+from jfbnb.core.denoisers import Denoiser
+from jfbnb.core.fixed_point import solve
+from jfbnb.core.gradients import neumann
+from jfbnb.core.maps import GradientMap, ImplicitMap, SplittingMap
+from jfbnb.core.models import Equilibrium
+from jfbnb.core.operators import Convolution
+from jfbnb.core.precision import pick_bf16
+from jfbnb.core.protocols import get_protocol
+from jfbnb.data import bundled_photos
+from jfbnb.training.loop import TrainingConfig
+from jfbnb.training.losses import EquilibriumLoss, LossSettings, draw_measurement
+from jfbnb.training.methods import METHODS, Settings
+from jfbnb.training.muon import Muon
+from jfbnb.training.recipes import prepare
+from jfbnb.training.restorers import BEST, RELEASED, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = get_protocol("paper")

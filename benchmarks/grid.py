@@ -26,18 +26,21 @@ from matplotlib.figure import Figure
 from processes import alone
 from torch import Tensor
 
-from jfbnb import kernels
 from jfbnb.common import UserError, pick_device
-from jfbnb.datasets import ImageSet, bundled_photos, load_splits
-from jfbnb.diagnostics import jacobian_norm, spectral_radius
-from jfbnb.evaluation import together
-from jfbnb.figures import new_figure, save_data, save_figure, save_table
-from jfbnb.fixed_point import solve
-from jfbnb.methods import BEST, METHODS, Restorer, Tuning, make_methods
-from jfbnb.metrics import psnr
-from jfbnb.models import Equilibrium
-from jfbnb.operators import Blur, Convolution, LinearOperator, get_protocol, measure
-from jfbnb.sources import digest
+from jfbnb.core import kernels
+from jfbnb.core.diagnostics import jacobian_norm, spectral_radius
+from jfbnb.core.fixed_point import solve
+from jfbnb.core.metrics import psnr
+from jfbnb.core.models import Equilibrium, Restorer
+from jfbnb.core.operators import Blur, Convolution, LinearOperator
+from jfbnb.core.protocols import get_protocol, measure
+from jfbnb.data import ImageSet, bundled_photos, load_splits
+from jfbnb.teaching.figures import new_figure, save_data, save_figure, save_table
+from jfbnb.training.evaluation import together
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import BEST, make_methods
+from jfbnb.training.sources import digest
+from jfbnb.training.tuning import Tuning
 
 Row = dict[str, object]
 CPU = torch.device("cpu")

@@ -1,9 +1,9 @@
-"""The suite on pictures that it did not make: python benchmarks/photographs.py
+"""The suite on pictures that it did not make: python benchmarks/restore.py
 
 Nothing of the package makes them, nor what other operators measure of them: see scenes.py. What is
 blurred is restored by the command, `jfbnb deblur`, which is told what a user would know.
 
-Each section writes photographs_NAME.csv; photographs.md is made of these files alone.
+Each section writes photographs_NAME.csv; restore.md is made of these files alone.
 """
 
 import argparse
@@ -34,13 +34,14 @@ from processes import alone
 from scenes import GAUSSIAN, MOTION, NOISE, blurred, middle, mirrored, noisy, photograph, read, rim
 from skimage import restoration as skimage_restoration
 
-from jfbnb import photographs
 from jfbnb.common import UserError, atomic_write
-from jfbnb.figures import image_row, new_figure, save_data, save_figure
-from jfbnb.methods import JFB, make_methods
-from jfbnb.operators import MRI, Downsampling, Inpainting
-from jfbnb.plausibility import estimate_noise
-from jfbnb.suite.cli import main as jfbnb
+from jfbnb.core.operators import MRI, Downsampling, Inpainting
+from jfbnb.photo import restore
+from jfbnb.photo.model_check import estimate_noise
+from jfbnb.run.command import main as jfbnb
+from jfbnb.teaching.figures import image_row, new_figure, save_data, save_figure
+from jfbnb.training.methods import JFB
+from jfbnb.training.restorers import make_methods
 
 METHODS = ("jfb", "jfb-energy", "jfb-head", "tikhonov", "total-variation")
 HELD_OUT = "chelsea"  # tunes the other operators' weights, which are measured on the others
@@ -276,11 +277,11 @@ def seams(bench: Bench) -> Iterator[Row]:
         tifffile.imwrite(file, d.astype(np.float32), photometric="rgb")
         kernel = case.right(bench.scratch)
         tiled, _ = deblur(file, kernel)
-        with mock.patch.object(photographs, "TILE", 2 * bench.part):
+        with mock.patch.object(restore, "TILE", 2 * bench.part):
             error = tiled - deblur(file, kernel)[0]
         reach, blended = max(case.kernel.shape) // 2, np.zeros(bench.part, bool)
-        for where, weights in photographs._cut(bench.part, photographs.TILE + 2 * reach,
-                                               photographs.THROWN + reach):
+        for where, weights in restore._cut(bench.part, restore.TILE + 2 * reach,
+                                               restore.THROWN + reach):
             blended[where] |= ((weights > 0) & (weights < 1)).numpy()
         strips, seam = blended[:, None] | blended, blended[1:] | blended[:-1]
         jumps = np.stack([abs(np.diff(error, axis=axis).mean((1 - axis, 2))) for axis in (0, 1)])
@@ -340,7 +341,7 @@ def report(out: Path) -> None:
                 table[column] = [format(v, spec) if pd.notna(v) else "" for v in table[column]]
             parts += [f"## {name}", " ".join(section.__doc__.split()),
                       table.to_markdown(index=False, disable_numparse=True)]
-    atomic_write(out / "photographs.md", "\n\n".join(parts) + "\n")
+    atomic_write(out / "restore.md", "\n\n".join(parts) + "\n")
 
 
 SECTIONS = {section.__name__: section for section in

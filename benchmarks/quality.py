@@ -25,13 +25,16 @@ from report import COLOURS
 from torch import Tensor
 
 from jfbnb.common import UserError
-from jfbnb.datasets import load_splits
-from jfbnb.figures import new_figure, save_data, save_figure, save_table
-from jfbnb.methods import METHODS, RELEASED, Method, Tuning
-from jfbnb.models import Model
-from jfbnb.networks import load_denoiser
-from jfbnb.recipes import Run, pose, prepare, score, train_method
-from jfbnb.training import BatchLoss, LossSettings, TrainingConfig, draw_measurement
+from jfbnb.core.models import Model
+from jfbnb.data import load_splits
+from jfbnb.teaching.figures import new_figure, save_data, save_figure, save_table
+from jfbnb.training.loop import TrainingConfig
+from jfbnb.training.losses import BatchLoss, LossSettings, draw_measurement
+from jfbnb.training.methods import METHODS, Method
+from jfbnb.training.recipes import Run, pose, prepare, score, train_method
+from jfbnb.training.restorers import RELEASED
+from jfbnb.training.tuning import Tuning
+from jfbnb.training.weights import load_denoiser
 
 GOALS = (33.8, 34.0)  # dB
 FACTORS = (0.5, 1.0, 2.0)  # of the profile's learning rate

@@ -15,13 +15,13 @@ import torch
 from command import run
 
 from jfbnb.common import UserError
-from jfbnb.datasets import load_splits
-from jfbnb.figures import save_data
-from jfbnb.methods import METHODS, get_method
-from jfbnb.operators import get_protocol
-from jfbnb.recipes import Run, measured, score, train_method
-from jfbnb.suite.reproduce import TRAINED
-from jfbnb.suite.train import network_parameters, prepared
+from jfbnb.core.protocols import get_protocol
+from jfbnb.data import load_splits
+from jfbnb.run.reproduce import TRAINED
+from jfbnb.run.train import network_parameters, prepared
+from jfbnb.teaching.figures import save_data
+from jfbnb.training.methods import METHODS, get_method
+from jfbnb.training.recipes import Run, measured, score, train_method
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")

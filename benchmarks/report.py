@@ -5,8 +5,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from jfbnb.figures import new_figure
-from jfbnb.methods import METHODS
+from jfbnb.teaching.figures import new_figure
+from jfbnb.training.methods import METHODS
 
 COLOURS = {library: METHODS[name].colour for library, name in (
     ("jfbnb", "jfb"), ("torchdeq", "gradient-descent"), ("deepinv", "total-variation"))}

@@ -19,14 +19,16 @@ from command import options, run
 from matplotlib.figure import Figure
 
 from jfbnb.common import UserError
-from jfbnb.datasets import load_splits
-from jfbnb.figures import new_figure, save_data, save_figure, save_table
-from jfbnb.methods import METHODS, Method, load_model
-from jfbnb.models import Model
-from jfbnb.networks import load_denoiser
-from jfbnb.operators import get_protocol
-from jfbnb.recipes import Problem, Run, measured, pose, read_cards, score, train_method
-from jfbnb.training import LossSettings, TrainingConfig
+from jfbnb.core.models import Model
+from jfbnb.core.protocols import get_protocol
+from jfbnb.data import load_splits
+from jfbnb.teaching.figures import new_figure, save_data, save_figure, save_table
+from jfbnb.training.loop import TrainingConfig
+from jfbnb.training.losses import LossSettings
+from jfbnb.training.methods import METHODS, Method
+from jfbnb.training.recipes import Problem, Run, measured, pose, read_cards, score, train_method
+from jfbnb.training.restorers import load_model
+from jfbnb.training.weights import load_denoiser
 
 CPU = torch.device("cpu")
 RIVALS = ("jfb", "deq", "unrolled", "feedforward-tikhonov")

@@ -2,6 +2,6 @@
 
 import sys
 
-from jfbnb.suite.cli import main
+from jfbnb.run.command import main
 
 sys.exit(main())

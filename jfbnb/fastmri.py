@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from jfbnb.common import UserError, printable, seeded_generator
-from jfbnb.datasets import MAX_PIXELS
+from jfbnb.data import MAX_PIXELS
 
 
 @dataclass

@@ -8,8 +8,9 @@ import skimage.data
 import torch
 from PIL import Image
 
-from jfbnb import datasets
-from jfbnb.maps import (
+from jfbnb import data as datasets
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.core.maps import (
     ADMMMap,
     GradientMap,
     ImplicitMap,
@@ -17,9 +18,10 @@ from jfbnb.maps import (
     ProximalMap,
     SplittingMap,
 )
-from jfbnb.methods import METHODS, Tuning
-from jfbnb.networks import Denoiser, DnCNN, save_weights
-from jfbnb.operators import Blur, LinearOperator
+from jfbnb.core.operators import Blur, LinearOperator
+from jfbnb.training.methods import METHODS
+from jfbnb.training.tuning import Tuning
+from jfbnb.training.weights import save_weights
 
 MAPS = (GradientMap, PreconditionedMap, SplittingMap, ProximalMap, ADMMMap)
 

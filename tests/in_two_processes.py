@@ -12,18 +12,18 @@ from pathlib import Path
 
 import torch
 
-from jfbnb import processes, training
-from jfbnb.maps import SplittingMap
-from jfbnb.models import Equilibrium
-from jfbnb.networks import Denoiser, DnCNN
-from jfbnb.operators import Blur
-from jfbnb.training import (
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.core.maps import SplittingMap
+from jfbnb.core.models import Equilibrium
+from jfbnb.core.operators import Blur
+from jfbnb.training import loop, losses, processes
+from jfbnb.training.loop import TrainingConfig
+from jfbnb.training.losses import (
     BatchLoss,
     DenoiserLoss,
     EquilibriumLoss,
     ImplicitLoss,
     LossSettings,
-    TrainingConfig,
 )
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def make(name: str):
 
 def train_in(folder: Path, name: str, log=lambda line: None):
     module, loss = make(name)
-    return module, training.train(module, loss, IMAGES, CONFIG, CPU, folder, log=log)
+    return module, loop.train(module, loss, IMAGES, CONFIG, CPU, folder, log=log)
 
 
 def train_well(folder: Path) -> None:
@@ -79,19 +79,19 @@ def train_well(folder: Path) -> None:
 
 def die_in_epoch_2(folder: Path) -> None:
     """As train_in(folder, "jfb"), but process 1 is killed in the second step of epoch 2."""
-    measure = training.draw_measurement
+    measure = losses.draw_measurement
 
     def dies(A, x, noise_std, keys, indices):
         if keys[1:3] == (2, 1) and processes.rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return measure(A, x, noise_std, keys, indices)
 
-    training.draw_measurement = dies
+    losses.draw_measurement = dies
     train_in(folder, "jfb")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    training.RECORDS = 1  # one for each epoch
+    loop.RECORDS = 1  # one for each epoch
     with processes.process_group(CPU):
         {"well": train_well, "killed": die_in_epoch_2}[sys.argv[1]](Path(sys.argv[2]))

@@ -22,18 +22,15 @@ from contenders import KEYS, RECONSTRUCTIONS, STEPS, load_problem, ours, solve_p
 from processes import Worker, alone, in_turns
 from report import verdicts
 
-from jfbnb.datasets import ImageSet, Splits
-from jfbnb.methods import METHODS, load_model
-from jfbnb.muon import Muon
-from jfbnb.networks import Denoiser, DnCNN, save_weights
-from jfbnb.recipes import Run, measured, pose, prepare, score, train_method
-from jfbnb.training import (
-    EquilibriumLoss,
-    ExplicitLoss,
-    ImplicitLoss,
-    LossSettings,
-    TrainingConfig,
-)
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.data import ImageSet, Splits
+from jfbnb.training.loop import TrainingConfig
+from jfbnb.training.losses import EquilibriumLoss, ExplicitLoss, ImplicitLoss, LossSettings
+from jfbnb.training.methods import METHODS
+from jfbnb.training.muon import Muon
+from jfbnb.training.recipes import Run, measured, pose, prepare, score, train_method
+from jfbnb.training.restorers import load_model
+from jfbnb.training.weights import save_weights
 
 NAMED = {contender.name: contender for contender in (*STEPS, *RECONSTRUCTIONS)}
 

@@ -13,13 +13,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import grid
 
-from jfbnb import evaluation
-from jfbnb.datasets import ImageSet, Splits
-from jfbnb.kernels import motion
-from jfbnb.maps import EnergyMap
-from jfbnb.methods import METHODS, Tuning, make_methods
-from jfbnb.networks import DnCNN, save_weights
-from jfbnb.operators import Blur, Convolution, measure
+from jfbnb.core.denoisers import DnCNN
+from jfbnb.core.kernels import motion
+from jfbnb.core.maps import EnergyMap
+from jfbnb.core.operators import Blur, Convolution
+from jfbnb.core.protocols import measure
+from jfbnb.data import ImageSet, Splits
+from jfbnb.training import equilibria, evaluation
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import make_methods
+from jfbnb.training.tuning import Tuning
+from jfbnb.training.weights import save_weights
 
 COLUMNS = ["method", "kernel", "border", "noise", "kind", "images", "psnr", "converged",
            "most_evaluations", "mean_drift", "worst_drift", "radius_max", "norm_max", "stable"]
@@ -154,7 +158,7 @@ def test_a_point_is_what_tables_and_certificates_say(weights, tiny, name, A):
     assert rows.evaluations.tolist() == table.iterations.tolist() and table.converged.all()
     np.testing.assert_allclose(rows.psnr, table.psnr, atol=1e-4)
     T = restorer.model(A, noise_std).T
-    first = evaluation.certify(T, x[:1], d[:1], images.names[:1], 20).iloc[0]
+    first = equilibria.certify(T, x[:1], d[:1], images.names[:1], 20).iloc[0]
     for column in ("residual", "psnr_later", "drift", "radius", "norm"):
         assert rows[column][0] == pytest.approx(first[column], rel=2e-2, abs=1e-4), column
     assert rows.radius.notna().tolist() == [True, False]
@@ -173,7 +177,7 @@ def test_a_map_goes_on_by_its_own_solver(weights, tiny, monkeypatch):
     restorer = make_methods(["jfb-energy"], weights, torch.device("cpu"))["jfb-energy"]
     A, x = Blur(32, 5, 2.0), tiny[:1].as_float()
     grid.restored(restorer.model(A, 0.01), x, A(x), 7, 0)
-    evaluation.certify(restorer.model(A, 0.01).T, x, A(x), ["a"], 7)
+    equilibria.certify(restorer.model(A, 0.01).T, x, A(x), ["a"], 7)
     assert called == [100, 7, 100, 7]
 
 

@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import photographs as bench
 import scenes
 
-from jfbnb import kernels
-from jfbnb.models import Model
-from jfbnb.operators import MRI, Convolution, Downsampling, Inpainting
+from jfbnb.core import kernels
+from jfbnb.core.models import Model
+from jfbnb.core.operators import MRI, Convolution, Downsampling, Inpainting
 
 
 @pytest.fixture

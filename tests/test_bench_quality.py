@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import contenders
 import quality
 
-from jfbnb.datasets import ImageSet, Splits, bundled_photos
-from jfbnb.methods import RELEASED
-from jfbnb.networks import load_denoiser
-from jfbnb.recipes import prepare
-from jfbnb.training import LossSettings
+from jfbnb.data import ImageSet, Splits, bundled_photos
+from jfbnb.training.losses import LossSettings
+from jfbnb.training.recipes import prepare
+from jfbnb.training.restorers import RELEASED
+from jfbnb.training.weights import load_denoiser
 
 SOLVERS = {"torchdeq": ("Anderson", 25), "deepinv": ("Anderson", 25)}
 STEP = pd.DataFrame({

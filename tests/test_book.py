@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from jfbnb.maps import SplittingMap
-from jfbnb.networks import Denoiser, DnCNN
-from jfbnb.operators import Blur
-from jfbnb.suite.checkout import ROOT
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.core.maps import SplittingMap
+from jfbnb.core.operators import Blur
+from jfbnb.run.checkout import ROOT
 
 
 @pytest.fixture(scope="module")

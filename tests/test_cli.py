@@ -17,10 +17,11 @@ import tifffile
 import torch
 from PIL import Image
 
-from jfbnb import photographs
-from jfbnb.methods import METHODS, RELEASED, make_methods
-from jfbnb.suite import checkout, cli
-from jfbnb.suite.cli import main
+from jfbnb.photo import restore
+from jfbnb.run import checkout, command
+from jfbnb.run.command import main
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import RELEASED, make_methods
 
 
 def run(capsys, *words) -> tuple[int, str, str]:
@@ -162,12 +163,12 @@ def test_large_pictures_are_restored_by_tiles(tmp_path, monkeypatch):
     """The same picture as in one piece, but for what the solver leaves."""
     photo = skimage.data.coffee()[100:340, 100:400]
     d = torch.tensor(np.array(camera(photo, np.full((5, 5), 0.04), 0.01))).permute(2, 0, 1)
-    monkeypatch.setattr("jfbnb.models.Model.tolerance", 1e-5)
+    monkeypatch.setattr("jfbnb.core.models.Model.tolerance", 1e-5)
     jfb = make_methods(["jfb"], RELEASED, torch.device("cpu"))["jfb"]
     kernel, seen = torch.full((5, 5), 0.04, dtype=torch.float64), []
-    whole = photographs.restore(jfb, d / 255, kernel, 0.01)
-    monkeypatch.setattr(photographs, "TILE", 150)
-    tiled = photographs.restore(jfb, d / 255, kernel, 0.01,
+    whole = restore.restore(jfb, d / 255, kernel, 0.01)
+    monkeypatch.setattr(restore, "TILE", 150)
+    tiled = restore.restore(jfb, d / 255, kernel, 0.01,
                                 progress=lambda done, tiles: seen.append((done, tiles)))
     assert whole.tiles == 1 and tiled.tiles == 6 and seen == [(i, 6) for i in range(7)]
     apart = (tiled.pixels - whole.pixels).abs()
@@ -177,7 +178,7 @@ def test_large_pictures_are_restored_by_tiles(tmp_path, monkeypatch):
 @pytest.mark.parametrize("n, most", [(1, 100), (100, 100), (101, 100), (555, 100), (90, 60)])
 def test_pieces_cover_a_side(n, most):
     total = torch.zeros(n)
-    for where, weights in photographs._cut(n, most, 16):
+    for where, weights in restore._cut(n, most, 16):
         assert len(total[where]) == len(weights) <= most
         total[where] += weights
     assert total.min() > 0.1
@@ -262,7 +263,7 @@ def test_an_image_still_to_be_read_is_not_written(capsys, tmp_path):
 
 def test_results_that_cannot_be_written_are_refused_before_measuring(capsys, image_folder, weights,
                                                                      monkeypatch):
-    monkeypatch.setattr("jfbnb.evaluation.evaluate", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("jfbnb.training.evaluation.evaluate", lambda *_: pytest.fail("measured"))
     line = refused(capsys, "evaluate", "--data", image_folder, "--weights", weights, "--json",
                    image_folder)
     assert "cannot write" in line and "no file" in line
@@ -273,7 +274,7 @@ def test_too_little_memory(capsys, image_folder, tmp_path, monkeypatch, error):
     def fail(*_args):
         raise error
 
-    monkeypatch.setattr("jfbnb.operators.measure", fail)
+    monkeypatch.setattr("jfbnb.core.protocols.measure", fail)
     line = refused(capsys, "blur", image_folder / "000001.jpg", "--out", tmp_path)
     assert "memory ran out" in line
 
@@ -355,7 +356,7 @@ def test_interrupt_says_how_to_go_on(capsys, image_folder, tmp_path, monkeypatch
     def interrupt(*_args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("jfbnb.images.read_pictures", interrupt)
+    monkeypatch.setattr("jfbnb.photo.files.read_pictures", interrupt)
     status, _, err = run(capsys, "blur", image_folder / "000001.jpg", "--out", tmp_path)
     assert status == 130 and "goes on from here" in err
 
@@ -388,7 +389,8 @@ def from_wheel(wheel, folder, *words):
 
 def test_a_wheel_has_all_it_needs_and_no_notebooks(wheel, tmp_path):
     files = {path.relative_to(wheel).as_posix() for path in (wheel / "jfbnb").rglob("*")}
-    for name in ("compare.js", "published_table2.csv", "weights/tuning.json", "suite/cli.py",
+    for name in ("teaching/swipe.js", "teaching/published_table2.csv", "weights/tuning.json",
+                 "run/command.py",
                  "weights/jfb.safetensors", "weights/jfb.json", "__main__.py"):
         assert f"jfbnb/{name}" in files
     assert not list(wheel.rglob("*.ipynb")) and not list(wheel.rglob("*.yaml"))
@@ -416,7 +418,7 @@ class Hiding(PathFinder):
         return PathFinder.find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
-from jfbnb.suite.cli import main
+from jfbnb.run.command import main
 for words in ("blur a.png --out o", "deblur a.png --out o", "evaluate --data o --method jfb",
               "doctor"):
     assert main(words.split()) == 0, words
@@ -428,7 +430,7 @@ for words in ("blur a.png --out o", "deblur a.png --out o", "evaluate --data o -
 
 def test_what_the_notebooks_need_is_named_where_it_is_missing(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "nbformat", None)
-    monkeypatch.delitem(sys.modules, "jfbnb.suite.reproduce", raising=False)
+    monkeypatch.delitem(sys.modules, "jfbnb.run.reproduce", raising=False)
     line = refused(capsys, "reproduce")
     assert "nbformat is not installed" in line and "jfbnb[notebooks]" in line
 
@@ -438,7 +440,7 @@ def test_commands_of_a_wheel(wheel, tmp_path, image_folder):
     script = tmp_path / "script.py"
     script.write_text(f"""
 import jfbnb
-from jfbnb.suite.cli import main
+from jfbnb.run.command import main
 assert jfbnb.__path__ == [{str(wheel / "jfbnb")!r}], jfbnb.__path__
 for words in ("reproduce", "train jfb", "sweep seeds.yaml", "verify quick"):
     assert main(words.split()) == 2, words
@@ -455,7 +457,7 @@ for words in ("doctor", "data celeba", "blur images/000001.jpg --out blurred",
 
 def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jfbnb.datasets.download_celeba", lambda out: out.absolute())
+    monkeypatch.setattr("jfbnb.data.download_celeba", lambda out: out.absolute())
     assert str(tmp_path / "data" / "celeba") in run(capsys, "data", "celeba", "--download")[1]
 
 
@@ -476,7 +478,7 @@ def test_a_negative_number_is_a_value_and_not_an_option(capsys, tmp_path):
 
 def test_lab_opens_the_first_notebook_trusted_at_the_root_of_the_checkout(monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(cli.subprocess, "run", lambda words, check: calls.append(words) or
+    monkeypatch.setattr(command.subprocess, "run", lambda words, check: calls.append(words) or
                         subprocess.CompletedProcess(words, int(len(calls) == 3)))
     assert run(capsys, "lab")[0] == 0
     trust, lab = calls

@@ -12,7 +12,7 @@ def test_bad_input_is_one_line_in_a_notebook_too(tmp_path, monkeypatch, capsys):
     """Of notebook 5, opened first. What is no bad input keeps its traceback."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     shell = InteractiveShell()
-    shell.run_cell("from pathlib import Path\nfrom jfbnb.methods import Tuning")
+    shell.run_cell("from pathlib import Path\nfrom jfbnb.training.methods import Tuning")
     assert not shell.run_cell(f"Tuning.load(Path({str(tmp_path / 'tuning_jfb.json')!r}))").success
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("UserError: no tuned parameters at") and "earlier notebooks" in line

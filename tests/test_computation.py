@@ -5,14 +5,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from jfbnb.computation import metered
-from jfbnb.gradients import implicit, jfb, neumann, unrolled
-from jfbnb.maps import SplittingMap
-from jfbnb.methods import METHODS
-from jfbnb.networks import Denoiser, DnCNN
-from jfbnb.operators import get_protocol
-from jfbnb.recipes import prepare
-from jfbnb.training import LossSettings
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.core.gradients import implicit, jfb, neumann, unrolled
+from jfbnb.core.maps import SplittingMap
+from jfbnb.core.protocols import get_protocol
+from jfbnb.training.computation import metered
+from jfbnb.training.losses import LossSettings
+from jfbnb.training.methods import METHODS
+from jfbnb.training.recipes import prepare
 
 
 class Convolutions(TorchDispatchMode):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from jfbnb import datasets
+from jfbnb import data
 from jfbnb.common import UserError
-from jfbnb.datasets import bundled_photos, decode, load_images, load_splits, random_crops
+from jfbnb.data import bundled_photos, decode, load_images, load_splits, random_crops
 
 
 def test_bundled_photos_are_split_by_photograph():
@@ -50,7 +50,7 @@ def test_resize_is_torchvisions(image_folder):
 
 def test_second_load_comes_from_the_cache(image_folder, monkeypatch):
     first = load_images(image_folder)
-    monkeypatch.setattr(datasets, "decode", lambda *args: pytest.fail("decoded again"))
+    monkeypatch.setattr(data, "decode", lambda *args: pytest.fail("decoded again"))
     assert torch.equal(load_images(image_folder).images, first.images)
 
 
@@ -158,10 +158,10 @@ def test_a_changed_file_in_a_linked_folder_is_seen(image_folder, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
     (data / "linked").symlink_to(image_folder)
-    first, before = load_images(data), datasets.fingerprint(data)
-    assert datasets.fingerprint(data) == before
+    first, before = load_images(data), data.fingerprint(data)
+    assert data.fingerprint(data) == before
     Image.new("RGB", (178, 218), "red").save(image_folder / "000001.jpg")
-    assert datasets.fingerprint(data) != before
+    assert data.fingerprint(data) != before
     assert not torch.equal(load_images(data).images[0], first.images[0])
 
 
@@ -172,7 +172,7 @@ def test_broken_links_are_named_skipped_and_keep_their_place(image_folder, tmp_p
     (image_folder / "self.png").symlink_to("self.png")
     (image_folder / "more").symlink_to(tmp_path / "unmounted")
     (image_folder / ".#lock").symlink_to("user@host")  # an editor's
-    before, warnings = datasets.fingerprint(image_folder), []
+    before, warnings = data.fingerprint(image_folder), []
     images = load_images(image_folder, warn=warnings.append)
     assert images.indices == [0, 1, 3, 4, 5] and images.skipped == 2
     assert torch.equal(images.images[2], whole.images[3])
@@ -180,7 +180,7 @@ def test_broken_links_are_named_skipped_and_keep_their_place(image_folder, tmp_p
                           for name in ("more", "000003.jpg", "self.png")),
                         f"warning: skipped 2 unreadable of 7 images in {image_folder}"]
     (tmp_path / "away.jpg").rename(image_folder / "away.jpg")
-    assert datasets.fingerprint(image_folder) != before
+    assert data.fingerprint(image_folder) != before
     assert load_images(image_folder, warn=warnings.append).names[2] == "000003.jpg"
 
 
@@ -285,21 +285,21 @@ def test_photographs_beside_the_images_are_trained_on_alone(image_folder):
     both = load_splits(str(image_folder), **sizes, beside=True)
     photographs = bundled_photos("beside")
     assert torch.equal(both.train.images, torch.cat([
-        alone.train.images, *[photographs.images] * datasets.OFTEN]))
+        alone.train.images, *[photographs.images] * data.OFTEN]))
     assert len(both.train.names) == len(both.train.indices) == len(both.train.images)
     for part in ("validation", "test"):
         one, two = getattr(alone, part), getattr(both, part)
         assert torch.equal(one.images, two.images) and one.indices == two.indices
     numbers = [set(part.indices) for part in (both.train, both.validation, both.test)]
     assert sum(map(len, numbers)) == len(set.union(*numbers))
-    assert both.train.indices.count(both.train.indices[-1]) == datasets.OFTEN
+    assert both.train.indices.count(both.train.indices[-1]) == data.OFTEN
     assert f"{len(photographs)} crops of photographs" in both.source
     assert "photographs" not in alone.source
 
 
 def test_photographs_that_are_measured_on_are_not_among_those_beside():
-    kept = {*datasets.PHOTOS["validation"], *datasets.PHOTOS["test"], "coffee", "rocket"}
-    assert not kept & set(datasets.PHOTOS["beside"])
+    kept = {*data.PHOTOS["validation"], *data.PHOTOS["test"], "coffee", "rocket"}
+    assert not kept & set(data.PHOTOS["beside"])
     assert not kept & {name.split("/")[0] for name in bundled_photos("beside").names}
 
 
@@ -335,7 +335,7 @@ def test_a_damaged_member_is_skipped(image_folder, tmp_path):
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(datasets, "MAX_BYTES", 1000)
+    monkeypatch.setattr(data, "MAX_BYTES", 1000)
     zeros = bytes(500_000)
     path = tmp_path / f"a.{kind}"
     if kind == "zip":
@@ -366,7 +366,7 @@ def test_names_in_archives_are_never_used_as_paths(image_folder, tmp_path):
 
 
 def test_too_many_pixels_other_programs_formats_and_pipes(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "MAX_PIXELS", 99)
+    monkeypatch.setattr(data, "MAX_PIXELS", 99)
     Image.new("RGB", (10, 10)).save(tmp_path / "large.png")
     with pytest.raises(ValueError, match="10 x 10 pixels are too many"):
         decode(tmp_path / "large.png")
@@ -382,11 +382,11 @@ def test_too_many_pixels_other_programs_formats_and_pipes(tmp_path, monkeypatch)
 
 def test_a_damaged_cache_is_made_again_and_none_is_needed(image_folder, monkeypatch, tmp_path):
     first = load_images(image_folder)
-    (stored,) = datasets.CACHE.iterdir()
+    (stored,) = data.CACHE.iterdir()
     stored.write_bytes(stored.read_bytes()[:-99])
     assert torch.equal(load_images(image_folder).images, first.images)
     (tmp_path / "file").touch()
-    monkeypatch.setattr(datasets, "CACHE", tmp_path / "file")
+    monkeypatch.setattr(data, "CACHE", tmp_path / "file")
     warnings = []
     assert len(load_images(image_folder, warn=warnings.append)) == 6
     assert "are not kept for the next time" in warnings[0]
@@ -400,5 +400,5 @@ def test_failed_download_prints_the_manual_steps(monkeypatch, tmp_path):
 
     monkeypatch.setattr(torchvision.datasets, "CelebA", refuse)
     with pytest.raises(UserError) as caught:
-        datasets.download_celeba(tmp_path)
+        data.download_celeba(tmp_path)
     assert "Too many users" in str(caught.value) and "by hand" in str(caught.value)

@@ -2,24 +2,20 @@ import pytest
 import torch
 from conftest import make_map
 
-from jfbnb.diagnostics import (
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.core.diagnostics import (
     exact_gradient,
-    gradient_costs,
-    implicit_step,
     jacobian_norm,
-    jfb_step,
     neumann_cosines,
     parameter_gradient,
     parameter_jacobian,
     spectral_radius,
-    step_cost,
-    unrolled_step,
 )
-from jfbnb.fixed_point import solve
-from jfbnb.gradients import jfb, unrolled
-from jfbnb.maps import GradientMap, PreconditionedMap, SplittingMap
-from jfbnb.networks import Denoiser, DnCNN
-from jfbnb.operators import Blur
+from jfbnb.core.fixed_point import solve
+from jfbnb.core.gradients import jfb, unrolled
+from jfbnb.core.maps import GradientMap, PreconditionedMap, SplittingMap
+from jfbnb.core.operators import Blur
+from jfbnb.teaching.costs import gradient_costs, implicit_step, jfb_step, step_cost, unrolled_step
 
 
 @pytest.fixture

@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 
-from jfbnb.methods import METHODS, RELEASED
-from jfbnb.suite import doctor, reproduce
-from jfbnb.suite.cli import main
+from jfbnb.run import doctor, reproduce
+from jfbnb.run.command import main
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import RELEASED
 
 
 def test_a_sound_installation(capsys, image_folder):

@@ -8,15 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from jfbnb import kernels
-from jfbnb.fixed_point import WINDOW, anderson, descent, solve
-from jfbnb.gradients import jfb
-from jfbnb.maps import EnergyMap, SplittingMap
-from jfbnb.methods import METHODS
-from jfbnb.networks import Denoiser, UNet, precision
-from jfbnb.operators import Blur, Convolution, Inpainting, LinearOperator
-from jfbnb.recipes import prepare
-from jfbnb.training import LossSettings, TrainingConfig, train
+from jfbnb.core import kernels
+from jfbnb.core.denoisers import Denoiser, UNet
+from jfbnb.core.descent import WINDOW, descent
+from jfbnb.core.fixed_point import anderson, solve
+from jfbnb.core.gradients import jfb
+from jfbnb.core.maps import EnergyMap, SplittingMap
+from jfbnb.core.operators import Blur, Convolution, Inpainting, LinearOperator
+from jfbnb.core.precision import precision
+from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.losses import LossSettings
+from jfbnb.training.methods import METHODS
+from jfbnb.training.recipes import prepare
 
 SIZE = 16
 

@@ -6,17 +6,23 @@ import pytest
 import skimage.metrics
 import torch
 
-from jfbnb import evaluation
-from jfbnb.datasets import bundled_photos, load_images
-from jfbnb.evaluation import Condition, on_published_scale, reference_table2, summarise, table2
-from jfbnb.figures import other_conditions, save_table
-from jfbnb.fixed_point import SolveInfo
-from jfbnb.maps import SplittingMap
-from jfbnb.methods import METHODS, Restorer, Tuning, make_methods, tune
-from jfbnb.metrics import psnr, ssim
-from jfbnb.models import Equilibrium
-from jfbnb.networks import Denoiser
-from jfbnb.operators import Blur, measure
+from jfbnb.core.denoisers import Denoiser
+from jfbnb.core.fixed_point import SolveInfo
+from jfbnb.core.maps import SplittingMap
+from jfbnb.core.metrics import psnr, ssim
+from jfbnb.core.models import Equilibrium, Restorer
+from jfbnb.core.operators import Blur
+from jfbnb.core.protocols import measure
+from jfbnb.data import bundled_photos, load_images
+from jfbnb.teaching import conditions
+from jfbnb.teaching.conditions import Condition
+from jfbnb.teaching.figures import other_conditions, save_table
+from jfbnb.teaching.tables import on_published_scale, reference_table2, table2
+from jfbnb.training import equilibria, evaluation
+from jfbnb.training.evaluation import summarise
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import make_methods
+from jfbnb.training.tuning import Tuning, tune
 
 CPU = torch.device("cpu")
 
@@ -118,14 +124,14 @@ def test_certificate_tells_an_equilibrium_from_an_iteration_stopped_early(pair, 
     A, tau = Blur(40, 5, 2.0), 0.05
     d = measure(A, x, 0.01, 0, [0, 1, 2])
     T = SplittingMap(A, Denoiser(Scale(factor), 0.0), tau)
-    found = evaluation.certify(T, x, d, ["a", "b", "c"], further=300)
+    found = equilibria.certify(T, x, d, ["a", "b", "c"], further=300)
     assert found.image.tolist() == ["a", "b", "c"]
     assert found.evaluations.between(2, 50).all() == contracts
     largest = factor * tau / (A.spectrum.square().min().item() + tau)
     np.testing.assert_allclose(found.radius, largest, rtol=2e-2)
     np.testing.assert_allclose(found.norm, largest, rtol=2e-2)
     assert (found.drift.abs() < 0.02).all() == contracts
-    assert (found.residual_later <= evaluation.ROUNDING).all() == contracts
+    assert (found.residual_later <= equilibria.ROUNDING).all() == contracts
     assert (found.radius < 1).all() == contracts
 
 
@@ -153,7 +159,7 @@ def test_certificate_starts_at_the_tables_tolerance_and_has_the_distance_beside_
     _, x = pair
     fixed, rate = x[:1] + 0.01, 0.95
     T = Towards(Blur(40, 5, 2.0), fixed, rate)
-    row = evaluation.certify(T, x[:1], x[:1], ["a"], tolerance=1e-4, max_iterations=1).iloc[0]
+    row = equilibria.certify(T, x[:1], x[:1], ["a"], tolerance=1e-4, max_iterations=1).iloc[0]
     assert row.evaluations == float("inf")  # one evaluation is not enough, and Anderson is not used
     assert row.residual == pytest.approx((1 - rate) * 0.5 / 1.5, rel=1e-4)
     assert row.distance == pytest.approx(0.5, rel=1e-3)
@@ -161,9 +167,9 @@ def test_certificate_starts_at_the_tables_tolerance_and_has_the_distance_beside_
     before, after = psnr(1.5 * fixed, x[:1]).item(), psnr(fixed, x[:1]).item()
     assert row.drift == pytest.approx(after - before, rel=1e-3) and row.drift > 0
     T.scale = 1e4  # of a map's steps: its tolerance is 1 now, which the start meets
-    assert evaluation.certify(T, x[:1], x[:1], ["a"]).evaluations.item() == 1
+    assert equilibria.certify(T, x[:1], x[:1], ["a"]).evaluations.item() == 1
     away = Towards(T.A, x[:1], rate)
-    assert evaluation.certify(away, x[:1] + 0.3, x[:1], ["a"], max_iterations=1).drift.item() < 0
+    assert equilibria.certify(away, x[:1] + 0.3, x[:1], ["a"], max_iterations=1).drift.item() < 0
 
 
 def test_certificate_ends_its_solve_as_the_tables_do(weights, pair):
@@ -172,7 +178,7 @@ def test_certificate_ends_its_solve_as_the_tables_do(weights, pair):
     d = measure(A, x, 0.01, 0, [0, 1, 2])
     restorer = make_methods(["jfb"], weights, CPU)["jfb"]
     table = evaluation.evaluate({"jfb": restorer}, A, x, d, 0.01, ["a", "b", "c"])
-    found = evaluation.certify(restorer.model(A, 0.01).T, x, d, ["a", "b", "c"], further=5)
+    found = equilibria.certify(restorer.model(A, 0.01).T, x, d, ["a", "b", "c"], further=5)
     solved = table.converged == 1
     np.testing.assert_array_equal(found.evaluations < np.inf, solved)
     assert found.evaluations[solved].tolist() == table.iterations[solved].tolist()
@@ -192,7 +198,7 @@ def test_conditions_tell_the_methods_the_assumed_blur_and_the_noise(weights, ima
     images, conditions = conditions_of(image_folder, told=(wide, wide, 0.01),
                                        wrong=(wide, sharp, 0.01), noisy=(wide, wide, 0.02))
     methods = make_methods(["measurement", "tikhonov"], weights, CPU)
-    table = evaluation.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
+    table = conditions.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
     psnrs = table.pivot(index="condition", columns="method", values="psnr")
     assert psnrs.measurement["told"] == pytest.approx(psnrs.measurement["wrong"])
     assert psnrs.tikhonov["told"] > psnrs.tikhonov["wrong"]
@@ -208,7 +214,7 @@ def test_classical_methods_are_tuned_under_each_condition_as_by_brute_force(imag
     sharp, wide = Blur(40, 5, 1.0), Blur(40, 5, 3.0)
     images, conditions = conditions_of(image_folder, quiet=(wide, wide, 0.002),
                                        loud=(wide, wide, 0.05), wrong=(wide, sharp, 0.01))
-    table = evaluation.evaluate_conditions({}, conditions, ["tikhonov", "total-variation"], images,
+    table = conditions.evaluate_conditions({}, conditions, ["tikhonov", "total-variation"], images,
                                            0, CPU, candidates=5)
     assert (table.version == "tuned here").all() and len(table) == 6
     x = images.as_float()
@@ -234,7 +240,7 @@ def test_methods_with_more_than_one_setting_are_tuned_over_all(image_folder, mon
             truth + shift[s["a"], s["b"]] + 0.01, None))
     monkeypatch.setitem(METHODS, "tikhonov", method)
     x, d = conditions["study", "one"].measure(images, 0, CPU)
-    assert evaluation.tuned_under(conditions["study", "one"], "tikhonov", x, d, 6) == {"a": 2,
+    assert conditions.tuned_under(conditions["study", "one"], "tikhonov", x, d, 6) == {"a": 2,
                                                                                        "b": 1}
 
 
@@ -247,7 +253,7 @@ def test_candidates_of_the_classical_methods_enclose_the_best(noise_std):
         x, d = condition.measure(photographs, 0, CPU)
         for name in ("tikhonov", "total-variation"):
             candidates = METHODS[name].candidates(noise_std, 9)
-            best = evaluation.tuned_under(condition, name, x, d, 9)
+            best = conditions.tuned_under(condition, name, x, d, 9)
             assert 0 < candidates.index(best) < len(candidates) - 1, (name, best)
 
 
@@ -264,7 +270,7 @@ def test_points_that_did_not_converge_have_their_certificate(image_folder):
 
     methods = {"jfb": restorer(0.9, 0.05, 3), "deq": restorer(0.9, 0.05, 100),
                "plug-and-play": restorer(3.0, 0.05, 3)}
-    table = evaluation.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
+    table = conditions.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
     table = table.set_index("method")
     assert table.converged.to_dict() == {"jfb": 0.0, "deq": 1.0, "plug-and-play": 0.0}
     assert table.run_on.to_dict() == {"jfb": 3, "deq": 0, "plug-and-play": 3}
@@ -289,10 +295,10 @@ def test_the_worst_eight_are_solved_on():
     rows.loc[3, "residual"] = np.nan  # overflowed: the worst of all
     d = torch.arange(11.0).view(11, 1, 1, 1)
     model = Counting()
-    found = evaluation._run_on(Restorer(None, model=lambda A, noise_std: model), rows,
+    found = conditions._run_on(Restorer(None, model=lambda A, noise_std: model), rows,
                                Blur(1, 1, 1.0), d, d, 0.01)
     assert seen == [[3, 9, 8, 7, 6, 5, 4, 2]] and found["run_on"] == 8
-    assert model.max_iterations == 100 + evaluation.FURTHER
+    assert model.max_iterations == 100 + conditions.FURTHER
 
 
 def test_a_condition_that_studies_share_is_evaluated_once(weights, image_folder, monkeypatch):
@@ -301,7 +307,7 @@ def test_a_condition_that_studies_share_is_evaluated_once(weights, image_folder,
     calls = []
     monkeypatch.setattr(evaluation, "evaluate",
                         lambda *args, real=evaluation.evaluate: calls.append(1) or real(*args))
-    table = evaluation.evaluate_conditions(
+    table = conditions.evaluate_conditions(
         {"protocol": make_methods(["measurement"], weights, CPU)}, conditions, [], images, 0, CPU)
     assert len(calls) == 1 and table.study.tolist() == ["study", "another study"]
     assert table.psnr.nunique() == 1

@@ -7,12 +7,12 @@ import nbformat
 import pytest
 import torch
 
-from jfbnb.baselines import direct_inverse, tikhonov
-from jfbnb.datasets import bundled_photos
-from jfbnb.exercises import EXERCISES, RIGHT, Choice, Number, answer
-from jfbnb.metrics import psnr
-from jfbnb.operators import get_protocol, measure
-from jfbnb.suite.checkout import ROOT
+from jfbnb.core.baselines import direct_inverse, tikhonov
+from jfbnb.core.metrics import psnr
+from jfbnb.core.protocols import get_protocol, measure
+from jfbnb.data import bundled_photos
+from jfbnb.run.checkout import ROOT
+from jfbnb.teaching.exercises import EXERCISES, RIGHT, Choice, Number, answer
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
 

@@ -14,16 +14,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from jfbnb.datasets import Splits, bundled_photos
-from jfbnb.evaluation import certify, evaluate
-from jfbnb.fixed_point import solve
-from jfbnb.maps import SplittingMap, WeightedMap
-from jfbnb.methods import METHODS, RELEASED, Tuning, make_methods
-from jfbnb.models import Equilibrium
-from jfbnb.networks import Denoiser, load_denoiser
-from jfbnb.operators import Blur, LinearOperator, Protocol, measure
-from jfbnb.recipes import Run, pose, prepare, train_denoiser, train_method
-from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig
+from jfbnb.core.denoisers import Denoiser
+from jfbnb.core.fixed_point import solve
+from jfbnb.core.maps import SplittingMap, WeightedMap
+from jfbnb.core.models import Equilibrium
+from jfbnb.core.operators import Blur, LinearOperator
+from jfbnb.core.protocols import Protocol, measure
+from jfbnb.data import Splits, bundled_photos
+from jfbnb.training.equilibria import certify
+from jfbnb.training.evaluation import evaluate
+from jfbnb.training.loop import TrainingConfig
+from jfbnb.training.losses import EquilibriumLoss, LossSettings
+from jfbnb.training.methods import METHODS
+from jfbnb.training.recipes import Run, pose, prepare, train_denoiser, train_method
+from jfbnb.training.restorers import RELEASED, make_methods
+from jfbnb.training.tuning import Tuning
+from jfbnb.training.weights import load_denoiser
 
 CPU = torch.device("cpu")
 BRIEF = TrainingConfig(epochs=6, batch_size=4, crop=16, learning_rate=2e-4, seed=0,
@@ -75,10 +81,12 @@ class Shrinking(nn.Module):
         return 0.1 * self.back(torch.tanh(self.there(x)))
 '''
 METHOD = '''
-from jfbnb.maps import SplittingMap
-from jfbnb.methods import Method, prior, register
-from jfbnb.models import Unrolled
-from jfbnb.training import ExplicitLoss
+from jfbnb.core.maps import SplittingMap
+from jfbnb.training.methods import Method
+from jfbnb.training.methods import prior
+from jfbnb.training.methods import register
+from jfbnb.core.models import Unrolled
+from jfbnb.training.losses import ExplicitLoss
 
 register(Method(
     name="mine", label="My own", colour="#ABCDEF", candidates=prior,
@@ -155,7 +163,7 @@ def test_a_network(splits, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
     x = splits.test.as_float()
     script = ("import sys, torch; from shrinking import Shrinking; "
-              "from jfbnb.networks import load_denoiser; "
+              "from jfbnb.core.denoisers import load_denoiser; "
               f"D = load_denoiser({str(tmp_path / 'denoiser.safetensors')!r}, [Shrinking]); "
               "print(D.network(torch.ones(1, 3, 4, 4), 0.1).sum().item())")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
@@ -199,7 +207,7 @@ def test_a_method(image_folder, tmp_path):
     metadata = tmp_path / "my_package-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text('[jfbnb.methods]\nmine = my_package\n')
+    (metadata / "entry_points.txt").write_text('[jfbnb.training.methods]\nmine = my_package\n')
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JFBNB_WORK": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "jfbnb", "reproduce", "--data", str(image_folder),
@@ -213,7 +221,7 @@ def test_a_method(image_folder, tmp_path):
     assert "My own" in set(pd.read_csv(figures / "rivals.csv").Method)
     tuning = json.loads((runs / "tuning.json").read_text())
     assert tuning["searches"]["mine"][0]["psnr"] > 10 and (runs / "mine.safetensors").exists()
-    first = "import my_package; from jfbnb.methods import METHODS; print(list(METHODS))"
+    first = "import my_package; from jfbnb.training.methods import METHODS; print(list(METHODS))"
     for words in (["-m", "jfbnb", "deblur", "--help"], ["-c", first]):  # whichever comes first
         listed = subprocess.run([sys.executable, *words], capture_output=True, text=True,
                                 check=True, env=environment)

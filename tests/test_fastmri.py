@@ -9,15 +9,9 @@ import skimage.transform
 import torch
 
 from jfbnb.common import UserError
-from jfbnb.fastmri import (
-    cartesian_mask,
-    centre_crop,
-    load_slice,
-    low_resolution_phase,
-    measurement,
-)
-from jfbnb.metrics import psnr
-from jfbnb.operators import MRI
+from jfbnb.core.metrics import psnr
+from jfbnb.core.operators import MRI
+from jfbnb.fastmri import cartesian_mask, centre_crop, load_slice, low_resolution_phase, measurement
 
 h5py = pytest.importorskip("h5py", reason="pip install h5py")
 

@@ -30,8 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from jfbnb.common import UNFINISHED
-from jfbnb.networks import Denoiser, DnCNN, save_weights
-from jfbnb.suite.checkout import ROOT
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.run.checkout import ROOT
+from jfbnb.training.weights import save_weights
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="kills the Linux way")
 KILLS = int(os.environ.get("JFBNB_KILLS", 0))

@@ -39,10 +39,14 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
 from safetensors.torch import save_file
 
-from jfbnb import checkpoints, datasets, images, kernels, methods, networks
+from jfbnb import data
 from jfbnb.common import UserError
-from jfbnb.operators import Blur
-from jfbnb.suite import checkout, cli, reproduce, sweep, train
+from jfbnb.core import denoisers
+from jfbnb.core.operators import Blur
+from jfbnb.photo import files, kernel_option
+from jfbnb.run import checkout, reproduce, sweep, train
+from jfbnb.run.command import main
+from jfbnb.training import checkpoints, methods, restorers, weights
 
 resource = pytest.importorskip("resource", reason="measures the way of Unix")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -105,7 +109,7 @@ def trial() -> Iterator[Path]:
     before, outcome = peak(), "taken"
     signal.signal(signal.SIGALRM, ring)
     with (tempfile.TemporaryDirectory() as text, contextlib.chdir(text),
-          mock.patch.object(datasets, "CACHE", Path(text, "cache")),
+          mock.patch.object(data, "CACHE", Path(text, "cache")),
           mock.patch.dict(os.environ, JFBNB_WORK=text)):
         most = psutil.Process().memory_info().vms + 2 * MEMORY  # or the system would kill us
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
@@ -137,7 +141,7 @@ def command(*argv: str) -> None:
                 for errors in ("strict", "backslashreplace"))
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = cli.main(argv)
+            status = main(argv)
         except SystemExit as stop:  # argparse's own refusals
             status = stop.code
         out.flush()
@@ -155,7 +159,7 @@ def nothing_long(monkeypatch):
     monkeypatch.setattr(reproduce, "check_kernel", lambda: checkout.ROOT)
     monkeypatch.setattr(reproduce, "notebook_parameters", read_once)
     for module, name in ((reproduce, "run_notebook"), (train, "train_network"), (sweep, "sweep"),
-                         (datasets, "download_celeba")):
+                         (data, "download_celeba")):
         monkeypatch.setattr(module, name, mock.Mock(side_effect=UserError("not here")))
     platform.platform()  # starts a program, once
 
@@ -276,7 +280,7 @@ def test_image_files(name, edits):
         file = folder / name
         file.write_bytes(damaged(pictures()[name], edits))
         try:
-            pixels = datasets.decode(file, 16)
+            pixels = data.decode(file, 16)
         except ValueError as error:  # its contract; who calls it makes a UserError of it
             raise UserError(str(error)) from error
         assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.uint8
@@ -288,11 +292,11 @@ def test_pictures_to_restore(name, edits):
     with trial() as folder:
         file = folder / name
         file.write_bytes(damaged(pictures()[name], edits))
-        pages = images.read_pictures(file)
+        pages = files.read_pictures(file)
         assert all(page.pixels.dim() == 3 and page.pixels.isfinite().all() for page in pages)
         again = folder / f"out{pages[0].suffix}"
-        images.write_pictures(again, pages)
-        for page, other in zip(pages, images.read_pictures(again), strict=True):
+        files.write_pictures(again, pages)
+        for page, other in zip(pages, files.read_pictures(again), strict=True):
             assert torch.equal(page.pixels, other.pixels)
 
 
@@ -302,7 +306,7 @@ def test_pictures_to_restore(name, edits):
            lambda pair: f"{pair[0]},{pair[1]}"))
 def test_kernels_by_name(kind, numbers):
     with trial():
-        kernel = kernels.parse(kind + numbers)
+        kernel = kernel_option.parse(kind + numbers)
         assert kernel.dim() == 2 and abs(kernel.sum() - 1) < 1e-9
 
 
@@ -315,7 +319,7 @@ def test_kernel_files(kind, content, edits):
     with trial() as folder:
         file = folder / f"kernel{kind}"
         file.write_bytes(damaged(content, edits))
-        kernel = kernels.parse(str(file))
+        kernel = kernel_option.parse(str(file))
         assert kernel.dim() == 2 and abs(kernel.sum() - 1) < 1e-9
 
 
@@ -346,7 +350,7 @@ def test_data_folders(files):
                     os.mkfifo(path)
                 else:
                     path.symlink_to(path if kind == "." else kind)
-        datasets.load_images(folder / "data", 8, warn=str.encode)
+        data.load_images(folder / "data", 8, warn=str.encode)
 
 
 @fuzz
@@ -369,13 +373,13 @@ def test_archives(kind, members, edits):
                     member.size = len(content) if flag == tarfile.REGTYPE else 0
                     archive.addfile(member, io.BytesIO(content))
         file.write_bytes(damaged(file.read_bytes(), edits))
-        datasets.load_images(file, 8, warn=str.encode)
+        data.load_images(file, 8, warn=str.encode)
 
 
 # --- networks -------------------------------------------------------------------------------------
 
 DESCRIPTION = st.fixed_dictionaries({
-    "class": st.sampled_from(("jfbnb.networks.DnCNN",) * 4 + ("torch.nn.Linear", "os.system")),
+    "class": st.sampled_from(("DnCNN",) * 4 + ("torch.nn.Linear", "os.system")),
     "arguments": st.fixed_dictionaries({
         "depth": st.sampled_from((2, 2, 2, 2.0, 10**9, 0, 64, True, None, "2", [2])),
         "width": st.sampled_from((4, 4, 4, 4.0, -1, 1024, 10**9)),
@@ -397,7 +401,7 @@ def raw_safetensors(header: dict, length: int | None) -> bytes:
     return struct.pack("<Q", len(text) if length is None else length) + text + bytes(400)
 
 
-def use(D: networks.Denoiser) -> None:
+def use(D: denoisers.Denoiser) -> None:
     with torch.no_grad():
         D(torch.zeros(1, 3, 8, 8))
 
@@ -408,17 +412,17 @@ def test_damaged_weights(weights, edits):
     with trial() as folder:
         file = folder / "denoiser.safetensors"
         file.write_bytes(damaged((weights / file.name).read_bytes(), edits))
-        use(networks.load_denoiser(file))
+        use(weights.load_denoiser(file))
 
 
 @fuzz
 @given(DESCRIPTIONS, st.sampled_from((1.0, 1.0, math.nan, math.inf, 300.0)))
 def test_weights_that_say_odd_things_of_themselves(description, factor):
     with trial() as folder:
-        tensors = networks.Denoiser(networks.DnCNN(2, 4), 0.04).state_dict()
+        tensors = denoisers.Denoiser(denoisers.DnCNN(2, 4), 0.04).state_dict()
         tensors = {name: (factor * value).contiguous() for name, value in tensors.items()}
         save_file(tensors, folder / "a", metadata={"networks": json.dumps(description)})
-        use(networks.load_denoiser(folder / "a"))
+        use(weights.load_denoiser(folder / "a"))
 
 
 @fuzz
@@ -427,7 +431,7 @@ def test_weights_with_an_odd_header(header, description, length):
     with trial() as folder:
         header["__metadata__"] = {"networks": json.dumps(description)}
         (folder / "a").write_bytes(raw_safetensors(header, length))
-        use(networks.load_denoiser(folder / "a"))
+        use(weights.load_denoiser(folder / "a"))
 
 
 TUNING = json.dumps(vars(make_tuning()))
@@ -444,7 +448,7 @@ def test_tuned_settings(weights, text, name):
     with trial() as folder:
         shutil.copytree(weights, folder, dirs_exist_ok=True)
         (folder / "tuning.json").write_bytes(damaged(text[0].encode("utf-8", "replace"), text[1]))
-        method = methods.make_methods([name], folder, torch.device("cpu"))[name]
+        method = restorers.make_methods([name], folder, torch.device("cpu"))[name]
         method(Blur(8, 5, 2.0), torch.zeros(1, 3, 8, 8), 0.01)
 
 
@@ -454,7 +458,7 @@ def test_checkpoints(other, edits):
     """A damaged newest one, then the good one before it: that one is used."""
     with trial() as folder:
         file = folder / "k.safetensors"
-        D = networks.Denoiser(networks.DnCNN(2, 4), 0.04)
+        D = denoisers.Denoiser(denoisers.DnCNN(2, 4), 0.04)
         optimizer = torch.optim.Adam(D.parameters())
         D(torch.zeros(1, 3, 8, 8)).sum().backward()
         optimizer.step()

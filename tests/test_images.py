@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from jfbnb.common import UserError
-from jfbnb.images import Picture, read_pictures, write_pictures
+from jfbnb.photo.files import Picture, read_pictures, write_pictures
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 RGB8 = skimage.data.coffee()[100:123, 200:231]

@@ -10,9 +10,10 @@ import tifffile
 import torch
 from PIL import Image
 
-from jfbnb import kernels
 from jfbnb.common import UserError
-from jfbnb.operators import Convolution
+from jfbnb.core import kernels
+from jfbnb.core.operators import Convolution
+from jfbnb.photo import kernel_option
 
 ANGLES = [0, 30, 45, 90, 135, -20, 400]
 MADE = [*(("gaussian", (std,)) for std in (0.3, 1, 2.5)), ("gaussian", (2.0, 3)),
@@ -37,7 +38,7 @@ def test_a_kernel_has_a_middle_and_is_told_to_the_command_as_to_python(kind, val
     assert torch.equal(kernel, kernel.flip(0, 1))
     np.testing.assert_allclose(moments(kernel)[0], 0, atol=1e-12)
     assert kernel.sum(0).all() and kernel.sum(1).all()  # no more rows and columns than it needs
-    assert torch.equal(kernels.parse(f"{kind}:{','.join(map(str, values))}"), kernel)
+    assert torch.equal(kernel_option.parse(f"{kind}:{','.join(map(str, values))}"), kernel)
 
 
 @pytest.mark.parametrize(("std", "size", "radius"), [(0.3, None, 1), (1, None, 3), (2.5, None, 8),
@@ -129,23 +130,23 @@ WRITERS = {
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_kernel_is_read_from_a_file(name, tmp_path, recwarn):
     WRITERS[name](tmp_path / name)
-    kernel = kernels.parse(str(tmp_path / name))
+    kernel = kernel_option.parse(str(tmp_path / name))
     assert kernel.dtype == torch.float64
     np.testing.assert_allclose(kernel, TABLE / TABLE.sum(), rtol=1e-6)
-    assert torch.equal(kernels.read(tmp_path / name), kernel)
+    assert torch.equal(kernel_option.read(tmp_path / name), kernel)
     assert not recwarn
 
 
 def test_a_file_of_one_row_and_negative_values_are_kernels_too(tmp_path):
     (tmp_path / "row.txt").write_text("-1 3 -1\n")
-    assert kernels.read(tmp_path / "row.txt").tolist() == [[-1, 3, -1]]
+    assert kernel_option.read(tmp_path / "row.txt").tolist() == [[-1, 3, -1]]
 
 
 def test_a_gaussian_in_a_file_of_float32_has_the_closed_form(tmp_path):
     """And a kernel that is no outer product has not."""
     kernel = kernels.gaussian(2.0)
     np.save(tmp_path / "k.npy", kernel.numpy().astype(np.float32))
-    A = Convolution(40, kernels.read(tmp_path / "k.npy"))
+    A = Convolution(40, kernel_option.read(tmp_path / "k.npy"))
     assert A.factors and not Convolution(40, kernel + 1e-6 * kernels.disk(6)).factors
     x = torch.rand(1, 1, 40, 40, dtype=torch.float64, generator=torch.manual_seed(0))
     torch.testing.assert_close(A(x), Convolution(40, kernel)(x), rtol=0, atol=1e-6)
@@ -165,7 +166,7 @@ def test_a_table_that_is_no_kernel_is_refused_in_a_line(name, tmp_path, recwarn)
     path = tmp_path / "k.npy"
     np.save(path, BAD_TABLES[name], allow_pickle=True)
     with pytest.raises(UserError) as caught:
-        kernels.parse(str(path))
+        kernel_option.parse(str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value) and not recwarn
 
 
@@ -183,7 +184,7 @@ def test_no_pickle_is_opened(tmp_path):
     path, sprung = tmp_path / "k.npy", tmp_path / "sprung"
     np.save(path, np.array([[Trap(sprung), 1]], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match="cannot read the kernel"):
-        kernels.read(path)
+        kernel_option.read(path)
     assert not sprung.exists()
 
 
@@ -196,7 +197,7 @@ def test_a_file_that_is_no_kernel_is_refused_in_a_line(name, content, tmp_path, 
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        kernels.parse(str(path))
+        kernel_option.parse(str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value) and not recwarn
 
 
@@ -210,5 +211,5 @@ def test_a_file_that_is_no_kernel_is_refused_in_a_line(name, content, tmp_path, 
     "disk:", "disk:0", "disk:-1", "disk:nan", "disk:inf", "disk:1e9", "disk:3,3"])
 def test_what_is_no_kernel_is_refused_in_a_line(text, recwarn):
     with pytest.raises(UserError) as caught:
-        kernels.parse(text)
+        kernel_option.parse(text)
     assert "\n" not in str(caught.value) and not recwarn

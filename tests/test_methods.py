@@ -11,19 +11,23 @@ from conftest import MAPS, make_map
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from jfbnb import methods
-from jfbnb.baselines import tikhonov
 from jfbnb.common import UserError
-from jfbnb.diagnostics import parameter_gradient
-from jfbnb.fixed_point import solve
-from jfbnb.gradients import implicit, jfb, neumann
-from jfbnb.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
-from jfbnb.methods import DEQ, JFB, METHODS, Method, Tuning, make_methods, register, tune
-from jfbnb.models import Equilibrium, Feedforward, Unrolled
-from jfbnb.networks import Denoiser, DnCNN, matched_sigma
-from jfbnb.operators import Blur, measure
-from jfbnb.recipes import prepare
-from jfbnb.training import EquilibriumLoss, ImplicitLoss, LossSettings, TrainingConfig, train
+from jfbnb.core.baselines import tikhonov
+from jfbnb.core.denoisers import Denoiser, DnCNN, matched_sigma
+from jfbnb.core.diagnostics import parameter_gradient
+from jfbnb.core.fixed_point import solve
+from jfbnb.core.gradients import implicit, jfb, neumann
+from jfbnb.core.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
+from jfbnb.core.models import Equilibrium, Feedforward, Unrolled
+from jfbnb.core.operators import Blur
+from jfbnb.core.protocols import measure
+from jfbnb.training import methods, restorers
+from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.losses import EquilibriumLoss, ImplicitLoss, LossSettings
+from jfbnb.training.methods import DEQ, JFB, METHODS, Method, register
+from jfbnb.training.recipes import prepare
+from jfbnb.training.restorers import make_methods
+from jfbnb.training.tuning import Tuning, tune
 
 CPU = torch.device("cpu")
 TUNED = [m for m in METHODS.values() if m.candidates(0.01, 1) != [{}] and m.tuned_as is None]
@@ -362,9 +366,9 @@ def test_released_methods_are_the_best_there_are(monkeypatch, weights, tmp_path)
     for file in ("tuning.json", "jfb.safetensors", "jfb.json", "denoiser.safetensors"):
         shutil.copyfile(weights / file, tmp_path / file)
     (tmp_path / "unrolled.safetensors").unlink(missing_ok=True)
-    assert methods._released(JFB) == tmp_path
-    assert methods._released(METHODS["plug-and-play"]) == weights
-    assert methods._released(METHODS["unrolled"]) == weights
+    assert restorers._released(JFB) == tmp_path
+    assert restorers._released(METHODS["plug-and-play"]) == weights
+    assert restorers._released(METHODS["unrolled"]) == weights
     assert set(make_methods(["tikhonov", "jfb", "unrolled"], None, CPU)) == {
         "tikhonov", "jfb", "unrolled"}
 
@@ -379,8 +383,8 @@ def test_weights_of_an_earlier_release_load(weights, tmp_path):
     del tensors["T.follow"]
     save_file(tensors, file, metadata)
     settings = Tuning.load(tmp_path / "tuning.json").settings(JFB)
-    assert methods.load_model(JFB, settings, tmp_path).T.follow == 1
+    assert restorers.load_model(JFB, settings, tmp_path).T.follow == 1
     del tensors["T.log_tau"]
     save_file(tensors, file, metadata)
     with pytest.raises(UserError, match="do not fit the networks that they name"):
-        methods.load_model(JFB, settings, tmp_path)
+        restorers.load_model(JFB, settings, tmp_path)

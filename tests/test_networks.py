@@ -8,21 +8,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from jfbnb import networks
 from jfbnb.common import UserError
-from jfbnb.methods import METHODS, load_model
-from jfbnb.networks import (
-    Denoiser,
-    DnCNN,
-    UNet,
-    fill,
-    load_denoiser,
-    load_weights,
-    make_network,
-    pick_bf16,
-    precision,
-    save_weights,
-)
+from jfbnb.core import denoisers as networks
+from jfbnb.core.denoisers import Denoiser, DnCNN, UNet, make_network
+from jfbnb.core.precision import pick_bf16, precision
+from jfbnb.training import weights
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import load_model
+from jfbnb.training.weights import fill, load_denoiser, load_weights, save_weights
 
 
 class Tent(torch.nn.Module):
@@ -55,12 +48,12 @@ def forge(file, descriptions, tensors=None) -> None:
 
 
 def dncnn(**arguments) -> dict:
-    return {"class": "jfbnb.networks.DnCNN",
+    return {"class": "jfbnb.core.denoisers.DnCNN",
             "arguments": {"depth": 2, "width": 4, "channels": 3} | arguments}
 
 
 def unet(**arguments) -> dict:
-    return {"class": "jfbnb.networks.UNet",
+    return {"class": "jfbnb.core.denoisers.UNet",
             "arguments": {"depth": 2, "width": 4, "channels": 3} | arguments}
 
 
@@ -262,8 +255,8 @@ def test_a_model_round_trips_with_its_head_and_without_its_operator(weights):
 def test_a_network_of_ones_own_is_loaded_by_those_that_give_its_class(file, monkeypatch):
     D = Denoiser(Tent(3, steep=True), 0.1)
     save_weights(file, D, {})
-    refusal(file, r"of the class test_networks.Tent, which is none of jfbnb.networks.DnCNN, "
-                  "jfbnb.networks.UNet: import it yourself and give it by `networks`")
+    refusal(file, r"of the class test_networks.Tent, which is none of jfbnb.core.denoisers.DnCNN, "
+                  "jfbnb.core.denoisers.UNet: import it yourself and give it by `networks`")
     loaded = load_denoiser(file, networks=[Tent])
     x = torch.rand(1, 3, 4, 4)
     assert torch.equal(loaded(x), D(x))
@@ -346,7 +339,7 @@ def test_a_small_file_that_claims_a_large_network_gets_no_memory(file, claim, mo
             made.append({parameter.device.type for parameter in self.parameters()})
 
     monkeypatch.setattr(networks, "NETWORKS", [Watched])
-    forge(file, [dncnn(**{"depth": 4, **claim}) | {"class": networks._full_name(Watched)}])
+    forge(file, [dncnn(**{"depth": 4, **claim}) | {"class": weights._full_name(Watched)}])
     refusal(file, "do not fit the networks that they name")
     assert made == [{"meta"}]
 

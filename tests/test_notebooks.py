@@ -8,7 +8,7 @@ from itertools import pairwise
 import nbformat
 import pytest
 
-from jfbnb.suite.reproduce import STEPS, notebook_parameters
+from jfbnb.run.reproduce import STEPS, notebook_parameters
 
 PATHS = [step.notebook for step in STEPS]
 IDS = [path.stem for path in PATHS]

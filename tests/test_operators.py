@@ -17,8 +17,9 @@ import torch
 from conftest import Contractive, make_map
 from torch.nn.functional import avg_pool2d
 
-from jfbnb import kernels, methods
-from jfbnb.baselines import (
+from jfbnb.common import UserError
+from jfbnb.core import kernels
+from jfbnb.core.baselines import (
     direct_inverse,
     discrepancy_lambda,
     image_gradient,
@@ -28,12 +29,13 @@ from jfbnb.baselines import (
     total_variation,
     total_variation_objective,
 )
-from jfbnb.common import UserError
-from jfbnb.fixed_point import solve
-from jfbnb.maps import PreconditionedMap, SplittingMap
-from jfbnb.metrics import psnr
-from jfbnb.networks import Denoiser, DnCNN
-from jfbnb.operators import (
+from jfbnb.core.conjugate_gradients import conjugate_gradients
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.core.fixed_point import solve
+from jfbnb.core.kernels import gaussian_kernel
+from jfbnb.core.maps import PreconditionedMap, SplittingMap
+from jfbnb.core.metrics import psnr
+from jfbnb.core.operators import (
     MRI,
     Blur,
     Convolution,
@@ -41,13 +43,11 @@ from jfbnb.operators import (
     Inpainting,
     LinearOperator,
     Separable,
-    conjugate_gradients,
-    gaussian_kernel,
-    get_protocol,
-    measure,
     scene_size,
     toeplitz,
 )
+from jfbnb.core.protocols import get_protocol, measure
+from jfbnb.training import restorers
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -307,7 +307,7 @@ def camera(kernel: torch.Tensor, n: int, noise_std: float) -> tuple[torch.Tensor
     ("jfb-head", kernels.gaussian(5**0.5, 5))], ids=["tikhonov", "motion", "jfb-head"])
 def test_an_unknown_border_restores_what_a_black_one_spoils(method, kernel):
     d, x = camera(kernel, 96, 0.01)
-    restorer = methods.make_methods([method], methods.RELEASED, torch.device("cpu"))[method]
+    restorer = restorers.make_methods([method], restorers.RELEASED, torch.device("cpu"))[method]
     reached = {}
     for border in ("black", "unknown"):
         A = Convolution(scene_size(d.shape[2:], kernel.shape, border), kernel, border)

@@ -10,20 +10,14 @@ import skimage.restoration
 import torch
 from conftest import MAPS, make_map
 
-from jfbnb import kernels
-from jfbnb.baselines import tikhonov, total_variation
 from jfbnb.common import UserError
-from jfbnb.fixed_point import solve
-from jfbnb.gradients import implicit, jfb
-from jfbnb.maps import ProximalMap
-from jfbnb.operators import (
-    MRI,
-    Blur,
-    Convolution,
-    Downsampling,
-    Inpainting,
-    from_deepinv,
-)
+from jfbnb.core import kernels
+from jfbnb.core.baselines import tikhonov, total_variation
+from jfbnb.core.fixed_point import solve
+from jfbnb.core.gradients import implicit, jfb
+from jfbnb.core.interop import from_deepinv
+from jfbnb.core.maps import ProximalMap
+from jfbnb.core.operators import MRI, Blur, Convolution, Downsampling, Inpainting
 
 deepinv = pytest.importorskip("deepinv")
 torchdeq = pytest.importorskip("torchdeq")

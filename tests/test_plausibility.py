@@ -14,8 +14,9 @@ import skimage.restoration
 import torch
 from PIL import Image
 
-from jfbnb import kernels, plausibility
-from jfbnb.plausibility import contradictions, estimate_noise
+from jfbnb.core import kernels
+from jfbnb.photo import model_check
+from jfbnb.photo.model_check import contradictions, estimate_noise
 
 GAUSSIAN = kernels.gaussian(math.sqrt(5), 5)
 ROUNDING = 1 / 255 / math.sqrt(12)
@@ -159,7 +160,7 @@ def test_any_kernel_is_taken():
 def test_misfit_is_the_least_that_scipy_finds():
     """Whittle's likelihood, written again from its formula, minimised by BFGS."""
     noise_std = 0.01
-    blocks = plausibility._blocks(camera("astronaut", GAUSSIAN).mean(dim=0, keepdim=True), 64)[:, 0]
+    blocks = model_check._blocks(camera("astronaut", GAUSSIAN).mean(dim=0, keepdim=True), 64)[:, 0]
     window = np.outer(*(scipy.signal.get_window("hann", 64),) * 2)
     power = np.mean([np.abs(np.fft.fft2((b - b.mean()) * window)) ** 2
                      for b in blocks.double().numpy()], axis=0) / (window**2).sum()
@@ -183,5 +184,5 @@ def test_misfit_is_the_least_that_scipy_finds():
             return np.mean(ratio - 1 - np.log(ratio)) + prior
 
         best = scipy.optimize.minimize(misfit, [-8, -3, 0, 0, 0, 0, 2 * math.log(noise_std), 0])
-        ours = plausibility._misfits(blocks, noise_std, [blur]).item()
+        ours = model_check._misfits(blocks, noise_std, [blur]).item()
         assert ours == pytest.approx(best.fun, abs=1e-4)

@@ -13,25 +13,28 @@ import pytest
 import torch
 from in_two_processes import CONFIG, IMAGES, LOSSES, make, train_in
 
-from jfbnb import processes, training
-from jfbnb.checkpoints import previous
 from jfbnb.common import UserError
-from jfbnb.evaluation import evaluate, join
-from jfbnb.gradients import neumann
-from jfbnb.maps import SplittingMap
-from jfbnb.methods import METHODS, RELEASED, Tuning, load_model, make_methods
-from jfbnb.models import Equilibrium, Feedforward, Unrolled
-from jfbnb.operators import Blur, measure
-from jfbnb.suite.cli import main
-from jfbnb.training import (
+from jfbnb.core.gradients import neumann
+from jfbnb.core.maps import SplittingMap
+from jfbnb.core.models import Equilibrium, Feedforward, Unrolled
+from jfbnb.core.operators import Blur
+from jfbnb.core.protocols import measure
+from jfbnb.run.command import main
+from jfbnb.training import loop as training
+from jfbnb.training import processes
+from jfbnb.training.checkpoints import previous
+from jfbnb.training.evaluation import evaluate, join
+from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.losses import (
     DenoiserLoss,
     EquilibriumLoss,
     ExplicitLoss,
     ImplicitLoss,
     LossSettings,
-    TrainingConfig,
-    train,
 )
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import RELEASED, load_model, make_methods
+from jfbnb.training.tuning import Tuning
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -18,11 +18,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from jfbnb.evaluation import SPENT
-from jfbnb.networks import make_network
-from jfbnb.suite.checkout import ROOT
-from jfbnb.suite.cli import main
-from jfbnb.suite.reproduce import STEPS, known_parameters, load_profile, step_parameters
+from jfbnb.core.denoisers import make_network
+from jfbnb.run.checkout import ROOT
+from jfbnb.run.command import main
+from jfbnb.run.reproduce import STEPS, known_parameters, load_profile, step_parameters
+from jfbnb.teaching.tables import SPENT
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 PIP_ONLY = ("deepinv", "latex2mathml", "playwright", "torchdeq")  # by pip alone

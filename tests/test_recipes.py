@@ -9,14 +9,17 @@ import pandas as pd
 import pytest
 import torch
 
-from jfbnb import recipes
 from jfbnb.common import UserError
-from jfbnb.datasets import ImageSet, Splits, bundled_photos
-from jfbnb.methods import METHODS, RELEASED, prior
-from jfbnb.networks import DnCNN, load_denoiser
-from jfbnb.operators import get_protocol
-from jfbnb.recipes import Run, pose, read_cards, train_method, trainings
-from jfbnb.training import EquilibriumLoss, LossSettings, TrainingConfig
+from jfbnb.core.denoisers import DnCNN
+from jfbnb.core.protocols import get_protocol
+from jfbnb.data import ImageSet, Splits, bundled_photos
+from jfbnb.training import recipes
+from jfbnb.training.loop import TrainingConfig
+from jfbnb.training.losses import EquilibriumLoss, LossSettings
+from jfbnb.training.methods import METHODS, prior
+from jfbnb.training.recipes import Run, pose, read_cards, train_method, trainings
+from jfbnb.training.restorers import RELEASED
+from jfbnb.training.weights import load_denoiser
 
 CPU = torch.device("cpu")
 CONFIG = TrainingConfig(1, batch_size=4, crop=16, learning_rate=1e-3, seed=0, unconverged_limit=1.0)

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from jfbnb import kernels
-from jfbnb.datasets import bundled_photos
-from jfbnb.evaluation import evaluate, summarise
-from jfbnb.methods import BEST, RELEASED, expected_methods, make_methods
-from jfbnb.metrics import psnr
-from jfbnb.operators import Blur, Convolution, get_protocol, measure
+from jfbnb.core import kernels
+from jfbnb.core.metrics import psnr
+from jfbnb.core.operators import Blur, Convolution
+from jfbnb.core.protocols import get_protocol, measure
+from jfbnb.data import bundled_photos
+from jfbnb.training.evaluation import evaluate, summarise
+from jfbnb.training.restorers import BEST, RELEASED, expected_methods, make_methods
 
 
 @pytest.mark.parametrize(("weights", "head"), [(RELEASED, True), (BEST, False)])

@@ -17,16 +17,17 @@ import torch
 from filelock import FileLock
 
 from jfbnb.common import CHECK_FAILED, UNFINISHED, UserError, check, parse_yaml
-from jfbnb.methods import METHODS, RELEASED
-from jfbnb.sources import imported_files
-from jfbnb.suite import checkout
-from jfbnb.suite import reproduce as runner
-from jfbnb.suite.cli import main
+from jfbnb.run import checkout
+from jfbnb.run import reproduce as runner
+from jfbnb.run.command import main
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import RELEASED
+from jfbnb.training.sources import imported_files
 
 NOTEBOOK = """
 import time
 {imports}
-from jfbnb.suite.checkout import workplace
+from jfbnb.run.checkout import workplace
 runs, figures = workplace(profile)
 for folder in (runs, figures):
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,9 +38,9 @@ time.sleep(delay if "{name}" == "02_b" else 0)
 (figures / "{name}.pdf").write_text("pdf")
 """
 PACKAGE = {
-    "__init__.py": "", "suite/__init__.py": "", "suite/doctor.py": "", "methods.py": "",
+    "__init__.py": "", "run/__init__.py": "", "run/doctor.py": "", "methods.py": "",
     "maps.py": "", "kernels.py": "", "operators.py": "def f():\n    import jfbnb.kernels as k\n",
-    "suite/checkout.py": inspect.getsource(checkout),
+    "run/checkout.py": inspect.getsource(checkout),
     "common.py": f"CHECK_FAILED = {CHECK_FAILED!r}\nclass UserError(Exception): ...\n"
                  f"{inspect.getsource(check)}"}
 PARAMETERS = """profile = "quick"
@@ -119,7 +120,7 @@ def test_runs_then_skips_then_runs_what_changed(suite):
     (suite / "runs/quick/01_a.txt").write_text("damaged")
     assert go(overrides={"size": 2})[0] == "ran"
     # Package code: the notebooks that use it, at first or second hand.
-    for name, expected in (("suite/doctor.py", ["skipped"] * 3), ("maps.py", ["skipped"] * 3),
+    for name, expected in (("run/doctor.py", ["skipped"] * 3), ("maps.py", ["skipped"] * 3),
                            ("operators.py", ["ran", "skipped", "skipped"]),
                            ("kernels.py", ["ran", "skipped", "skipped"]),
                            ("common.py", ["ran"] * 3)):
@@ -300,7 +301,7 @@ def test_killed_anywhere_the_next_run_goes_on(suite, tmp_path):
         from pathlib import Path
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         from test_reproduce import point_runner_at
-        from jfbnb.suite.reproduce import reproduce
+        from jfbnb.run.reproduce import reproduce
         point_runner_at(Path({str(suite)!r}))
         reproduce("quick", {{"delay": 60.0}})
     """)
@@ -377,7 +378,7 @@ def test_notebook_5_trains_every_method_that_has_a_loss():
                      for name in step.made({"over_conditions": both})
                      if name.endswith(".safetensors")}
         assert artefacts == expected and "conditions/jfb" in again
-    assert "published_table2.csv" in step.reads
+    assert "teaching/published_table2.csv" in step.reads
     assert all((checkout.ROOT / "jfbnb" / name).is_file() for name in step.reads)
 
 
@@ -389,8 +390,8 @@ def test_what_code_imports_is_followed(suite):
     assert names("import torch") == set()
     assert names("import jfbnb.operators") == {"__init__.py", "operators.py", "kernels.py"}
     assert names("from jfbnb import operators") == names("import jfbnb.operators")
-    assert names("from jfbnb.suite.checkout import find_path") \
-        == {"__init__.py", "common.py", "suite/__init__.py", "suite/checkout.py"}
+    assert names("from jfbnb.run.checkout import find_path") \
+        == {"__init__.py", "common.py", "run/__init__.py", "run/checkout.py"}
     assert names("%matplotlib inline") == set(PACKAGE)
 
 
@@ -409,7 +410,7 @@ def test_methods_of_others_count_where_methods_are_used(suite, monkeypatch):
     step = runner.STEPS[0]
     assert "methods of others" not in hashes()
     notebook = nbformat.read(step.notebook, 4)
-    notebook.cells[-1].source = "from jfbnb.methods import METHODS"
+    notebook.cells[-1].source = "from jfbnb.training.methods import METHODS"
     nbformat.write(notebook, step.notebook)
     assert hashes() == hashes() != hashes(noise_power=0.5)
     assert hashes() != hashes(restore=lambda A, d, s, ratio: (d, None))

@@ -7,11 +7,11 @@ import torch
 from conftest import MAPS, make_map
 
 from jfbnb.common import UserError
-from jfbnb.fixed_point import anderson, picard, solve
-from jfbnb.gradients import implicit, jfb, neumann, unrolled
-from jfbnb.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
-from jfbnb.networks import Denoiser
-from jfbnb.operators import Blur, Inpainting
+from jfbnb.core.denoisers import Denoiser
+from jfbnb.core.fixed_point import anderson, picard, solve
+from jfbnb.core.gradients import implicit, jfb, neumann, unrolled
+from jfbnb.core.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap, SplittingMap
+from jfbnb.core.operators import Blur, Inpainting
 
 
 class Shrink(torch.nn.Module):

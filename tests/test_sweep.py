@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 
 from jfbnb.common import UserError, parse_yaml
-from jfbnb.suite import sweep as module
-from jfbnb.suite.cli import main
+from jfbnb.run import sweep as module
+from jfbnb.run.command import main
 
 distributed = pytest.importorskip("distributed", reason="pip install 'jfbnb[sweep]'")
 

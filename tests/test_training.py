@@ -15,33 +15,35 @@ import torch
 from conftest import Contractive, make_map
 from safetensors.torch import load_file, save_file
 
-from jfbnb import checkpoints, training
-from jfbnb.checkpoints import load_checkpoint, previous, resume
 from jfbnb.common import UserError
-from jfbnb.datasets import OFTEN, bundled_photos
-from jfbnb.fixed_point import solve
-from jfbnb.gradients import neumann
-from jfbnb.maps import PreconditionedMap, SplittingMap
-from jfbnb.methods import METHODS, RELEASED, Tuning, load_model
-from jfbnb.models import Equilibrium, Feedforward, Unrolled
-from jfbnb.networks import Denoiser, DnCNN, UNet, load_denoiser, save_weights
-from jfbnb.operators import Blur, get_protocol
-from jfbnb.sources import digest
-from jfbnb.suite import train as command
-from jfbnb.suite.cli import main
-from jfbnb.suite.reproduce import STEPS
-from jfbnb.training import (
-    EVERYWHERE,
-    Conditions,
+from jfbnb.core.denoisers import Denoiser, DnCNN, UNet
+from jfbnb.core.fixed_point import solve
+from jfbnb.core.gradients import neumann
+from jfbnb.core.maps import PreconditionedMap, SplittingMap
+from jfbnb.core.models import Equilibrium, Feedforward, Unrolled
+from jfbnb.core.operators import Blur
+from jfbnb.core.protocols import get_protocol
+from jfbnb.data import OFTEN, bundled_photos
+from jfbnb.run import train as command
+from jfbnb.run.command import main
+from jfbnb.run.reproduce import STEPS
+from jfbnb.training import checkpoints, loop, losses
+from jfbnb.training.checkpoints import load_checkpoint, previous, resume
+from jfbnb.training.degradations import EVERYWHERE, Conditions
+from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.losses import (
     DenoiserLoss,
     EquilibriumLoss,
     ExplicitLoss,
     LossSettings,
-    TrainingConfig,
     contraction_estimate,
     draw_measurement,
-    train,
 )
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import RELEASED, load_model
+from jfbnb.training.sources import digest
+from jfbnb.training.tuning import Tuning
+from jfbnb.training.weights import load_denoiser, save_weights
 
 CPU = torch.device("cpu")
 # Networks this small and young rarely converge in the few iterations given here.
@@ -51,7 +53,7 @@ LOSSES = LossSettings(0.01, tolerance=1e-3, max_iterations=8, power_iterations=1
 
 @pytest.fixture(autouse=True)
 def a_record_for_each_epoch(monkeypatch):
-    monkeypatch.setattr(training, "RECORDS", 1)
+    monkeypatch.setattr(loop, "RECORDS", 1)
 
 
 @pytest.fixture
@@ -102,7 +104,7 @@ def test_parts_change_no_weight(images, records, monkeypatch):
     """Two and a half epochs, recorded more or less often: the same draws, the same schedule."""
     model, loss = make()
     train(model, loss, images, replace(CONFIG, epochs=7 / 3), CPU)
-    monkeypatch.setattr(training, "RECORDS", records)
+    monkeypatch.setattr(loop, "RECORDS", records)
     other, loss = make()
     history = train(other, loss, images, replace(CONFIG, epochs=7 / 3), CPU)
     assert len(history) == min(7, max(records, 3))  # of seven steps, three to an epoch
@@ -215,7 +217,7 @@ def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(crops, mo
     torch.testing.assert_close(figures["mse"], expected["mse"], rtol=0, atol=0)
     weights = list(model.parameters())
     got = torch.autograd.grad(value.sum(), weights)
-    wanted = torch.autograd.grad(errors.mean().log() * len(crops) * training.TYPICAL, weights)
+    wanted = torch.autograd.grad(errors.mean().log() * len(crops) * losses.TYPICAL, weights)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -555,7 +557,7 @@ def test_the_command_refuses_a_network_that_is_not_there(capsys, tmp_path, monke
 def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatch):
     """From the denoiser on, on faces and photographs, by the parameters of the profile `best`."""
     photographs = bundled_photos("beside", 128)[::60]
-    monkeypatch.setattr("jfbnb.datasets.bundled_photos", lambda *_: photographs)
+    monkeypatch.setattr("jfbnb.data.bundled_photos", lambda *_: photographs)
     words = ["--profile", "best", "--data", image_folder, "--out", tmp_path]
     for setting in ("n_train=5", "n_validation=1", "n_test=1", "search_images=1", "candidates=1",
                     "depth=2", "width=4", "pretrain_epochs=1", "pretrain_crop=24", "budget=500",
@@ -569,7 +571,7 @@ def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatc
         "training data"]
     assert LossSettings.read(card).conditions == EVERYWHERE
     assert TrainingConfig.read(card).muon and LossSettings.read(card).visits == 8
-    assert {n["class"] for n in card["networks"]} == {"jfbnb.networks.UNet"}
+    assert {n["class"] for n in card["networks"]} == {"jfbnb.core.denoisers.UNet"}
 
 
 # --- what the loss of an equilibrium does -------------------------------------------------------
@@ -621,7 +623,7 @@ def test_bfloat16_is_for_the_first_evaluations_and_the_gradient(crops):
         raise ValueError
 
     with pytest.raises(ValueError), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "solve", fail)
+        patch.setattr(losses, "solve", fail)
         loss(crops, (0,), range(8))
     assert not model.T.D.network.bf16
 
@@ -764,16 +766,16 @@ def test_the_key_is_the_same_in_every_process(tmp_path):
     program = """
 import torch
 import outside
-from jfbnb import training
-from jfbnb.sources import digest
-from jfbnb.training import train
-from jfbnb.gradients import neumann
-from jfbnb.methods import METHODS
-from jfbnb.networks import DnCNN
+
+from jfbnb.training.sources import digest
+from jfbnb.training.loop import train
+from jfbnb.core.gradients import neumann
+from jfbnb.training.methods import METHODS
+from jfbnb.core.denoisers import DnCNN
 torch.manual_seed(0)
 images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
-settings = training.LossSettings(0.01)
-config = training.TrainingConfig(1, 1, 16, 1e-3, 0)
+settings = losses.LossSettings(0.01)
+config = loop.TrainingConfig(1, 1, 16, 1e-3, 0)
 chosen = {"tau": 0.1, "sigma": 0.1, "lam": 0.1, "eta": 1.0, "iterations": 3}
 
 def noting(loss, names):
@@ -786,7 +788,7 @@ for method in METHODS.values():
         for given in (loss, outside.Loss(loss), noting(loss, {"b", "a", "c"})):
             print(method.name, digest(train, model, given, images, config))
 terms = 3
-loss = training.EquilibriumLoss(model, settings, lambda T, x: neumann(T, x, terms))
+loss = losses.EquilibriumLoss(model, settings, lambda T, x: neumann(T, x, terms))
 print(digest(train, model, loss, images, config))
 """
     (tmp_path / "program.py").write_text(program)

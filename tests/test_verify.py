@@ -7,14 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from jfbnb import evaluation
 from jfbnb.common import UserError
-from jfbnb.datasets import load_splits
-from jfbnb.methods import make_methods
-from jfbnb.operators import get_protocol, measure
-from jfbnb.suite import verify
-from jfbnb.suite.cli import main
-from jfbnb.suite.reproduce import STEPS, file_hash
+from jfbnb.core.protocols import get_protocol, measure
+from jfbnb.data import load_splits
+from jfbnb.run import verify
+from jfbnb.run.command import main
+from jfbnb.run.reproduce import STEPS, file_hash
+from jfbnb.teaching import tables
+from jfbnb.training import evaluation
+from jfbnb.training.restorers import make_methods
 
 PARAMETERS = {"data": "bundled", "protocol": "paper", "seed": 0, "device": "cpu", "n_train": 1,
               "n_validation": 1, "n_test": 1}
@@ -33,7 +34,7 @@ def finished(tmp_path, weights, monkeypatch):
     table = evaluation.evaluate(make_methods(["tikhonov", "jfb"], runs, torch.device("cpu")), A,
                                 x[:2], d[:2], setup.noise_std, images.names[:2])
     table.to_csv(figures / "metrics.csv", index=False)
-    evaluation.table2(evaluation.summarise(table)).to_csv(figures / "table2_comparison.csv",
+    tables.table2(evaluation.summarise(table)).to_csv(figures / "table2_comparison.csv",
                                                           index=False)
     outputs = {f"figures/quick/{p.name}": file_hash(p) for p in figures.glob("*.csv")}
     provenance = {"steps": {STEPS[-1].name: {"parameters": PARAMETERS, "outputs": outputs}}}

@@ -7,23 +7,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from jfbnb import training
-from jfbnb.datasets import bundled_photos
-from jfbnb.fixed_point import anderson
-from jfbnb.maps import SplittingMap
-from jfbnb.models import Equilibrium
-from jfbnb.muon import LENGTH, Muon, polar_factor
-from jfbnb.networks import Denoiser, DnCNN
-from jfbnb.operators import Blur
-from jfbnb.training import (
-    Conditions,
-    EquilibriumLoss,
-    ImplicitLoss,
-    LossSettings,
-    TrainingConfig,
-    draw_measurement,
-    train,
-)
+from jfbnb.core.denoisers import Denoiser, DnCNN
+from jfbnb.core.fixed_point import anderson
+from jfbnb.core.maps import SplittingMap
+from jfbnb.core.models import Equilibrium
+from jfbnb.core.operators import Blur
+from jfbnb.data import bundled_photos
+from jfbnb.training import loop, losses
+from jfbnb.training.degradations import Conditions
+from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.losses import EquilibriumLoss, ImplicitLoss, LossSettings, draw_measurement
+from jfbnb.training.muon import LENGTH, Muon, polar_factor
 
 CPU = torch.device("cpu")
 VISITED = LossSettings(0.01, 1e-3, 30, 1, penalty=0.0, visits=4)
@@ -54,23 +48,23 @@ def model(std: float = 0.008) -> Equilibrium:
 
 @pytest.mark.parametrize("visits", [2, 8])
 def test_a_batch_is_visited_so_often_and_others_lie_between(visits):
-    met = [training._which(step, visits) for step in range(training.POOL * 40)]
+    met = [loop._which(step, visits) for step in range(losses.POOL * 40)]
     when = {}
     for step, batch in enumerate(met):
         when.setdefault(batch, []).append(step)
     gaps = {b - a for steps in when.values() for a, b in pairwise(steps)}
-    assert gaps == {training.POOL}
+    assert gaps == {losses.POOL}
     counts = Counter(met)
-    whole = range(training.POOL, training.POOL * (40 // visits))  # none is left out
+    whole = range(losses.POOL, losses.POOL * (40 // visits))  # none is left out
     assert {counts[batch] for batch in whole} == {visits}
     assert max(counts.values()) == visits
-    new = [steps[0] for steps in when.values() if steps[0] >= training.POOL]
-    per_pool = Counter(step // training.POOL for step in new)
-    assert set(per_pool.values()) == {training.POOL // visits}  # solves are due evenly
+    new = [steps[0] for steps in when.values() if steps[0] >= losses.POOL]
+    per_pool = Counter(step // losses.POOL for step in new)
+    assert set(per_pool.values()) == {losses.POOL // visits}  # solves are due evenly
 
 
 def test_without_visits_the_batches_come_in_order():
-    assert [training._which(step, 1) for step in range(500)] == list(range(500))
+    assert [loop._which(step, 1) for step in range(500)] == list(range(500))
 
 
 # --- what is gone on from -----------------------------------------------------------------------
@@ -84,14 +78,14 @@ def test_it_solves_once_and_goes_on_from_what_it_tracked(kind, images, monkeypat
         solves.append(1)
         return real(*arguments, **options)
 
-    real = training.solve
-    monkeypatch.setattr(training, "solve", counted)
-    monkeypatch.setattr(training, "POOL", 2)
+    real = losses.solve
+    monkeypatch.setattr(losses, "solve", counted)
+    monkeypatch.setattr(losses, "POOL", 2)
     m = model()
     loss = kind(m, VISITED)
     history = train(m, loss, images, replace(STILL, epochs=8), CPU)
     # Two places of four visits each; the second begins with its second visit.
-    assert len(solves) == len({training._which(step, 4) for step in range(16)}) == 5
+    assert len(solves) == len({loop._which(step, 4) for step in range(16)}) == 5
     assert len(loss.memory) == 2
     assert {"iterations", "converged", "mse"} <= set(history[0])
 
@@ -164,7 +158,7 @@ def test_every_batch_weighs_alike_under_drawn_conditions(images):
     x = images[:4, :, :16, :16].float() / 255
     for key in range(4):
         value, figures = loss(x, (0, key), range(4))
-        assert value.mean().item() == pytest.approx(training.TYPICAL, rel=1e-5)
+        assert value.mean().item() == pytest.approx(losses.TYPICAL, rel=1e-5)
         assert value.detach() / value.detach().sum() == pytest.approx(
             (figures["mse"] / figures["mse"].sum()), rel=1e-4)
 

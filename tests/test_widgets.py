@@ -22,11 +22,18 @@ import torch
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from jfbnb import explorers, images, kernels, photograph_explorer, widgets
-from jfbnb.baselines import gradient_descent_iterate, tikhonov_gradient_descent
 from jfbnb.common import UserError
-from jfbnb.datasets import bundled_photos
-from jfbnb.explorers import (
+from jfbnb.core import kernels
+from jfbnb.core.baselines import gradient_descent_iterate, tikhonov_gradient_descent
+from jfbnb.core.maps import SplittingMap
+from jfbnb.core.metrics import psnr
+from jfbnb.core.operators import Blur
+from jfbnb.data import bundled_photos
+from jfbnb.photo import files as images
+from jfbnb.photo import kernel_option
+from jfbnb.photo.restore import Restored
+from jfbnb.teaching import explorers, swipe, your_photograph
+from jfbnb.teaching.explorers import (
     BlurExplorer,
     DenoiserExplorer,
     GradientExplorer,
@@ -35,14 +42,12 @@ from jfbnb.explorers import (
     TikhonovExplorer,
     read_upload,
 )
-from jfbnb.figures import GRADIENT_COLOURS
-from jfbnb.maps import SplittingMap
-from jfbnb.methods import METHODS, RELEASED, Tuning, load_model
-from jfbnb.metrics import psnr
-from jfbnb.operators import Blur
-from jfbnb.photograph_explorer import PhotographExplorer
-from jfbnb.photographs import Restored
-from jfbnb.widgets import compare, to_png
+from jfbnb.teaching.figures import GRADIENT_COLOURS
+from jfbnb.teaching.swipe import compare, to_png
+from jfbnb.teaching.your_photograph import PhotographExplorer
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import RELEASED, load_model
+from jfbnb.training.tuning import Tuning
 
 
 @pytest.fixture(scope="module")
@@ -112,18 +117,18 @@ def test_colab_is_told_to_show_widgets_and_nobody_else(monkeypatch):
     output = ModuleType("google.colab.output")
     output.enable_custom_widget_manager = lambda: told.append(True)
     monkeypatch.setitem(sys.modules, "google.colab.output", output)
-    widgets.enable_on_colab()
+    swipe.enable_on_colab()
     assert not told
     monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
     monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
-    widgets.enable_on_colab()
+    swipe.enable_on_colab()
     assert told == [True]
 
 
 def test_script_is_valid_javascript():
     if shutil.which("node") is None:
         pytest.skip("node is not installed; the browser tests run the script")
-    subprocess.run(["node", "--check", widgets.__file__.replace("widgets.py", "compare.js")],
+    subprocess.run(["node", "--check", swipe.__file__.replace("swipe.py", "swipe.js")],
                    check=True)
 
 
@@ -314,7 +319,7 @@ def upload(control, name: str, content: bytes) -> None:
                       "content": memoryview(content), "last_modified": datetime.now(UTC)},)
 
 
-def sent(comparison: widgets.Comparison) -> dict[str, np.ndarray]:
+def sent(comparison: swipe.Comparison) -> dict[str, np.ndarray]:
     """The pictures that a browser gets, (h, w, 3)."""
     found = re.findall('<img alt="([^"]*)" src="data:image/png;base64,([^"]*)"', comparison.figures)
     return {label: np.asarray(Image.open(io.BytesIO(base64.b64decode(content))))
@@ -471,7 +476,7 @@ def tiff(pixels: np.ndarray, **options) -> bytes:
 def blurred(text: str, noise_std: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """A photograph (120, 150) and its picture, made by SciPy on a larger scene, then cut."""
     x = skimage.data.coffee()[100:300, 200:400].mean(axis=2) / 255
-    d = scipy.ndimage.convolve(x, kernels.parse(text).numpy())
+    d = scipy.ndimage.convolve(x, kernel_option.parse(text).numpy())
     d = d + noise_std * np.random.default_rng(seed).standard_normal(d.shape)
     return x[40:160, 25:175], d[40:160, 25:175]
 
@@ -490,7 +495,7 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 def test_example_is_what_a_camera_sees_and_comes_out_better():
     explorer = PhotographExplorer()
     scene = skimage.data.astronaut() / 255
-    kernel = kernels.parse(photograph_explorer.EXAMPLE)
+    kernel = kernel_option.parse(your_photograph.EXAMPLE)
     d = scipy.ndimage.convolve(scene, kernel[..., None].numpy())
     below, right = (n - 1 - n // 2 for n in kernel.shape)  # what a camera does not see whole
     d, truth = (image[20 + below:180 + below, 140 + right:300 + right] for image in (d, scene))
@@ -634,7 +639,7 @@ def test_warnings_and_what_was_decided_are_lines(explorer, monkeypatch):
     def doubtful(_, d, *args):
         return Restored(d, 0.02, ["try <b> and --kernel disk:2, or --noise-std", "second"], 1)
 
-    monkeypatch.setattr(photograph_explorer, "restore", doubtful)
+    monkeypatch.setattr(your_photograph, "restore", doubtful)
     press(explorer)
     lines = re.findall("<div.*?</div>", explorer.status.value)
     assert len(lines) == 3 and "color" in lines[1]
@@ -658,7 +663,7 @@ def test_every_page_of_a_stack_is_restored(explorer):
 def test_progress_is_a_line(explorer, monkeypatch):
     said = []
     monkeypatch.setattr(explorer, "say", lambda line, *_, **__: said.append(line))
-    monkeypatch.setattr("jfbnb.photographs.TILE", 100)
+    monkeypatch.setattr("jfbnb.photo.restore.TILE", 100)
     press(explorer)
     tiles = int(re.fullmatch(r"restoring, (\d+) tiles: 0%", said[0])[1])
     assert tiles > 1 and len(said) == tiles + 2
@@ -677,7 +682,7 @@ def test_restoring_can_be_stopped(explorer, monkeypatch):
 
     shown = explorer.comparison.figures
     with monkeypatch.context() as patch:
-        patch.setattr(photograph_explorer, "restore", slow)
+        patch.setattr(your_photograph, "restore", slow)
         explorer.button.click()
         assert begun.wait(60)
         assert explorer.button.description == "Stop" and explorer.upload.disabled
@@ -708,7 +713,7 @@ def test_a_browser_is_sent_no_more_than_it_can_do_with(explorer):
 
 def test_a_large_result_is_written_not_linked(explorer, tmp_path, monkeypatch):
     _, content = offered(explorer)
-    monkeypatch.setattr(photograph_explorer, "LINKED", 1000)
+    monkeypatch.setattr(your_photograph, "LINKED", 1000)
     press(explorer)
     file = tmp_path / "example-tikhonov.png"
     assert str(file) in explorer.status.value and "<a" not in explorer.status.value
@@ -726,7 +731,7 @@ def test_a_photograph_explorer_lives_on(explorer, monkeypatch, error, message):
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr(photograph_explorer, "restore", fail)
+        patch.setattr(your_photograph, "restore", fail)
         press(explorer)
     assert message in explorer.status.value and explorer.button.description == "Restore"
     press(explorer)

@@ -18,8 +18,8 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
-from jfbnb.evaluation import SPENT, trained_for
-from jfbnb.methods import JFB, METHODS
+from jfbnb.teaching.tables import SPENT, trained_for
+from jfbnb.training.methods import JFB, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "quick"

@@ -22,7 +22,7 @@ import scipy.ndimage
 import skimage.data
 from PIL import Image
 
-from jfbnb.suite.checkout import ROOT
+from jfbnb.run.checkout import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))),
@@ -242,7 +242,7 @@ def photograph(tmp_path) -> tuple[Path, np.ndarray]:
 @pytest.fixture
 def explorer_alone(lab):
     """The name of a notebook with the explorer of photographs, and nothing else."""
-    cell = "from jfbnb.photograph_explorer import PhotographExplorer\n\nPhotographExplorer()"
+    cell = "from jfbnb.teaching.your_photograph import PhotographExplorer\n\nPhotographExplorer()"
     notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(cell)],
         metadata={"kernelspec": {"name": "python3", "display_name": "Python 3"}})
@@ -282,7 +282,7 @@ def comparison(tmp_path) -> str:
     """The address of a page on disk with a comparison of three images, and nothing else."""
     import torch
 
-    from jfbnb.widgets import compare
+    from jfbnb.teaching.swipe import compare
 
     x = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
     html = compare({"a": x, "b": 1 - x, "c": x / 2}, truth="a").to_html()

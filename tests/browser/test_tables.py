@@ -5,7 +5,7 @@ from itertools import pairwise
 import pandas as pd
 import pytest
 
-from jfbnb.suite.checkout import ROOT
+from jfbnb.run.checkout import ROOT
 
 # dB. With as many threads on the same machine every digit is the same. One thread in the place of
 # two was measured to change a row by 0.036: rounding in another order, amplified by training.

@@ -1,0 +1,1 @@
+"""The mathematics: operators, implicit maps, solvers, gradients, networks, baselines."""

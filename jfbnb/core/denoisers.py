@@ -1,0 +1,189 @@
+"""The networks: DnCNN, and the denoiser D made of one. They know no operator.
+
+Any module called as `network(x, sigma)` will do in the place of DnCNN: it predicts the noise in x,
+given the noise level sigma. To be saved it keeps each argument of its constructor under the same
+name; to be loaded its class must be among `NETWORKS`, or be given.
+"""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from jfbnb.common import UserError
+
+
+class DnCNN(nn.Module):
+    """The residual denoiser of Zhang et al. (2017): R(x; sigma) estimates the noise in x.
+
+    `depth` 3 x 3 convolutions of `width` channels with ReLU between; the receptive field is
+    2 depth + 1 pixels wide. The noise level sigma is told to it as one more input channel, as in
+    FFDNet (Zhang et al. 2018). No batch normalisation: its running statistics would change at
+    every application of T, and a map that changes has no fixed point.
+
+    Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W).
+    The attribute `bf16` runs the convolutions in bfloat16; see `precision`.
+    """
+
+    smooth = False  # a ReLU has a kink
+
+    def __init__(self, depth: int, width: int, channels: int = 3):
+        super().__init__()
+        self.depth, self.width, self.channels = depth, width, channels
+        self.bf16 = False
+        sizes = [channels + 1] + [width] * (depth - 1) + [channels]
+        layers = []
+        for c_in, c_out in pairwise(sizes):
+            layers += [nn.Conv2d(c_in, c_out, kernel_size=3, padding=1), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers[:-1])  # no ReLU at the end: noise has both signs
+        for layer in self.layers[:-1]:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        nn.init.zeros_(self.layers[-1].weight)  # starts as R = 0, the identity as denoiser
+        nn.init.zeros_(self.layers[-1].bias)
+        self.to(memory_format=torch.channels_last)  # the faster layout, on CPUs and GPUs
+
+    def extra_repr(self) -> str:
+        return f"{self.depth} x {self.width}"
+
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        told = torch.cat([x, level.expand(len(x), 1, *x.shape[2:])], dim=1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            noise = self.layers(told.contiguous(memory_format=torch.channels_last))
+        return noise.to(x.dtype).contiguous()
+
+
+class UNet(nn.Module):
+    """A residual denoiser that sees far: R(x; sigma) by a U-Net (Ronneberger et al. 2015).
+
+    Of its `depth` levels, l = 0, 1, ..., each has 2^l times `width` channels at 2^-l of the
+    resolution, and a residual block of two 3 x 3 convolutions on the way down and one on the way
+    up, the last level two in a row, as in DRUNet (Zhang et al. 2021). Strided 2 x 2 convolutions
+    lead down, transposed ones up, and what was on a level is added to what comes up to it. The
+    noise level sigma is told to it as in `DnCNN`, and no layer normalises, for the reason given
+    there.
+
+    Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W). Other
+    sizes than multiples of the coarsest step, 2^(depth - 1) pixels, are extended to one by their
+    border values, and cut again. The attribute `bf16` runs it in bfloat16; see `precision`.
+
+    Raises:
+        ValueError: where its last level would have more than `LARGEST` channels.
+    """
+
+    smooth = True
+
+    def __init__(self, depth: int, width: int, channels: int = 3):
+        super().__init__()
+        self.depth, self.width, self.channels = depth, width, channels
+        self.bf16 = False
+        widths = [width * 2**level for level in range(depth)]
+        if widths[-1] > LARGEST:
+            raise ValueError(f"its depth is the number of its levels, and the last of {depth} has "
+                             f"2^{depth - 1} times the width, {width}: over {LARGEST} channels")
+        self.first = nn.Conv2d(channels + 1, width, kernel_size=3, padding=1)
+        self.before = nn.ModuleList(ResidualBlock(fine) for fine in widths[:-1])
+        self.down = nn.ModuleList(nn.Conv2d(fine, coarse, kernel_size=2, stride=2, bias=False)
+                                  for fine, coarse in pairwise(widths))
+        self.bottom = nn.Sequential(ResidualBlock(widths[-1]), ResidualBlock(widths[-1]))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(coarse, fine, kernel_size=2, stride=2,
+                                                   bias=False) for fine, coarse in pairwise(widths))
+        self.after = nn.ModuleList(ResidualBlock(fine) for fine in widths[:-1])
+        self.last = nn.Conv2d(width, channels, kernel_size=3, padding=1)
+        nn.init.zeros_(self.last.weight)  # starts as the identity, like DnCNN
+        nn.init.zeros_(self.last.bias)
+        self.to(memory_format=torch.channels_last)
+
+    def extra_repr(self) -> str:
+        return f"{self.depth} x {self.width}"
+
+    def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        step = 2 ** (self.depth - 1)
+        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+        told = torch.cat([x, level.expand(len(x), 1, height, width)], dim=1)
+        told = pad(told, (0, -width % step, 0, -height % step), mode="replicate")
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
+            z, skipped = self.first(told.contiguous(memory_format=torch.channels_last)), []
+            for before, down in zip(self.before, self.down, strict=True):
+                skipped.append(before(z))
+                z = down(skipped[-1])
+            z = self.bottom(z)
+            for up, after in zip(reversed(self.up), reversed(self.after), strict=True):
+                z = after(up(z) + skipped.pop())
+            noise = self.last(z)
+        return noise[..., :height, :width].to(x.dtype).contiguous()
+
+
+class ResidualBlock(nn.Module):
+    """z + C2 elu(C1 z), of two 3 x 3 convolutions; ELU has a continuous derivative, unlike ReLU."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False),
+                                    nn.ELU(inplace=True),
+                                    nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z + self.layers(z)
+
+
+NETWORKS: list[type[nn.Module]] = [DnCNN, UNet]  # the classes that a weights file may name
+
+
+def make_network(name: str, depth: int, width: int) -> nn.Module:
+    """One of `NETWORKS`, by the name of its class, untrained.
+
+    Raises:
+        UserError: for a name that is none of theirs, or a size that makes no network.
+    """
+    known = {kind.__name__: kind for kind in NETWORKS}
+    if name not in known:
+        raise UserError(f"unknown network {name!r}: choose from {', '.join(known)}")
+    if min(depth, width) < 1:
+        raise UserError(f"a network of depth {depth} and width {width}: both must be at least 1")
+    try:
+        return known[name](depth, width)
+    except ValueError as error:
+        raise UserError(f"{name} of depth {depth} and width {width}: {error}") from error
+
+
+class Denoiser(nn.Module):
+    """D(x) = x - R(x; sigma), with R a residual network that is told the noise level sigma.
+
+    Shapes: (B, C, H, W) -> (B, C, H, W). sigma is fixed, on images in [0, 1].
+
+    Raises:
+        UserError: where the network's output has another shape than its input.
+    """
+
+    def __init__(self, network: nn.Module, sigma: float | Tensor):
+        super().__init__()
+        self.network = network
+        level = torch.as_tensor(sigma, dtype=torch.get_default_dtype())
+        self.register_buffer("sigma", level.clone())
+
+    def residual(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        """R(x; sigma), the noise in x, for the denoiser's own sigma or another."""
+        noise = self.network(x, self.sigma if sigma is None else sigma)
+        if noise.shape != x.shape:
+            raise UserError(f"{type(self.network).__name__} makes {tuple(noise.shape)} of images "
+                            f"{tuple(x.shape)}: a denoiser keeps the shape")
+        return noise
+
+    def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
+        return x - self.residual(x, sigma)
+
+
+def matched_sigma(noise_std: float, tau: float) -> float:
+    """The denoiser's noise level that goes with tau: noise_std / sqrt(tau).
+
+    In half-quadratic splitting (Zhang et al. 2017) the data term weighs 1 / noise_std^2 and the
+    denoiser's 1 / sigma^2; tau is the ratio of the two.
+    """
+    return noise_std / tau**0.5
+
+
+LARGEST = 4096  # of the numbers that a weights file gives a constructor

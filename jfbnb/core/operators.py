@@ -1,0 +1,496 @@
+"""The forward model d = A x + noise (Eq. 1): linear operators, and the measurement.
+
+A `LinearOperator` needs A and its adjoint, nothing else; the rest follows by conjugate gradients.
+The operators here know more where there is more to know:
+
+- `Separable`: A X = V_h X V_w' per channel. Two small eigendecompositions make (A'A + tau I)^-1
+  four matrix products, exactly; nothing is approximated at the border.
+- `Convolution` with any kernel (PSF): `Separable` where the kernel is an outer product, else by
+  FFT. `Blur` is the Gaussian one, `Downsampling` leaves out rows and columns after it.
+- `Inpainting` and `MRI`: diagonal, one in the image and the other in k-space.
+
+With `border="black"` a picture is as large as the scene, which is black beyond its border: the
+paper's model. With `border="unknown"` a camera took a scene that goes on: it is larger than the
+picture by the kernel's reach, and nothing is assumed of what lies there.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d
+
+from jfbnb.common import UserError
+from jfbnb.core.conjugate_gradients import conjugate_gradients
+from jfbnb.core.kernels import gaussian_kernel
+
+
+class LinearOperator(nn.Module):
+    """A of Eq. 1, from images (B, *domain) to measurements (B, *range), the same for each image.
+
+    A subclass writes `forward`, A x, and `adjoint`, A' d, in the type of what they are given. What
+    follows from these two is here; a class that knows a faster way overrides it. Buffers hold what
+    an operator is made of. They are given, not learned, so they are in no `state_dict`.
+    """
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = False) -> None:
+        super().register_buffer(name, tensor, persistent)
+
+    def adjoint(self, d: Tensor) -> Tensor:
+        """A' d, with <A x, d> = <x, A' d>: (B, *range) -> (B, *domain)."""
+        raise NotImplementedError(f"{type(self).__name__} has no adjoint: write one")
+
+    def guess(self, d: Tensor) -> Tensor:
+        """An image to start an iteration from: A' d, where nothing better is known."""
+        return self.adjoint(d)
+
+    def inverse(self, d: Tensor) -> Tensor:
+        """A^-1 d. Raises UserError where no inverse is known."""
+        raise UserError(f"{type(self).__name__} has no known inverse: leave the direct inverse out")
+
+    def visible(self, x: Tensor) -> Tensor:
+        """The part of images (B, *domain) that the measurement shows, and by which to judge them.
+
+        All, unless the scene goes on beyond the border of its picture.
+        """
+        return x
+
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
+        """(A'A + tau I)^-1 r for tau > 0, by conjugate gradients; differentiable in r and tau.
+
+        Args:
+            start: an image near the solution, if one is known. Conjugate gradients start there
+                where it is nearer than zero; a closed form has no use for it.
+        """
+        tau = torch.as_tensor(tau, dtype=r.dtype, device=r.device)
+        return _SolveNormal.apply(r, tau, self, None if start is None else start.detach())
+
+    def precondition(self, r: Tensor, tau: float | Tensor) -> Tensor:
+        """About (A'A + tau I)^-1 r, symmetric and positive definite, to need fewer iterations."""
+        return r
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_repr()})"
+
+    def check_adjoint(self, *domain: int, tolerance: float = 1e-6) -> float:
+        """How far <A u, v> and <u, A' v> are apart, relative to |A u| |v|, for random u and v.
+
+        Args:
+            domain: the shape of an image, e.g. 3, 32, 32.
+
+        Raises:
+            UserError: if that is over the tolerance.
+        """
+        generator = torch.Generator().manual_seed(0)
+        device = next(self.buffers(), torch.empty(())).device
+        u = torch.randn(2, *domain, dtype=torch.float64, generator=generator).to(device)
+        Au = self(u)
+        v = torch.randn(Au.shape, dtype=torch.float64, generator=generator).to(device)
+        left, right = (Au * v).sum().item(), (u * self.adjoint(v)).sum().item()
+        apart = abs(left - right) / (Au.norm() * v.norm()).item()
+        if not apart <= tolerance:
+            raise UserError(f"{type(self).__name__}.adjoint is not the adjoint of its forward: "
+                            f"<A u, v> = {left:.6g} and <u, A' v> = {right:.6g}, apart by "
+                            f"{apart:.1e} of |A u| |v|")
+        return apart
+
+
+class _SolveNormal(torch.autograd.Function):
+    """x = (A'A + tau I)^-1 r. Its derivatives are solves with the same symmetric matrix."""
+
+    @staticmethod
+    def forward(ctx, r: Tensor, tau: Tensor, A: LinearOperator, start: Tensor | None) -> Tensor:
+        x = conjugate_gradients(lambda v: A.adjoint(A(v)) + tau * v, r,
+                                torch.finfo(r.dtype).eps ** 0.75, start=start,
+                                precondition=lambda v: A.precondition(v, tau))
+        ctx.save_for_backward(x, tau)
+        ctx.A = A
+        return x
+
+    @staticmethod
+    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, tau = ctx.saved_tensors
+        v = _SolveNormal.apply(g, tau, ctx.A, None)
+        return v, -(v * x).sum(), None, None
+
+
+def toeplitz(kernel: Tensor, n: int, border: str = "black", stride: int = 1) -> Tensor:
+    """The matrix K with `K x = kernel * x`, the convolution of n values, each stride-th row of it.
+
+    With zeros beyond the border of x it is (n, n); with border="unknown" the rows are left out that
+    need what lies beyond.
+    """
+    centre = len(kernel) // 2
+    offsets = torch.arange(n)[:, None] - torch.arange(n)[None, :] + centre
+    inside = (offsets >= 0) & (offsets < len(kernel))
+    K = torch.where(inside, kernel[offsets.clamp(0, len(kernel) - 1)], 0.0)
+    return K[_rows(len(kernel), n, border, stride)]
+
+
+def _rows(kernel_size: int, n: int, border: str, stride: int) -> slice:
+    """Which of the n values of a convolution are measured."""
+    if border == "black":
+        return slice(0, n, stride)
+    return slice(kernel_size - 1 - kernel_size // 2, n - kernel_size // 2, stride)
+
+
+def scene_size(measured: tuple[int, int], kernel_shape: tuple[int, int],
+               border: str = "unknown") -> tuple[int, int]:
+    """(H, W) of the scene that a picture of h x w pixels, convolved by such a kernel, shows."""
+    if border == "black":
+        return tuple(measured)
+    return tuple(n + k - 1 for n, k in zip(measured, kernel_shape, strict=True))
+
+
+class Separable(LinearOperator):
+    """A X = V_h X V_w' on each channel of images (B, C, H, W), for any V_h (h, H) and V_w (w, W).
+
+    A'A is the Kronecker product of V_h'V_h and V_w'V_w: what diagonalises them diagonalises it.
+    """
+
+    def __init__(self, V_h: Tensor, V_w: Tensor):
+        super().__init__()
+        # float64 here, cast at use: the inverse divides by singular values near 1e-5.
+        for side, V in (("h", V_h.double()), ("w", V_w.double())):
+            lam, Q = _eigen(V)
+            self.register_buffer(f"V_{side}", V)
+            self.register_buffer(f"Q_{side}", Q)
+            self.register_buffer(f"lam_{side}", lam)
+
+    @property
+    def spectrum(self) -> Tensor:
+        """H x W values whose squares are the eigenvalues of A'A; those of A if it is symmetric."""
+        return self.lam_h[:, None] * self.lam_w[None, :]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.V_h.to(x.dtype) @ x @ self.V_w.to(x.dtype).mT
+
+    def adjoint(self, d: Tensor) -> Tensor:
+        return self.V_h.to(d.dtype).mT @ d @ self.V_w.to(d.dtype)
+
+    def filter(self, x: Tensor, response: Tensor) -> Tensor:
+        """Multiply x by `response` (H, W) in the eigenbasis of A'A, and come back."""
+        Q_h, Q_w = self.Q_h.to(x.dtype), self.Q_w.to(x.dtype)
+        return Q_h @ (response.to(x.dtype) * (Q_h.mT @ x @ Q_w)) @ Q_w.mT
+
+    def inverse(self, d: Tensor) -> Tensor:
+        """A^-1 d, exactly, or of all x with A x = d the smallest; computed in float64."""
+        V_h, V_w = (torch.linalg.pinv(V, rtol=1e-12) for V in (self.V_h, self.V_w))
+        return (V_h @ d.double() @ V_w.mT).to(d.dtype)
+
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
+        """(A'A + tau I)^-1 r, exactly, for tau > 0."""
+        return self.filter(r, 1 / (self.spectrum**2 + tau))
+
+
+def _eigen(V: Tensor) -> tuple[Tensor, Tensor]:
+    """lam, Q with V'V = Q diag(lam^2) Q'; V = Q diag(lam) Q' if V is symmetric."""
+    if V.shape[0] == V.shape[1] and torch.equal(V, V.mT):
+        lam, Q = torch.linalg.eigh(V)  # of V itself: squares would lose half of the digits
+        return lam, Q
+    squares, Q = torch.linalg.eigh(V.mT @ V)
+    return squares.clamp_min(0).sqrt(), Q
+
+
+class Convolution(LinearOperator):
+    """A x = k * x on each channel of images (B, C, H, W), true convolution with any kernel k.
+
+    The centre of a kernel of n rows is its row n // 2, as in SciPy. A kernel that is an outer
+    product is `Separable`. Any other is applied by FFT, and `solve_normal` takes conjugate
+    gradients with a circulant preconditioner (Chan 1988): right inside, not near the border.
+
+    Args:
+        image_size: of the scene, (H, W) or one side, in pixels.
+        kernel: (kh, kw), a tensor or array.
+        border: "unknown", which measures (H - kh + 1, W - kw + 1), or "black", (H, W).
+        stride: one of so many rows and columns of that is measured.
+
+    Raises:
+        UserError: for a kernel that is no kernel, or larger than the scene, or another border.
+    """
+
+    def __init__(self, image_size: int | tuple[int, int], kernel: Tensor | np.ndarray,
+                 border: str = "unknown", stride: int = 1):
+        super().__init__()
+        kernel = torch.as_tensor(kernel, dtype=torch.float64, device="cpu")
+        if border not in ("unknown", "black"):
+            raise UserError(f"border {border!r}: choose unknown or black")
+        if kernel.dim() != 2 or not kernel.numel():
+            raise UserError(f"a kernel of shape {tuple(kernel.shape)}: give one with rows and "
+                            "columns")
+        if not (kernel.isfinite().all() and kernel.any()):
+            raise UserError("a kernel of zeros, or with values that are not finite: check it")
+        self.image_size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
+        (H, W), (kh, kw) = self.image_size, kernel.shape
+        if kh > H or kw > W:
+            raise UserError(f"an image of {W} x {H} pixels is smaller than the {kw} x {kh} blur "
+                            "kernel: use a larger image or a smaller kernel")
+        self.border, self.stride = border, stride
+        self.rows, self.columns = _rows(kh, H, border, stride), _rows(kw, W, border, stride)
+        factors = _factors(kernel)
+        if factors:
+            self.factors = Separable(*(toeplitz(k, n, border, stride)
+                                       for k, n in zip(factors, (H, W), strict=True)))
+            return
+        self.factors = None
+        # Room for all that a convolution gives: an unknown border needs none of it, but the
+        # preconditioner is then so much nearer that conjugate gradients take half the iterations.
+        self.grid = (_fast_length(H + kh - 1), _fast_length(W + kw - 1))
+        on_grid = torch.zeros(self.grid, dtype=torch.float64)
+        on_grid[:kh, :kw] = kernel
+        on_grid = on_grid.roll((-(kh // 2), -(kw // 2)), (0, 1))
+        # As pairs of real numbers: module.to(dtype) makes a complex tensor real.
+        self.register_buffer("transfer", torch.view_as_real(torch.fft.rfft2(on_grid)))
+
+    def extra_repr(self) -> str:
+        H, W = self.image_size
+        return f"{H} x {W}, border {self.border}" + f", stride {self.stride}" * (self.stride > 1)
+
+    def _circulant(self, x: Tensor, response: Tensor) -> Tensor:
+        """Multiply x, with zeros around it, by a response on the grid's frequencies; cut back."""
+        H, W = x.shape[-2:]
+        if self.image_size != (H, W):
+            raise UserError(f"an image of {(H, W)} for an operator on {self.image_size}: they need "
+                            "the same height and width")
+        response = response.to(_complex(x.dtype) if response.is_complex() else x.dtype)
+        return torch.fft.irfft2(torch.fft.rfft2(x, self.grid) * response, self.grid)[..., :H, :W]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.factors:
+            return self.factors(x)
+        transfer = torch.view_as_complex(self.transfer)
+        return self._circulant(x, transfer)[..., self.rows, self.columns]
+
+    def adjoint(self, d: Tensor) -> Tensor:
+        if self.factors:
+            return self.factors.adjoint(d)
+        x = d.new_zeros(*d.shape[:-2], *self.image_size)
+        x[..., self.rows, self.columns] = d
+        return self._circulant(x, torch.view_as_complex(self.transfer).conj())
+
+    def visible(self, x: Tensor) -> Tensor:
+        (top, bottom), (left, right) = self._window()
+        return x[..., max(top, 0):bottom, max(left, 0):right]
+
+    def guess(self, d: Tensor) -> Tensor:
+        """d, each pixel `stride` wide, its border values going on beyond it."""
+        for dim, ((first, end), n) in enumerate(zip(self._window(), self.image_size,
+                                                    strict=True), -2):
+            at = (torch.arange(n, device=d.device) - first).clamp(0, end - first - 1)
+            d = d.index_select(dim, at // self.stride)
+        return d
+
+    def _window(self) -> tuple[tuple[int, int], ...]:
+        """For rows and columns: the first that the picture shows, and the first after them.
+
+        A pixel is `stride` wide around what was measured, so the outer ones may reach beyond.
+        """
+        found = []
+        for where, n in zip((self.rows, self.columns), self.image_size, strict=True):
+            first = where.start - (self.stride - 1) // 2
+            found.append((first, min(first + len(range(n)[where]) * self.stride, n)))
+        return tuple(found)
+
+    def inverse(self, d: Tensor) -> Tensor:
+        return self.factors.inverse(d) if self.factors else super().inverse(d)
+
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
+        if self.factors:
+            return self.factors.solve_normal(r, tau)
+        return super().solve_normal(r, tau, start)
+
+    def precondition(self, r: Tensor, tau: float | Tensor) -> Tensor:
+        if self.factors:
+            return r
+        # One of stride^2 pixels is measured, so A'A has about so much less of the energy.
+        power = self.transfer.square().sum(-1) / self.stride**2
+        return self._circulant(r, 1 / (power + tau))
+
+
+def _fast_length(n: int) -> int:
+    """The first length from n on without a prime factor over 7: FFTs of others are slow."""
+    while pow(210, 64, n):
+        n += 1
+    return n
+
+
+def _factors(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(a, b) with kernel = a b', to what float32 rounds, or None: no such pair, or a sum of 0."""
+    a, b = kernel.sum(1), kernel.sum(0) / kernel.sum()
+    outer = torch.outer(a, b)
+    return (a, b) if (outer - kernel).abs().sum() <= 1e-7 * kernel.abs().sum() else None
+
+
+class Blur(Convolution):
+    """The Gaussian blur A of Eq. 1 on images (B, C, H, W).
+
+    With the paper's black border A X = K_h X K_w' with K_h and K_w symmetric, so A = A'.
+
+    Args:
+        image_size: of the scene, (H, W) or one side, in pixels.
+        kernel_size, kernel_std: the Gaussian's support and standard deviation, in pixels.
+        border: "black" or "unknown", as in `Convolution`.
+
+    Raises:
+        UserError: if the kernel is invalid or larger than the image.
+    """
+
+    def __init__(self, image_size: int | tuple[int, int], kernel_size: int, kernel_std: float,
+                 border: str = "black"):
+        kernel = gaussian_kernel(kernel_size, kernel_std)
+        super().__init__(image_size, torch.outer(kernel, kernel), border)
+        self.kernel_size, self.kernel_std = kernel_size, kernel_std
+
+    def extra_repr(self) -> str:
+        height, width = self.image_size
+        return (f"{height} x {width}, kernel {self.kernel_size}, std {self.kernel_std:.6g}"
+                + ", border unknown" * (self.border == "unknown"))
+
+    @property
+    def K_h(self) -> Tensor:
+        """The factor that blurs columns, (H, H) with a black border."""
+        return self.factors.V_h
+
+    @property
+    def K_w(self) -> Tensor:
+        """The factor that blurs rows."""
+        return self.factors.V_w
+
+    @property
+    def spectrum(self) -> Tensor:
+        """All H x W eigenvalues of A, as products of those of its factors; float64."""
+        return self.factors.spectrum
+
+    @property
+    def cond(self) -> float:
+        """The condition number of A, largest over smallest singular value."""
+        singular_values = self.spectrum.abs()
+        return (singular_values.max() / singular_values.min()).item()
+
+    def filter(self, x: Tensor, response: Tensor) -> Tensor:
+        """Multiply x by `response` (H, W) in the eigenbasis of A, and come back."""
+        return self.factors.filter(x, response)
+
+
+class Downsampling(Convolution):
+    """A picture with one of `factor` pixels each way: a convolution, then every factor-th value.
+
+    Args:
+        image_size: of the sharp image, as in `Convolution`.
+        kernel: of the convolution; by default each pixel is the mean of factor x factor.
+    """
+
+    def __init__(self, image_size: int | tuple[int, int], factor: int,
+                 kernel: Tensor | np.ndarray | None = None, border: str = "unknown"):
+        if factor < 1:
+            raise UserError(f"factor {factor}: give a positive number of pixels")
+        box = torch.full((factor, factor), 1 / factor**2, dtype=torch.float64)
+        super().__init__(image_size, box if kernel is None else kernel, border, factor)
+
+
+# --- masks --------------------------------------------------------------------------------------
+
+
+class Inpainting(LinearOperator):
+    """A x = mask x: some pixels of images (B, C, H, W) are known, with a mask of 1, and others not.
+
+    Args:
+        mask: (H, W) or (C, H, W), of 0 and 1.
+
+    Raises:
+        UserError: for a mask of zeros, or of other values.
+    """
+
+    def __init__(self, mask: Tensor | np.ndarray):
+        super().__init__()
+        self.register_buffer("mask", _checked(mask))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mask.to(x.dtype) * x
+
+    def adjoint(self, d: Tensor) -> Tensor:
+        return self.mask.to(d.dtype) * d
+
+    def guess(self, d: Tensor) -> Tensor:
+        """The known pixels; from them inwards the mean of the neighbours that have a value."""
+        known = self.mask.to(d.dtype).expand_as(d)
+        x = known * d
+        while not known.all():
+            near = avg_pool2d(known, 3, 1, 1)
+            x = torch.where(known > 0, x, avg_pool2d(x, 3, 1, 1) / near.clamp_min(1e-6))
+            known = (near > 0).to(d.dtype)
+        return x
+
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
+        """(A'A + tau I)^-1 r, exactly, for tau > 0: A'A is diagonal."""
+        return r / (self.mask.to(r.dtype) + tau)
+
+
+class MRI(LinearOperator):
+    """Single-coil Cartesian MRI: the lines of k-space in a mask, of a real image.
+
+    A x = mask F (e^(i phase) x), F the orthonormal Fourier transform, with the origin of the image
+    and of k-space in the middle, as in fastMRI (Zbontar et al. 2018). (B, C, H, W) ->
+    (B, C, H, W, 2), the real and the imaginary part.
+
+    Args:
+        mask: (H, W), of 0 and 1.
+        phase: (H, W), in radians, of the image that was measured; 0 if not given.
+
+    Raises:
+        UserError: for a mask of zeros, or of other values, or a phase of another shape.
+    """
+
+    def __init__(self, mask: Tensor | np.ndarray, phase: Tensor | np.ndarray | None = None):
+        super().__init__()
+        self.register_buffer("mask", _checked(mask))
+        if phase is not None:
+            phase = torch.as_tensor(phase, dtype=torch.float64)
+            if phase.shape != self.mask.shape or not phase.isfinite().all():
+                raise UserError(f"a phase of shape {tuple(phase.shape)} for a mask of "
+                                f"{tuple(self.mask.shape)}: give finite values of the same shape")
+            phase = torch.stack([phase.cos(), phase.sin()], dim=-1)
+        self.register_buffer("rotation", phase)  # real, as `Convolution`'s transfer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2:] != self.mask.shape:
+            raise UserError(f"an image of {tuple(x.shape[-2:])} for a mask of "
+                            f"{tuple(self.mask.shape)}: they need the same height and width")
+        z = x
+        if self.rotation is not None:
+            z = x * torch.view_as_complex(self.rotation).to(_complex(x.dtype))
+        k = torch.fft.fftshift(torch.fft.fft2(torch.fft.ifftshift(z, (-2, -1)), norm="ortho"),
+                               (-2, -1))
+        return torch.view_as_real(self.mask.to(x.dtype) * k)
+
+    def adjoint(self, d: Tensor) -> Tensor:
+        if d.shape[-3:] != (*self.mask.shape, 2):
+            raise UserError(f"a k-space of shape {tuple(d.shape)} for a mask of "
+                            f"{tuple(self.mask.shape)}: give (B, C, H, W, 2)")
+        k = self.mask.to(d.dtype) * torch.view_as_complex(d.contiguous())
+        z = torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(k, (-2, -1)), norm="ortho"),
+                               (-2, -1))
+        if self.rotation is not None:
+            z = z * torch.view_as_complex(self.rotation).to(z.dtype).conj()
+        return z.real
+
+    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
+        """(A'A + tau I)^-1 r, exactly without a phase: A'A is diagonal in k-space.
+
+        A real image says the same at k and -k: what counts is the mean of the mask at the two.
+        """
+        if self.rotation is not None:
+            return super().solve_normal(r, tau, start)
+        m = torch.fft.ifftshift(self.mask).to(r.dtype)
+        response = (m + m.flip((0, 1)).roll((1, 1), (0, 1))) / 2
+        return torch.fft.ifft2(torch.fft.fft2(r) / (response + tau)).real
+
+
+def _complex(dtype: torch.dtype) -> torch.dtype:
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+def _checked(mask: Tensor | np.ndarray) -> Tensor:
+    mask = torch.as_tensor(mask, dtype=torch.float64)
+    if not (((mask == 0) | (mask == 1)).all() and mask.any()):
+        raise UserError("a mask must be of 0 and 1, and not of 0 alone: check it")
+    return mask

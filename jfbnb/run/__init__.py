@@ -1,0 +1,1 @@
+"""The `jfbnb` command, and what runs the notebooks."""

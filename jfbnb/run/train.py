@@ -1,0 +1,115 @@
+"""Train a profile's networks by command, in one process or, under torchrun, in several.
+
+Notebooks 3 to 5 call the same recipes; they take what this stores by their parameter `weights`.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from jfbnb.common import UserError, describe_device, pick_device, remove_unfinished
+from jfbnb.core.denoisers import make_network
+from jfbnb.core.precision import pick_bf16
+from jfbnb.core.protocols import get_protocol
+from jfbnb.data import Splits, load_splits
+from jfbnb.run.reproduce import STEPS, alone, load_profile, step_parameters
+from jfbnb.training import processes
+from jfbnb.training.degradations import Conditions
+from jfbnb.training.loop import TrainingConfig
+from jfbnb.training.losses import LossSettings
+from jfbnb.training.methods import JFB, Method, get_method
+from jfbnb.training.recipes import Run, pose, train_denoiser, train_method
+from jfbnb.training.tuning import Tuning, tune
+from jfbnb.training.weights import load_denoiser
+
+Parameters = dict[str, Any]  # those of notebooks 3 to 5, by name
+
+
+def network_parameters(profile: str, overrides: Parameters) -> Parameters:
+    """What notebooks 3 to 5 are given in a profile. Raises UserError for unknown ones."""
+    found: Parameters = {}
+    for own in step_parameters(STEPS[2:5], load_profile(profile) | overrides).values():
+        found |= own
+    return found
+
+
+def rate_of(name: str, parameters: Parameters) -> float:
+    """The learning rate of a method, as notebooks 4 and 5 take it."""
+    return parameters["learning_rates"].get(name, parameters["learning_rate"])
+
+
+def train_network(name: str, parameters: Parameters, start: Path, out: Path, command: str,
+                  conditions: bool = False, log: Callable[[str], None] = print) -> None:
+    """Train the denoiser of notebook 3, or a method's network, as notebooks 4 and 5 do.
+
+    Weights, model card and history go to the folder `out`, checkpoints to out/checkpoints.
+
+    Args:
+        name: "denoiser", or that of a method that is trained.
+        start: the folder with the denoiser that a method starts from.
+        command: what the model card says that made it.
+        conditions: whether to train a method over drawn blurs and noise levels, into
+            out/conditions.
+
+    Raises:
+        UserError: for bad parameters, missing data or weights, or where training fails.
+    """
+    out = out / "conditions" if conditions else out
+    with processes.process_group(pick_device(parameters["device"])) as device:
+        if processes.rank() > 0:
+            _train(name, parameters, start, conditions,
+                   Run(device, out, command, log=lambda line: None))
+        else:
+            with alone(out):
+                remove_unfinished(out)
+                _train(name, parameters, start, conditions, Run(device, out, command, log=log))
+
+
+def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) -> None:
+    setup = get_protocol(p["protocol"])
+    with processes.rank_0_first():  # the others find the decoded images in the cache
+        splits = load_splits(p["data"], setup.image_size, p["n_train"], p["n_validation"],
+                             p["n_test"], run.log, p["everywhere"])
+    run.log(f"{len(splits.train)} training images: {splits.source}; processes: "
+            f"{processes.world_size()}; device of the first: {describe_device(run.device)}")
+    if name == "denoiser":
+        torch.manual_seed(p["seed"])
+        config = TrainingConfig(p["pretrain_epochs"], p["pretrain_batch_size"], p["pretrain_crop"],
+                                p["pretrain_learning_rate"], p["seed"])
+        network = make_network(p["network"], p["depth"], p["width"])
+        train_denoiser(network, splits, config.everywhere() if p["everywhere"] else config,
+                       p["noise_max"], pick_bf16(p["bf16"], run.device), run)
+    else:
+        method = get_method(name)
+        train_method(method, **prepared(method, p, splits, start, conditions, run.device), run=run)
+    run.log(f"written: {run.out / name}.safetensors")
+
+
+def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditions: bool,
+             device: torch.device) -> dict[str, Any]:
+    """What `train_method` is given of a method's training, as notebooks 4 and 5 give it."""
+    network = load_denoiser(start / "denoiser.safetensors").network
+    if not method.takes(network):
+        raise UserError(f"{method.name} needs a network with a continuous derivative, and "
+                        f"{type(network).__name__} has kinks: use network=UNet, as in profile "
+                        "best")
+    network.to(device)
+    problem = pose(get_protocol(p["protocol"]), splits, p["search_images"], p["seed"], device)
+    best = tune(method.tuned_as or method, Tuning(problem.setup.noise_std, len(problem.x)),
+                problem.A, problem.d, problem.x, p["candidates"], network)
+    losses = LossSettings(problem.setup.noise_std, bf16=pick_bf16(p["bf16"], device), **{
+        k: p[k] for k in ("tolerance", "max_iterations", "power_iterations", "contraction",
+                          "penalty")})
+    if conditions:
+        losses = replace(losses, conditions=Conditions())
+    # In notebook 5 a table says how many converge.
+    limit = p["unconverged_limit"] if method is JFB and not conditions else 1.0
+    config = TrainingConfig(0, p["batch_size"], p["crop"], rate_of(method.name, p), p["seed"],
+                            limit, budget=p["budget"])
+    if p["everywhere"]:
+        config, losses = config.everywhere(), losses.everywhere()
+    return {"network": network, "settings": best, "problem": problem, "config": config,
+            "losses": losses}

@@ -1,0 +1,153 @@
+"""Methods under other blurs, noise levels and images than they were made for (notebook 5)."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from jfbnb.core.metrics import psnr
+from jfbnb.core.models import Restorer
+from jfbnb.core.operators import LinearOperator
+from jfbnb.core.protocols import measure
+from jfbnb.data import ImageSet
+from jfbnb.training.evaluation import evaluate, summarise
+from jfbnb.training.methods import METHODS, Settings
+
+TUNED_HERE = "tuned here"  # the version of a method that is tuned under each condition
+RUN_ON = 8  # images of a method under a condition that are solved on, at most
+FURTHER = 300  # evaluations of T in which they are
+
+
+@dataclass(frozen=True, eq=False)
+class Condition:
+    """Images, what measures them, what the methods are told of that, and the noise level.
+
+    Args:
+        true_A: the operator that measures.
+        A: the one that the methods are told.
+        noise_std: of the measurements; the methods are told it.
+    """
+
+    images: ImageSet
+    true_A: LinearOperator
+    A: LinearOperator
+    noise_std: float
+
+    def measure(self, images: ImageSet, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Some images and their measurements, under this condition."""
+        x = images.as_float().to(device)
+        return x, measure(self.true_A.to(device), x, self.noise_std, seed, images.indices)
+
+
+def evaluate_conditions(
+    versions: dict[str, dict[str, Restorer]],
+    conditions: dict[tuple[str, object], Condition],
+    tuned: list[str],
+    validation: ImageSet,
+    seed: int,
+    device: torch.device,
+    candidates: int = 9,
+) -> pd.DataFrame:
+    """Methods under conditions that they were not all made for: means, and what solves come to.
+
+    Those without weights are tuned anew for every operator and noise level, so that they are about
+    as good there as they can be. Where a network's solves have not all converged, at most 8 of the
+    images, the worst of them, are solved on for 300 more evaluations of T: what does their PSNR say
+    then?
+
+    Args:
+        versions: methods that are ready to use, by what they were trained for.
+        conditions: by study and by name. One that several studies share is evaluated once.
+        tuned: the names of the methods to tune.
+        validation: the images to tune on, measured as the condition has it.
+        candidates: about how many settings are tried for each.
+
+    Returns:
+        A row for each condition, version (those of `versions`, and "tuned here") and method: the
+        columns of `summarise`, run_on (how many images were solved on), converged_later (the share
+        of these that then have converged), drift (the mean rise of their PSNR in dB; both are empty
+        where there are none), version, settings (as tuned here), study, condition.
+    """
+    done: dict[Condition, pd.DataFrame] = {}
+    found: dict[object, dict[str, Settings]] = {}
+    for condition in conditions.values():
+        if condition in done:
+            continue
+        key = condition.true_A, condition.A, condition.noise_std
+        if key not in found:
+            x, d = condition.measure(validation, seed, device)
+            found[key] = {name: tuned_under(condition, name, x, d, candidates) for name in tuned}
+        x, d = condition.measure(condition.images, seed, device)
+        here = {name: _with(name, settings) for name, settings in found[key].items()}
+        table = pd.concat([_under(condition, methods, x, d).assign(version=version) for
+                           version, methods in {TUNED_HERE: here, **versions}.items() if methods])
+        words = {name: ", ".join(f"{k} {value:.3g}" for k, value in settings.items())
+                 for name, settings in found[key].items()}
+        table["settings"] = table.method.map(words).where(table.version == TUNED_HERE, "")
+        done[condition] = table
+    return pd.concat([done[condition].assign(study=study, condition=name)
+                      for (study, name), condition in conditions.items()], ignore_index=True)
+
+
+@torch.no_grad()
+def tuned_under(condition: Condition, name: str, x: Tensor, d: Tensor, n: int) -> Settings:
+    """The best of about n settings of a method without weights, on images x measured as d.
+
+    Where the candidates differ in one number alone they are tried from the middle on, uphill, until
+    PSNR falls on both sides; in others all are tried.
+    """
+    method, A = METHODS[name], condition.A.to(x.device)
+    candidates = method.candidates(condition.noise_std, n)
+
+    @cache
+    def score(k: int) -> float:
+        value = psnr(A.visible(method.restore(A, d, candidates[k], 1.0)[0]), A.visible(x)).mean()
+        return value.nan_to_num(-float("inf")).item()
+
+    numbers = [len({settings[key] for settings in candidates}) for key in candidates[0]]
+    if sum(number > 1 for number in numbers) > 1:
+        return candidates[max(range(len(candidates)), key=score)]
+    k, better = None, len(candidates) // 2
+    while better != k:
+        k = better
+        better = max(range(max(k - 1, 0), min(k + 2, len(candidates))), key=score)
+    return candidates[k]
+
+
+def _with(name: str, settings: Settings) -> Restorer:
+    """A method without weights, with settings that already are for the noise level."""
+    return Restorer(lambda A, d, noise_std: METHODS[name].restore(A, d, settings, 1.0))
+
+
+def _under(condition: Condition, methods: dict[str, Restorer], x: Tensor,
+           d: Tensor) -> pd.DataFrame:
+    """`summarise` under one condition, and what comes of the solves that have not converged."""
+    A = condition.A.to(x.device)
+    table = evaluate(methods, A, x, d, condition.noise_std, condition.images.names)
+    later = [_run_on(methods[name], rows.reset_index(drop=True), A, x, d, condition.noise_std)
+             for name, rows in table.groupby("method", sort=False)]
+    return summarise(table).join(pd.DataFrame(later))
+
+
+def _run_on(method: Restorer, rows: pd.DataFrame, A: LinearOperator, x: Tensor, d: Tensor,
+            noise_std: float) -> dict[str, float]:
+    """What the unconverged images of one method come to: run_on, converged_later, drift.
+
+    A solve from the start to a later end goes through the same iterates as one that is gone on
+    with, Anderson's memory included.
+    """
+    failed = rows[rows.converged == 0].sort_values("residual", ascending=False,
+                                                   na_position="first")
+    if not len(failed) or method.model is None:
+        return {"run_on": 0, "converged_later": np.nan, "drift": np.nan}
+    at = failed.index[:RUN_ON].tolist()
+    model = method.model(A, noise_std)
+    model.max_iterations += FURTHER
+    with torch.no_grad():
+        y, info = model(d[at])
+    change = psnr(A.visible(y), A.visible(x[at])).cpu().numpy() - rows.psnr[at].to_numpy()
+    return {"run_on": len(at), "converged_later": info.converged.double().mean().item(),
+            "drift": change.mean()}

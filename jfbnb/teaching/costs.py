@@ -1,0 +1,78 @@
+"""What the step of a training costs, by gradient: seconds and memory (notebook 4)."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from jfbnb.core.diagnostics import Step, parameter_gradient
+from jfbnb.core.fixed_point import picard, solve
+from jfbnb.core.gradients import implicit, jfb, unrolled
+from jfbnb.core.maps import ImplicitMap
+
+
+def jfb_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
+    """The gradient of JFB after K plain iterations."""
+    state, _ = solve(T, d, 0.0, K, picard)
+    return parameter_gradient(T, state, d, truth, jfb)
+
+
+def implicit_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
+    """The exact gradient after K plain iterations, and K of the adjoint equation."""
+    state, _ = solve(T, d, 0.0, K, picard)
+    return parameter_gradient(T, state, d, truth,
+                              partial(implicit, tolerance=0.0, max_iterations=K))
+
+
+def unrolled_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
+    """The gradient of K tracked applications of T."""
+    return parameter_gradient(T, T.start(d), d, truth, partial(unrolled, iterations=K))
+
+
+def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor, iterations: list[int],
+                   steps: Mapping[str, Step]) -> list[dict]:
+    """Time and memory of one training step by each of some gradients, by their names.
+
+    Returns:
+        A record for each gradient and K: gradient, K, seconds, bytes.
+    """
+    records = []
+    for name, step in steps.items():
+        for K in iterations:
+            seconds, peak = step_cost(partial(step, T, d, truth, K))
+            records.append({"gradient": name, "K": K, "seconds": seconds, "bytes": peak})
+    return records
+
+
+def step_cost(step: Callable[[], object]) -> tuple[float, int]:
+    """What one call takes: seconds, and the peak of the memory that it allocates, in bytes.
+
+    On a CPU the peak is counted from PyTorch's own record of tensors made and freed. The call is
+    made three times: to warm up, to time, and to count.
+    """
+    step()
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    clock = time.perf_counter()
+    step()
+    if cuda:
+        torch.cuda.synchronize()
+        return time.perf_counter() - clock, torch.cuda.max_memory_allocated() - before
+    seconds = time.perf_counter() - clock
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                profile_memory=True) as profile:
+        step()
+    changes = [(event.start_ns(), event.nbytes())
+               for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    total = peak = 0
+    for _, nbytes in sorted(changes):
+        total += nbytes
+        peak = max(peak, total)
+    return seconds, peak

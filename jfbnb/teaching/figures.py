@@ -1,0 +1,334 @@
+"""Every figure and table of the paper, drawn and written. This module computes nothing.
+
+A figure is saved as PNG and PDF, and what a notebook shows is the saved PNG itself. A table is
+saved as CSV, Markdown and LaTeX, long data as CSV.
+"""
+
+import re
+from pathlib import Path
+
+import matplotlib as mpl
+import pandas as pd
+from IPython.display import Image as DisplayedImage
+from IPython.display import Markdown
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from torch import Tensor
+
+from jfbnb.common import atomic_path, atomic_write
+from jfbnb.core.maps import GradientMap, ImplicitMap, PreconditionedMap, SplittingMap
+from jfbnb.training.methods import METHODS
+
+MAPS = (GradientMap, PreconditionedMap, SplittingMap)  # those of notebook 4
+# The gradients through a fixed point: the colours of the methods that they train.
+GRADIENT_COLOURS = {"exact": METHODS["deq"].colour, "Neumann": "#117733",
+                    "unrolled": METHODS["unrolled"].colour, "JFB": METHODS["jfb"].colour}
+# How a table's numbers are written, by a word in the name of their column.
+FORMATS = {"ssim": ".3f", "seconds to": ".3g", "seconds": ".2g", "loss": ".2e", "mse": ".2e",
+           "converged": ".2%", "residual": ".1e", "rate": ".1e", "distance": ".1e", "radius": ".3f",
+           "norm": ".3f", "drift": "+.3f", "applications": ",.0f"}
+# A method's versions under other conditions, by what they are made for.
+VERSIONS = {"tuned here": (":", "s"), "protocol": ("-", "o"), "conditions": ("--", "D")}
+STYLE = {
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "figure.dpi": 100,
+    "savefig.dpi": 100,
+    "pdf.fonttype": 42,
+}
+
+
+def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0,
+               height: float = 4.0) -> tuple[Figure, list[Axes]]:
+    """A figure in the common style and its axes, flat, row by row; sizes in inches."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(width, height))
+        axes = figure.subplots(rows, columns, squeeze=False)
+        return figure, list(axes.flat)
+
+
+def save_figure(figure: Figure, path: str | Path, source: str = "") -> DisplayedImage:
+    """Write `path`.png and .pdf, without dates, so that equal figures are equal files.
+
+    Args:
+        source: where the images come from that the figure shows or measures, for its foot.
+    """
+    path = Path(path)
+    if source:
+        figure.supxlabel(source, fontsize=9, color="#555555")
+    with mpl.rc_context(STYLE):
+        for suffix, metadata in ((".png", {"Software": None}),
+                                 (".pdf", {"CreationDate": None, "Creator": None})):
+            with atomic_path(path.with_suffix(suffix)) as temporary:
+                figure.savefig(temporary, metadata=metadata)
+    return DisplayedImage(filename=str(path.with_suffix(".png")), alt=described(figure))
+
+
+def described(figure: Figure) -> str:
+    """What a figure shows, for those who do not see it: its panels by their titles and axes."""
+    panels = []
+    for ax in figure.axes:
+        title, x, y = ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
+        if ax.images:
+            words = ", ".join(part for part in (title, x, y) if part)
+            panels.append(f"picture: {words}" if words else "picture")
+        else:
+            axes = f"{y or 'values'} against {x}" if x else y
+            legend = ax.get_legend()
+            named = [text.get_text() for text in legend.get_texts()] if legend else []
+            panels.append(": ".join(part for part in ("plot", title, axes, ", ".join(named))
+                                    if part))
+    words = "; ".join(dict.fromkeys(panels))
+    return " ".join(re.sub(r"[$\\{}]", "", words).split())
+
+
+def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:
+    """Write `path`.csv, .md and .tex; the CSV keeps full precision."""
+    path = Path(path)
+    save_data(table, path)
+    text = table.copy()
+    for column in text.select_dtypes("float"):
+        spec = next((spec for word, spec in FORMATS.items() if word in column.lower()), ".2f")
+        text[column] = [format(v, spec) if pd.notna(v) else "" for v in text[column]]
+    markdown = text.to_markdown(index=False, disable_numparse=True, colalign=_alignment(table))
+    atomic_write(path.with_suffix(".md"), f"{markdown}\n\n{caption}\n")
+    latex = text.to_latex(index=False, escape=True, caption=caption, label=f"tab:{path.name}")
+    atomic_write(path.with_suffix(".tex"), latex.replace("±", r"$\pm$"))
+    return Markdown(f"{markdown}\n\n*{caption}*")
+
+
+def save_data(table: pd.DataFrame, path: str | Path) -> None:
+    """Write `path`.csv alone, in full precision: data for programs, too long to be read."""
+    with atomic_path(Path(path).with_suffix(".csv")) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def _alignment(table: pd.DataFrame) -> list[str]:
+    return ["right" if pd.api.types.is_numeric_dtype(table[c]) else "left" for c in table]
+
+
+def show(axes: Axes, image: Tensor, title: str = "") -> None:
+    """One image (3, H, W), clipped to [0, 1], without ticks."""
+    axes.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    if title:
+        axes.set_title(title, fontsize=11)
+
+
+def image_row(images: dict[str, Tensor], psnrs: dict[str, float]) -> Figure:
+    """Labelled images (3, H, W) side by side, with the PSNR in dB below those that have one."""
+    figure, axes = new_figure(columns=len(images), width=2.6 * len(images), height=3.4)
+    for ax, (label, image) in zip(axes, images.items(), strict=True):
+        show(ax, image, label)
+        if label in psnrs:
+            ax.set_xlabel(f"{psnrs[label]:.1f} dB")
+    return figure
+
+
+def image_table(rows: dict[str, Tensor]) -> Figure:
+    """Table 1: one labelled row per method, the same images (N, 3, H, W) in each."""
+    n = len(next(iter(rows.values())))
+    figure, axes = new_figure(columns=n, rows=len(rows), width=0.95 * n + 1.3,
+                              height=0.95 * len(rows) + 0.3)
+    for r, (label, images) in enumerate(rows.items()):
+        for c in range(n):
+            show(axes[r * n + c], images[c])
+        axes[r * n].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
+    return figure
+
+
+def learning_curves(curves: pd.DataFrame) -> Figure:
+    """PSNR on the fixed crops against the computation spent: `recipes.trainings` has both."""
+    figure, (ax,) = new_figure(height=4.6)
+    for name in [name for name in METHODS if name in set(curves.method)]:
+        own, method = curves[curves.method == name], METHODS[name]
+        ax.plot(own.applications / 1000, own.psnr, color=method.colour, marker="o", markersize=4,
+                label=method.label)
+    ax.set(xlabel="thousands of applications of the network to a crop",
+           ylabel="PSNR on the fixed crops (dB)", title="Learning curves",
+           ylim=(curves.groupby("method").psnr.last().min() - 1.5, None))
+    ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def more_computation(table: pd.DataFrame) -> Figure:
+    """PSNR after so many evaluations of T, as `evaluation.by_computation` has found it."""
+    figure, (ax,) = new_figure()
+    for name, own in table.groupby("method", sort=False):
+        labelled_line(ax, own.evaluations, own.psnr, name, "o")
+    _logarithmic(ax)
+    ax.set(xlabel="evaluations of T for an image", ylabel="PSNR (dB)", title="More computation")
+    ax.legend()
+    return figure
+
+
+def _logarithmic(ax: Axes) -> None:
+    """x on a logarithmic axis, its ticks plain numbers."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    ax.xaxis.set_major_formatter("{x:g}")
+
+
+def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
+                  start: tuple[str, float] | None = None) -> Figure:
+    """Fig. 1: average loss per image against the epoch, in the method's colour.
+
+    Args:
+        start: a method's name and its loss, from which the training sets out: a dashed line.
+    """
+    figure, (ax,) = new_figure()
+    if start is not None:
+        ax.axhline(start[1], color=METHODS[start[0]].colour, linestyle="--",
+                   label=METHODS[start[0]].label)
+        epochs, loss = [0, *epochs], [start[1], *loss]
+    ax.plot(epochs, loss, "o-", color=METHODS[method].colour, markersize=4,
+            label=METHODS[method].label)
+    ax.set(xlabel="epoch", ylabel="average loss per image\n(mean squared error)",
+           title=title, yscale="log")
+    if start is not None:
+        ax.legend()
+    ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return figure
+
+
+def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-",
+                  label: str = "") -> None:
+    """A curve in its method's colour, under its method's label unless another is given."""
+    ax.plot(x, y, color=METHODS[method].colour, label=label or METHODS[method].label, marker=marker,
+            markersize=4, linestyle=linestyle)
+
+
+def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[float]],
+                        residuals: Tensor, tolerance: float) -> Figure:
+    """Notebook 4: how near each map and solver is to its fixed point, and when a solver stops.
+
+    Args:
+        distances: (map, solver) -> relative distance at each evaluation of T.
+        residuals: of one solve, (evaluations, images), which ends at `tolerance`.
+    """
+    figure, (left, right) = new_figure(columns=2, width=9.5)
+    for (kind, solver), values in distances.items():
+        left.semilogy(values, "-" if solver == "Anderson" else "--", color=kind.colour,
+                      label=f"{kind.name}, {solver}")
+    left.set(xlabel="evaluations of $T$", ylabel="relative distance to the fixed point",
+             title="One equilibrium, four ways to it")
+    left.legend()
+    right.semilogy(range(1, len(residuals) + 1), residuals.cpu(), color=SplittingMap.colour,
+                   alpha=0.5)
+    right.axhline(tolerance, color="black", linestyle=":", label="the solver stops here")
+    right.set(xlabel="evaluations of $T$", ylabel=r"residual $\|T(x) - x\| / \|x\|$",
+              title=f"Splitting, Anderson: {residuals.shape[1]} images")
+    right.legend()
+    return figure
+
+
+def gradient_angles(terms: list[int], cosines: dict[str, list[float]]) -> Figure:
+    """Notebook 4: the cosine of Neumann-k to the exact gradient; for each map one for each k."""
+    figure, (ax,) = new_figure()
+    for kind in MAPS:
+        ax.plot(terms, cosines[kind.name], "o-", color=kind.colour, label=kind.name)
+    ax.set(xscale="log", xticks=terms, xticklabels=terms, xlabel="terms $k$ (JFB has one)",
+           ylabel="cosine to the exact gradient", title="Neumann-k after training",
+           ylim=(None, 1.03))
+    ax.minorticks_off()
+    ax.legend()
+    return figure
+
+
+def gradient_cost(cost: pd.DataFrame) -> Figure:
+    """Notebook 4: seconds and memory of one training step against K, by gradient.
+
+    Args:
+        cost: columns gradient (a key of GRADIENT_COLOURS), K, seconds, MB.
+    """
+    figure, axes = new_figure(columns=2, width=9, height=3.6)
+    for gradient, part in cost.groupby("gradient", sort=False):
+        for ax, column in zip(axes, ("seconds", "MB"), strict=True):
+            ax.plot(part.K, part[column], "o-", color=GRADIENT_COLOURS[gradient], label=gradient)
+    axes[0].set(xlabel="iterations $K$ of the solve", ylabel="seconds", title="Time of one step")
+    axes[1].set(xlabel="iterations $K$ of the solve", ylabel="peak memory (MB)", yscale="log",
+                title="Memory of one step")
+    axes[0].legend()
+    return figure
+
+
+def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
+                     usual: dict[str, object]) -> Figure:
+    """Notebook 5: PSNR under conditions that not all methods were made for, a panel per study.
+
+    A method has one colour. Its versions differ in their lines and markers, and a marker is hollow
+    where not all of its images have converged.
+
+    Args:
+        table: columns study, condition, method, version (a key of VERSIONS), psnr, converged.
+            Conditions with names are drawn as points side by side, those with numbers as curves.
+        panels: study -> title and label of the horizontal axis.
+        usual: study -> the condition of the protocol, which is marked.
+    """
+    figure, axes = new_figure(columns=2, rows=2, width=9.5, height=9)
+    methods = list(dict.fromkeys(table.method))
+    for ax, (study, (title, xlabel)) in zip(axes, panels.items(), strict=True):
+        part = table[table.study == study]
+        conditions = list(dict.fromkeys(part.condition))
+        named = isinstance(conditions[0], str)
+        if study in usual:
+            at = conditions.index(usual[study]) if named else usual[study]
+            ax.axvline(at, color=METHODS["measurement"].colour, linewidth=8, alpha=0.25, zorder=0)
+        for (method, version), rows in part.groupby(["method", "version"], sort=False):
+            shift = 0.8 * ((methods.index(method) + 0.5) / len(methods) - 0.5)
+            at = [conditions.index(c) + shift for c in rows.condition] if named else rows.condition
+            _points(ax, rows.assign(at=at), METHODS[method].colour, *VERSIONS[version], not named)
+        if named:
+            ax.set(xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5),
+                   xticklabels=[name.replace(", ", "\n").replace("_", " ") for name in conditions])
+            ax.set_xticks([k + 0.5 for k in range(len(conditions) - 1)], minor=True)
+            ax.grid(False, axis="x")
+            ax.grid(axis="x", which="minor")
+            ax.tick_params(axis="x", which="both", length=0)
+            if len(conditions) > 4:
+                ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35, ha="right")
+        elif max(conditions) > 10 * min(conditions):
+            ax.set(xscale="log", xticks=conditions, xticklabels=conditions)
+            ax.minorticks_off()
+        ax.set(title=title, xlabel=xlabel, ylabel="PSNR (dB)")
+    figure.legend(handles=_condition_handles(table), loc="outside upper center", ncols=4,
+                  fontsize=12, frameon=False)
+    return figure
+
+
+def _points(ax: Axes, rows: pd.DataFrame, colour: str, linestyle: str, marker: str,
+            joined: bool) -> None:
+    """One version of one method, `at` its places."""
+    if joined:
+        ax.plot(rows["at"], rows.psnr, color=colour, linestyle=linestyle)
+    hollow = rows.converged < 1  # not for a method without a solver, which has no such share
+    for part, face, order in ((rows[~hollow], colour, 3), (rows[hollow], "white", 4)):
+        ax.scatter(part["at"], part.psnr, s=34, marker=marker, facecolors=face, edgecolors=colour,
+                   linewidths=1.6, zorder=order)
+
+
+def _condition_handles(table: pd.DataFrame) -> list[Line2D]:
+    """The legend's: methods by colour, then what lines and markers mean."""
+    handles = [Line2D([], [], color=METHODS[m].colour, label=METHODS[m].label, linewidth=3)
+               for m in dict.fromkeys(table.method)]
+    for version in dict.fromkeys(table.version):
+        linestyle, marker = VERSIONS[version]
+        label = version if version == "tuned here" else f"trained: {version}"
+        handles.append(Line2D([], [], color="black", linestyle=linestyle, marker=marker,
+                              label=label))
+    handles.append(Line2D([], [], color="black", linestyle="none", marker="o",
+                          markerfacecolor="white", label="not all converged"))
+    handles.append(Line2D([], [], color=METHODS["measurement"].colour, linewidth=8, alpha=0.25,
+                          label="the protocol's"))
+    return handles

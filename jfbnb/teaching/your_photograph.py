@@ -1,0 +1,342 @@
+"""An explorer for a photograph of one's own: say how it is blurred, and see it restored.
+
+Restoring takes seconds, and for a camera's megapixels minutes, so it waits for a button.
+"""
+
+import base64
+import html
+import io
+import itertools
+import math
+import re
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import ipywidgets as w
+import numpy as np
+import skimage.data
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import conv2d, interpolate
+
+from jfbnb.common import UserError, atomic_path, pick_device
+from jfbnb.core.models import Restorer
+from jfbnb.photo import kernel_option
+from jfbnb.photo.files import Picture, read_pictures, write_pictures
+from jfbnb.photo.restore import Restored, restore
+from jfbnb.teaching.explorers import ACCEPTED, WITHOUT_KERNEL, int_slider, log_slider, slider
+from jfbnb.teaching.swipe import Comparison, to_png
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import expected_methods, make_methods
+
+WHOLE, PART = 1200, 800  # pixels on the longer side that a browser is sent
+OUTLINE = 96  # pixels on the longer side of a kernel's picture
+LINKED = 8_000_000  # bytes of a result that goes into the page as a link
+EXAMPLE = "motion:9,30"
+
+
+class KernelControls(w.HBox):
+    """A kernel by its kind and some sliders, or from a file; and how it looks."""
+
+    def __init__(self) -> None:
+        self.kind = w.Dropdown(options=["motion", "gaussian", "disk", "a file"],
+                               description="kernel")
+        self.file = w.FileUpload(accept=f"{ACCEPTED},.npy,.txt,.csv", description="kernel",
+                                 tooltip="a picture of the kernel, or its numbers")
+        std, size = slider("std", 2, 0.3, 6, 0.1), int_slider("cut to", 13, 3, 37, 2)
+        self.shapes = {
+            "motion": [slider("length", 9, 1, 60, 0.5), slider("angle (°)", 30, -90, 90, 1)],
+            "gaussian": [std, size], "disk": [slider("radius", 3, 0.5, 20, 0.1)],
+            "a file": [self.file]}
+        self.outline = w.Image(format="png", layout=w.Layout(width=f"{OUTLINE}px"))
+        self.about = w.HTML(layout=w.Layout(width="200px"))
+        shapes = list(itertools.chain(*self.shapes.values()))
+        self.controls = [self.kind, *shapes]
+        std.observe(lambda _: setattr(size, "value", 2 * math.ceil(3 * std.value) + 1), "value")
+        for control in self.controls:
+            control.observe(lambda _: self.adapt(), "value")
+        super().__init__([w.VBox(self.controls), w.VBox([self.outline, self.about])],
+                         layout=w.Layout(flex_flow="row wrap"))
+        self.adapt()
+
+    def kernel(self) -> tuple[str, Tensor]:
+        """How the command is told this kernel, and the kernel.
+
+        Raises:
+            UserError: where no file is given, or one that holds no kernel.
+        """
+        if self.kind.value != "a file":
+            numbers = ",".join(f"{control.value:g}" for control in self.shapes[self.kind.value])
+            text = f"{self.kind.value}:{numbers}"
+            return text, kernel_option.parse(text)
+        for file in self.file.value:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder) / Path(file["name"]).name
+                path.write_bytes(file["content"])
+                try:
+                    return path.name, kernel_option.read(path)
+                except UserError as error:  # the file's owner does not know that folder
+                    raise UserError(str(error).replace(f"{path.parent}/", "")) from error
+        raise UserError("no kernel is given: upload a picture of it, a .npy or a .txt")
+
+    def adapt(self) -> None:
+        """Show the sliders that count, and the kernel or what is wrong with it."""
+        for kind, controls in self.shapes.items():
+            for control in controls:
+                control.layout.display = "" if kind == self.kind.value else "none"
+        self.outline.layout.display = "none"
+        try:
+            _, kernel = self.kernel()
+        except UserError as error:
+            self.about.value = _line(str(error), wrong=True)
+            return
+        self.about.value = f"{kernel.shape[1]} x {kernel.shape[0]} pixels"
+        grey = (kernel / kernel.max()).expand(1, 3, -1, -1)
+        larger = interpolate(grey, scale_factor=math.ceil(OUTLINE / max(kernel.shape)))
+        self.outline.value = to_png(_fit(larger[0], OUTLINE))
+        self.outline.layout.display = ""
+
+
+class PhotographExplorer(w.VBox):
+    """*Your photograph*: a blurred picture and what becomes of it, under the swipe handle.
+
+    It starts with an example, which is restored at once. An upload keeps its size, depth and pages;
+    of several pages the first is shown. What goes wrong is said in a line.
+
+    Args:
+        method: the one to start with.
+        weights: the folder of trained networks; None for those that are released.
+        folder: where results go that are too large for a link.
+    """
+
+    def __init__(self, method: str = "jfb", weights: Path | None = None,
+                 folder: Path = Path(".")):
+        self.weights, self.folder = weights, folder
+        self.loaded: dict[str, Restorer] = {}
+        self.worker: threading.Thread | None = None
+        self.stopped = False
+        self.upload = w.FileUpload(accept=ACCEPTED, description="photograph",
+                                   tooltip="a blurred picture")
+        # Jupyter's server drops larger messages from the browser without a word.
+        self.path = w.Text(description="or its path", placeholder="of a file over 10 MB",
+                           continuous_update=False)
+        self.noise = log_slider("noise std", 0.01, -3, -0.5)
+        self.estimated = w.Checkbox(True, description="estimate the noise")
+        self.kernel = KernelControls()
+        self.border = w.Dropdown(options=["unknown", "black"], description="border")
+        self.method = w.Dropdown(options=[(METHODS[name].label, name)
+                                          for name in expected_methods(weights)],
+                                 value=method, description="method")
+        self.button = w.Button()
+        self.status = w.HTML()
+        self.zoom = w.Dropdown(options=["whole", "a part at full size"], description="show")
+        self.across = slider("across (%)", 50, 0, 100, 1)
+        self.down = slider("down (%)", 50, 0, 100, 1)
+        self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})
+        self.start_anew = w.Button(description="Reset", layout=w.Layout(width="80px"))
+        self._observe()
+        controls = w.HBox([
+            w.VBox([self.upload, self.path, self.noise, self.estimated, self.border, self.method]),
+            w.VBox([self.kernel, w.HBox([self.button, self.start_anew])]),
+        ], layout=w.Layout(flex_flow="row wrap"))
+        super().__init__([controls, self.status, w.HBox([self.zoom, self.across, self.down]),
+                          self.comparison])
+        self.reset()
+        self.restore()
+
+    def _observe(self) -> None:
+        self.settings = [self.noise, self.estimated, *self.kernel.controls, self.border,
+                         self.method]
+        self.defaults = [control.value for control in self.settings]
+        for control in self.settings:
+            control.observe(lambda _: self.adapt(), "value")
+        for control in (self.zoom, self.across, self.down):
+            control.observe(lambda _: self.show(), "value")
+        self.upload.observe(lambda _: self.take_upload(), "value")
+        self.path.observe(lambda _: self.take_path(), "value")
+        self.button.on_click(lambda _: self.press())
+        self.start_anew.on_click(lambda _: (self.reset(), self.press()))
+
+    def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
+        """The widget, and both pictures, small, for those who read without a kernel."""
+        pair = torch.cat([_fit(x, 400) for x in (self.pages[0].pixels, self.result)], dim=2)
+        smaller = io.BytesIO()
+        Image.open(io.BytesIO(to_png(pair))).quantize(64).save(smaller, "png")
+        bundle = {**super()._repr_mimebundle_(**kwargs), "text/plain": WITHOUT_KERNEL,
+                  "image/png": base64.b64encode(smaller.getvalue()).decode()}
+        return bundle, {"image/png": {"alt": f"{self.name}, as it was given and restored"}}
+
+    def reset(self) -> None:
+        """The example, and all controls as they were."""
+        for control, value in zip(self.settings, self.defaults, strict=True):
+            control.value = value
+        self.upload.value, self.path.value = (), ""
+        self.have("example.png", [example()])
+
+    # --- what is given --------------------------------------------------------------------------
+
+    def take_upload(self) -> None:
+        """Take the uploaded file."""
+        for file in self.upload.value:
+            self.take(file["name"], io.BytesIO(file["content"]))
+
+    def take_path(self) -> None:
+        """Take the file that has the path where the kernel runs."""
+        if self.path.value:
+            self.take(Path(self.path.value).name, Path(self.path.value))
+
+    def take(self, name: str, source: Path | io.BytesIO) -> None:
+        """Read a picture and show it, or say why not."""
+        try:
+            self.have(name, read_pictures(source))
+        except UserError as error:
+            self.say(f"{name}: {error}", wrong=True)
+        except MemoryError:
+            self.say(f"{name}: memory ran out: take a smaller picture", wrong=True)
+
+    def have(self, name: str, pages: list[Picture]) -> None:
+        """Have a file's pages in place of what was there, still to be restored."""
+        self.name, self.pages, self.result = name, pages, pages[0].pixels
+        self.zoom.value, self.across.value, self.down.value = "whole", 50, 50
+        self.show()
+        self.adapt()
+        _, height, width = self.result.shape
+        line = f"{name}: {width} x {height} pixels"
+        if len(pages) > 1:
+            line += f", {len(pages)} pages, of which the first is shown"
+        self.say(f"{line}; say how it is blurred, and press Restore",
+                 *filter(None, [pages[0].note]))
+
+    def adapt(self) -> None:
+        """Mark that what is shown was restored with other settings."""
+        self.noise.disabled = self.estimated.value
+        self.button.button_style = "primary"
+
+    # --- what comes of it -----------------------------------------------------------------------
+
+    def press(self) -> None:
+        """Begin to restore, or stop what was begun."""
+        if self.worker and self.worker.is_alive():
+            self.stopped = True
+            return
+        self.stopped = False
+        # In a thread of its own, or Jupyter would hear of no click before the end.
+        self.worker = threading.Thread(target=self.restore, daemon=True)
+        self.worker.start()
+
+    def restore(self) -> None:
+        """Restore every page, show the first, offer the file."""
+        self._lock(True)
+        try:
+            self._restore()
+            self.button.button_style = ""
+        except (UserError, OSError, MemoryError, RuntimeError) as error:
+            self.say(str(error) or type(error).__name__, wrong=True)
+        finally:
+            self._lock(False)
+
+    def _lock(self, busy: bool) -> None:
+        """While it restores, it takes no other picture, and can be stopped."""
+        self.button.description = "Stop" if busy else "Restore"
+        for control in (self.upload, self.path, self.start_anew):
+            control.disabled = busy
+
+    @torch.no_grad()
+    def _restore(self) -> None:
+        start = time.perf_counter()
+        text, kernel = self.kernel.kernel()
+        noise_std = None if self.estimated.value else self.noise.value
+        name, border, device = self.method.value, self.border.value, pick_device("auto")
+        if name not in self.loaded:
+            self.loaded |= make_methods([name], self.weights, device)
+        found: list[Restored] = []
+
+        def progress(done: int, tiles: int) -> None:
+            if self.stopped:
+                raise UserError("stopped: nothing is restored")
+            share = (len(found) + done / tiles) / len(self.pages)
+            line = f"restoring, {tiles * len(self.pages)} tiles: {share:.0%}"
+            if share:
+                seconds = (time.perf_counter() - start) * (1 / share - 1)
+                line += f", about {seconds:.0f} s to go"
+            self.say(line)
+
+        for page in self.pages:
+            found.append(restore(self.loaded[name], page.pixels.to(device), kernel, noise_std,
+                                 border, progress))
+        first = found[0]
+        self.result = first.pixels.cpu()
+        if noise_std is None:
+            self.noise.value = first.noise_std
+        self.show()
+        line = f"{METHODS[name].label}, kernel {text}, noise {first.noise_std:.2g}"
+        if first.iterations is not None:
+            line += f", {first.iterations} iterations, residual {first.residual:.1e}"
+        pages = [page.with_pixels(f.pixels) for page, f in zip(self.pages, found, strict=True)]
+        link = self.offer(f"{Path(self.name).stem}-{name}{pages[0].suffix}", pages)
+        warnings = dict.fromkeys(itertools.chain(*(f.warnings for f in found)))  # each once
+        self.say(f"{line}, {time.perf_counter() - start:.1f} s", *warnings, link=link)
+
+    def offer(self, name: str, pages: list[Picture]) -> str:
+        """A link to the pages as a file; or where it is written, if it is too large for a link."""
+        with tempfile.TemporaryDirectory() as folder:
+            write_pictures(Path(folder) / name, pages)
+            content = (Path(folder) / name).read_bytes()
+        if len(content) > LINKED:
+            target = (self.folder / name).absolute()
+            with atomic_path(target) as temporary:
+                temporary.write_bytes(content)
+            return f"written to {html.escape(str(target))}"
+        kind = "png" if name.endswith(".png") else "tiff"
+        return (f'<a download="{html.escape(name)}" href="data:image/{kind};base64,'
+                f'{base64.b64encode(content).decode()}">download {html.escape(name)}</a>')
+
+    def show(self) -> None:
+        """The picture and the restored one, whole or in part, as much as a browser can do with."""
+        large = max(self.result.shape) > WHOLE
+        part = large and self.zoom.value != "whole"
+        for control, needed in ((self.zoom, large), (self.across, part), (self.down, part)):
+            control.layout.display = "" if needed else "none"
+        where = self.across.value / 100, self.down.value / 100
+        self.comparison.show({label: _cut(x, *where) if part else _fit(x, WHOLE) for label, x in
+                              (("as it was", self.pages[0].pixels), ("restored", self.result))})
+
+    def say(self, line: str, *warnings: str, wrong: bool = False, link: str = "") -> None:
+        """A line, in red if something is wrong, with a link; and warnings."""
+        # They are the command's: its options are controls here.
+        warnings = [re.sub("--(kernel|border|noise-std|method)", r"\1", text) for text in warnings]
+        self.status.value = _line(line, link, wrong) + "".join(
+            _line(text, wrong=True) for text in warnings)
+
+
+def _line(text: str, link: str = "", wrong: bool = False) -> str:
+    colour = ' style="color:#b00020"' if wrong else ""
+    return f"<div{colour}>{html.escape(text)}{'; ' if link else ''}{link}</div>"
+
+
+def _fit(x: Tensor, side: int) -> Tensor:
+    """An image (C, H, W) as (3, h, w), no longer than `side`."""
+    scale = min(1.0, side / max(x.shape))
+    size = [max(1, round(n * scale)) for n in x.shape[1:]]
+    return interpolate(x[None], size=size, mode="bilinear", antialias=True)[0].expand(3, -1, -1)
+
+
+def _cut(x: Tensor, across: float, down: float) -> Tensor:
+    """At most PART x PART pixels of an image (C, H, W), as it is, from left and top (0) to 1."""
+    for dim, share in ((1, down), (2, across)):
+        side = min(PART, x.shape[dim])
+        x = x.narrow(dim, round(share * (x.shape[dim] - side)), side)
+    return x.expand(3, -1, -1)
+
+
+def example() -> Picture:
+    """A photograph that a shaking camera took: blurred, then cut, with noise, in 8 bits."""
+    scene = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).double() / 255
+    kernel = kernel_option.parse(EXAMPLE).flip(0, 1)
+    blurred = conv2d(scene[:, None], kernel[None, None])[:, 0, 20:180, 140:300]
+    noise = torch.randn(blurred.shape, generator=torch.Generator().manual_seed(0))
+    pixels = ((blurred + 0.01 * noise).clamp(0, 1) * 255).round() / 255
+    return Picture(pixels.float(), np.dtype("uint8"), (0, 255), (0, 255))

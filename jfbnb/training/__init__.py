@@ -1,0 +1,1 @@
+"""Training: the registry of methods, losses, the loop, weights, and evaluation."""

@@ -1,0 +1,59 @@
+"""Is what the solver returns an equilibrium?"""
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from jfbnb.core.diagnostics import jacobian_norm, spectral_radius
+from jfbnb.core.fixed_point import anderson, picard, scale_of, solve
+from jfbnb.core.maps import ImplicitMap
+from jfbnb.core.metrics import psnr
+from jfbnb.core.models import Model
+from jfbnb.training.evaluation import together
+
+ROUNDING = 5e-7  # a relative change that float32 cannot tell from none
+
+
+def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
+            seed: int = 0, tolerance: float = Model.tolerance,
+            max_iterations: int = Model.max_iterations) -> pd.DataFrame:
+    """Is what the solver returns an equilibrium? One row per image.
+
+    Each is solved as `models.Equilibrium` does for all tables. From there on T is applied plainly:
+    `further` times, or until once moves the image by less than 5e-7 of its norm, a few roundings
+    of float32. A map whose solver is not Anderson's goes on by that. Where this ends is x*, and
+    there T's Jacobian is measured.
+
+    Returns:
+        Columns image, evaluations (of T, to the tolerance; infinite if it is not reached),
+        residual, distance (|x - x*| / |x*|, which the residual is not), psnr (dB), further (how
+        often T was applied on), residual_later, psnr_later, drift (by how much PSNR has risen,
+        dB), radius, norm: the spectral radius and the norm of the Jacobian, as in `diagnostics`.
+    """
+    size = together(x)
+    parts = []
+
+    def quality(state: Tensor, part: slice) -> Tensor:
+        return psnr(T.A.visible(T.image(state)), T.A.visible(x[part])).cpu()
+
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+
+        def apply(z: Tensor, part: slice = part) -> Tensor:
+            return T(z, d[part])
+
+        state, info = solve(T, d[part], tolerance, max_iterations)
+        own = getattr(T, "solver", anderson)
+        onward = picard if own is anderson else own
+        later, rest = solve(T, d[part], ROUNDING / scale_of(T), further, onward, state)
+        distance = (state - later).flatten(1).norm(dim=1) / later.flatten(1).norm(dim=1)
+        radius, norm = (measured(apply, later, 30, torch.Generator().manual_seed(seed)).cpu()
+                        for measured in (spectral_radius, jacobian_norm))
+        before, after = quality(state, part), quality(later, part)
+        parts.append(pd.DataFrame({
+            "image": names[part],
+            "evaluations": info.iterations.double().where(info.converged, float("inf")).cpu(),
+            "residual": info.residual.cpu(), "distance": distance.cpu(), "psnr": before,
+            "further": rest.iterations.cpu(), "residual_later": rest.residual.cpu(),
+            "psnr_later": after, "drift": after - before, "radius": radius, "norm": norm}))
+    return pd.concat(parts, ignore_index=True)

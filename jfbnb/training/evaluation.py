@@ -1,0 +1,147 @@
+"""Methods x images -> one long table of metrics; its summary; the paper's Table 2."""
+
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from jfbnb.core.fixed_point import SolveInfo
+from jfbnb.core.metrics import psnr, ssim
+from jfbnb.core.models import Restorer
+from jfbnb.core.operators import LinearOperator
+
+# --- tables -------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    methods: dict[str, Restorer],
+    A: LinearOperator,
+    x: Tensor,
+    d: Tensor,
+    noise_std: float,
+    names: list[str],
+    batch_size: int | None = None,
+) -> pd.DataFrame:
+    """One row per method and image: PSNR, SSIM, and what the solver said.
+
+    Args:
+        x, d: truths (N, C, H, W) and measurements of them, on the device of A. What counts is the
+            part of x that d shows.
+        names: N image names.
+        batch_size: images solved together, which take as long as the slowest of them. None is 1 on
+            a CPU, where a batch gains nothing, and 50 on a GPU.
+
+    Returns:
+        Columns method, image, psnr (dB), ssim, iterations, residual, converged, seconds. The
+        solver's are empty for methods without one.
+    """
+    batch_size = batch_size or together(x)
+    parts = []
+    for start in range(0, len(x), batch_size):
+        part = slice(start, start + batch_size)
+        for name, (y, info, seconds) in _restore_all(methods, A, d[part], noise_std).items():
+            seen = A.visible(y), A.visible(x[part])
+            parts.append(pd.DataFrame({
+                "method": name,
+                "image": names[part],
+                "psnr": psnr(*seen).cpu(),
+                "ssim": ssim(*seen),
+                "iterations": info.iterations.cpu() if info else np.nan,
+                "residual": info.residual.cpu() if info else np.nan,
+                "converged": info.converged.cpu().double() if info else np.nan,
+                "seconds": seconds / len(y),
+            }))
+    return join(parts)
+
+
+def join(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """Tables of some images each as one: method by method, in the first table's order."""
+    table = pd.concat(tables, ignore_index=True)
+    order = {name: i for i, name in enumerate(table.method.unique())}
+    return table.sort_values("method", key=lambda column: column.map(order), kind="stable",
+                             ignore_index=True)
+
+
+def _restore_all(methods: dict[str, Restorer], A: LinearOperator, d: Tensor,
+                 noise_std: float) -> dict[str, tuple[Tensor, SolveInfo | None, float]]:
+    """Each method's images, what its solver said, and its seconds.
+
+    A head acts on the image of the method before it, and has that one's seconds added to its own.
+    """
+    done: dict[str, tuple[Tensor, SolveInfo | None, float]] = {}
+    for name, method in methods.items():
+        clock = time.perf_counter()
+        if method.head is not None and method.base in done:
+            y, info, before = done[method.base]
+            y = method.head(A, y, d, noise_std)
+        else:
+            (y, info), before = method(A, d, noise_std), 0.0
+        if y.is_cuda:
+            torch.cuda.synchronize()
+        done[name] = y, info, before + time.perf_counter() - clock
+    return done
+
+
+@torch.no_grad()
+def by_computation(methods: dict[str, Restorer], counts: list[int], A: LinearOperator, x: Tensor,
+                   d: Tensor, noise_std: float) -> pd.DataFrame:
+    """Does more computation make a better image? An iterative method after k evaluations of T.
+
+    An equilibrium's solver is stopped after k, an unrolled network is given k layers, whatever
+    number it was trained with.
+
+    Args:
+        counts: the k, at least 1 each.
+
+    Returns:
+        A row for each method and k: method, evaluations, psnr (dB, mean over the images).
+    """
+    rows = []
+    for name, method in methods.items():
+        for k in counts:
+            model = method.model(A, noise_std)  # a fresh shell around the same weights
+            model.tolerance, model.max_iterations, model.iterations = 0.0, k, k
+            y = torch.cat([model(d[i:i + 1])[0] for i in range(len(d))])
+            rows.append({"method": name, "evaluations": k,
+                         "psnr": psnr(A.visible(y), A.visible(x)).mean().item()})
+    return pd.DataFrame(rows)
+
+
+def together(x: Tensor) -> int:
+    """Images solved together: a batch gains nothing on a CPU."""
+    return 1 if x.device.type == "cpu" else 50
+
+
+def complaints(table: pd.DataFrame, most: int = 4) -> list[str]:
+    """One line for each method whose solver failed on some images, the worst of them by name."""
+    lines = []
+    for method, rows in table.groupby("method", sort=False):
+        failed = rows[rows.converged == 0].sort_values("residual", ascending=False)
+        if len(failed):
+            named = ", ".join(f"{image} (relative residual {residual:.1e})" for image, residual
+                              in zip(failed.image[:most], failed.residual[:most], strict=True))
+            more = f" and {len(failed) - most} more" if len(failed) > most else ""
+            lines.append(f"{method}: {len(failed)} of {len(rows)} images did not converge: "
+                         f"{named}{more}")
+    return lines
+
+
+def summarise(table: pd.DataFrame) -> pd.DataFrame:
+    """One row per method, in the table's order: means with standard errors, and convergence.
+
+    Seconds and iterations are medians: what else the machine had to do matters less to them.
+    """
+    groups = table.groupby("method", sort=False)
+    return pd.DataFrame({
+        "images": groups.size(),
+        "psnr": groups.psnr.mean(),
+        "psnr_se": groups.psnr.sem(),
+        "ssim": groups.ssim.mean(),
+        "ssim_se": groups.ssim.sem(),
+        "converged": groups.converged.mean(),
+        "median_iterations": groups.iterations.median(),
+        "seconds_per_image": groups.seconds.median(),
+    }).reset_index()

@@ -1,0 +1,288 @@
+"""The losses: of the denoiser, of explicit models, and of equilibria by their gradients."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from jfbnb.common import seeded_generator
+from jfbnb.core.denoisers import Denoiser
+from jfbnb.core.fixed_point import SolveInfo, scale_of, solve
+from jfbnb.core.gradients import implicit, jfb
+from jfbnb.core.models import Model, Unrolled
+from jfbnb.core.operators import LinearOperator
+from jfbnb.core.precision import precision
+from jfbnb.core.protocols import measure
+from jfbnb.training import processes
+from jfbnb.training.degradations import EVERYWHERE, Conditions
+
+# The loss of each of some crops x, (b,), and figures of each, given the keys that seed the draws
+# and the crops' places in their batch: whoever shares a batch out gets the same draws.
+BatchLoss = Callable[[Tensor, tuple[int, ...], Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
+COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allowed
+ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved, at least
+TYPICAL = 1e-3  # mean squared error
+POOL = 64  # batches that a training comes back to in turn
+LOST = 0.1  # the residual of a state that is not gone on from: plain iteration runs away from there
+
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the losses of all methods have in common.
+
+    Args:
+        noise_std: of the measurements, on images in [0, 1].
+        tolerance, max_iterations: of the solve for x*, by Anderson without gradient. The adjoint
+            equation has as many iterations.
+        power_iterations: of the stretch's estimate.
+        contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`, both counted from
+            1 in units of the map's `scale`; a penalty of 0 leaves the estimate out.
+        bf16: for the first evaluations of a solve, the tracked application and the head; of an
+            explicit model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
+            of about 3e-3, and the estimate's differences would drown in the rounding.
+        conditions: what each step's operator and noise level are drawn from; None leaves both as
+            they are. Every batch then weighs alike: the loss is the logarithm of its error.
+        noise_power: how the prior's weight follows a drawn noise level, as in `methods.Method`.
+        watched: of so many crops one has its stretch estimated, and counts so many times.
+        heads: whether the methods that have a head train one.
+        visits: how often an equilibrium's training comes back to a batch. It solves for x* the
+            first time; T(x*), which it tracks anyway, is where it goes on the next time. Between
+            two visits lie `POOL` steps.
+    """
+
+    noise_std: float
+    tolerance: float = 1e-3
+    max_iterations: int = 12
+    power_iterations: int = 4
+    contraction: float = 0.9
+    penalty: float = 0.1
+    bf16: bool = False
+    conditions: Conditions | None = None
+    noise_power: float = 2.0
+    watched: int = 4
+    heads: bool = True
+    visits: int = 1
+
+    def everywhere(self) -> Self:
+        """Those that meet whatever a user may have; of a step's eight crops one is watched.
+
+        There is no head: the one tried behind the U-Net gained nothing.
+        """
+        return replace(self, conditions=EVERYWHERE, watched=8, heads=False, visits=8)
+
+    @classmethod
+    def read(cls, card: dict) -> Self:
+        """Those of a model card. What a card of an earlier release lacks is as it was then."""
+        drawn = card["loss"].get("conditions")
+        if drawn is not None:  # JSON knows no tuples
+            drawn = Conditions(**{name: tuple(value) if isinstance(value, list) else value
+                                  for name, value in drawn.items()})
+        return cls(**{**card["loss"], "conditions": drawn})
+
+
+# --- losses -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DenoiserLoss:
+    """|D(x + sigma n; sigma) - x|^2, with sigma uniform in [0, noise_max] for each image."""
+
+    D: Denoiser
+    noise_max: float
+    bf16: bool = False
+
+    def __call__(self, x: Tensor, keys: tuple[int, ...],
+                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        sigma, noise = torch.empty(len(x), 1, 1, 1), torch.empty(x.shape)
+        for row, index in enumerate(indices):
+            generator = seeded_generator(*keys, index)
+            sigma[row] = self.noise_max * torch.rand(1, generator=generator)
+            noise[row] = torch.randn(x.shape[1:], generator=generator)
+        sigma = sigma.to(x)
+        noisy = x + sigma * noise.to(x)
+        with precision(self.D, self.bf16):
+            denoised = noisy - self.D.residual(noisy, sigma)
+        return _mean_square(denoised - x), {}
+
+
+@dataclass(frozen=True)
+class ExplicitLoss:
+    """|y - x|^2 with y the image of a model with a fixed number of layers, all tracked."""
+
+    model: Unrolled
+    settings: LossSettings
+
+    def __call__(self, x: Tensor, keys: tuple[int, ...],
+                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        model, d = _meet(self.model, self.settings, x, keys, indices)
+        return _errors(model, self.settings, x, replace(self, model=model).restored(d)[0], d)
+
+    def restored(self, d: Tensor) -> tuple[Tensor, None]:
+        """The image that the loss sees, tracked."""
+        with precision(self.model, self.settings.bf16):
+            return self.model(d)
+
+
+@dataclass(frozen=True)
+class EquilibriumLoss:
+    """Algorithm 1's loss |N(d) - x|^2 at the fixed point, and a penalty that keeps T stable.
+
+    Args:
+        model: with the map T(x; d); its A must fit the crops.
+        gradient: (T, x*) -> T(x*), tracked, as in `jfbnb.core.gradients`.
+        memory: of the last `POOL` batches, by their keys: T(x*), and the direction that dies
+            slowest. What is not in it is solved for.
+    """
+
+    model: Model
+    settings: LossSettings
+    gradient: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] = jfb
+    memory: dict[tuple[int, ...], tuple[Tensor, Tensor | None]] = field(
+        default_factory=dict, compare=False, repr=False)
+
+    @property
+    def visits(self) -> int:
+        return self.settings.visits
+
+    def __call__(self, x: Tensor, keys: tuple[int, ...],
+                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        s = self.settings
+        model, d = _meet(self.model, s, x, keys, indices)
+        T = model.T
+        state, slowest = self.memory.pop(keys, (None, None))
+        Tx, x_star, figures = replace(self, model=model).restored(d, state)
+        loss, errors = _errors(model, s, x, T.image(Tx), d)
+        figures.update(errors)  # in place: the backward pass may add to it
+        if s.penalty > 0:
+            watched = [row for row, index in enumerate(indices) if index % s.watched == 0]
+            factor, slowest = contraction_estimate(lambda z: T(z, d[watched]), x_star[watched],
+                                                   s.power_iterations, slowest)
+            excess = torch.zeros_like(loss)
+            # A map whose steps are small is near 1 by construction: its scale is the unit.
+            past = 1 - s.contraction - (1 - factor) / scale_of(T)
+            excess[watched] = s.watched * past.clamp_min(0).square()
+            loss = loss + s.penalty * excess
+            figures["contraction"] = factor.detach()
+        if s.visits > 1 and (figures["residual"] < LOST * scale_of(T)).all():
+            self.memory[keys] = Tx.detach(), slowest
+            for oldest in list(self.memory)[:-POOL]:
+                del self.memory[oldest]
+        return loss, figures
+
+    def restored(self, d: Tensor, state: Tensor | None = None
+                 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """T(x*), tracked, whose image the loss sees; x*; and figures of its solve.
+
+        A given state is taken for x*, without a solve.
+        """
+        s, T = self.settings, self.model.T
+        x_star, figures = state, {}
+        with precision(self.model, s.bf16) as put:
+            if x_star is None:
+                x_star, info = solve(T, d, s.tolerance, s.max_iterations,
+                                     callback=lambda k, _: put(s.bf16 and k < COARSE))
+                figures = {"iterations": info.iterations, "residual": info.residual,
+                           "converged": info.converged}
+            put(s.bf16)
+            Tx = self.track(lambda z: T(z, d), x_star, figures)
+        if state is not None:
+            figures["residual"] = (_norm(Tx.detach() - state) / _norm(state)).flatten()
+        elif s.bf16:  # the value is as exact as the solve, whatever the gradient
+            Tx = x_star + (Tx - Tx.detach())
+        return Tx, x_star, figures
+
+    def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
+              figures: dict[str, Tensor]) -> Tensor:
+        """T(x*), whose backward pass is the gradient's."""
+        return self.gradient(T, x_star)
+
+
+@dataclass(frozen=True)
+class ImplicitLoss(EquilibriumLoss):
+    """The same by the exact gradient, Eq. 5.
+
+    Its equation is solved to 1e-3 times the map's scale, if not further.
+    """
+
+    def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
+              figures: dict[str, Tensor]) -> Tensor:
+        def report(adjoint: SolveInfo) -> None:  # called in the backward pass
+            figures["adjoint_residual"] = adjoint.residual
+
+        with precision(self.model, False):  # its own solve, too, would stall in bfloat16
+            return implicit(T, x_star,
+                            min(ADJOINT, self.settings.tolerance) * scale_of(self.model.T),
+                            self.settings.max_iterations, report)
+
+
+def _mean_square(error: Tensor) -> Tensor:
+    """Of each image, (b,)."""
+    return error.square().flatten(1).mean(dim=1)
+
+
+def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
+            d: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The error of an image y, plus that of its head's: both are to be good; and the two.
+
+    It is that of the part which the measurement shows.
+    """
+    visible = model.T.A.visible
+    loss = _mean_square(visible(y - x))
+    figures = {"mse": loss.detach()}
+    if model.H is not None:
+        with precision(model, settings.bf16):
+            head = _mean_square(visible(model.predict(y, d) - x))
+        figures["head_mse"] = head.detach()
+        loss = loss + head
+    if settings.conditions is not None:  # the gradient of its logarithm, on the usual scale
+        total, count = processes.add_up([loss.detach().sum().item(), float(len(loss))], x.device)
+        loss = loss * (TYPICAL * count / max(total, 1e-30))
+    return loss, figures
+
+
+def _meet(model: Model, settings: LossSettings, x: Tensor, keys: tuple[int, ...],
+          indices: Sequence[int]) -> tuple[Model, Tensor]:
+    """The model on the operator that measures some crops, and their measurements."""
+    noise_std = settings.noise_std
+    if settings.conditions is not None:
+        A, noise_std = settings.conditions.draw(x.shape[-1], seeded_generator(*keys, 0))
+        model = model.on(A.to(x.device), (noise_std / settings.noise_std) ** settings.noise_power)
+    return model, draw_measurement(model.T.A, x, noise_std, keys, indices)
+
+
+def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float, keys: tuple[int, ...],
+                     indices: Sequence[int]) -> Tensor:
+    """A measurement of each crop; its noise depends on the keys and its index alone."""
+    return measure(A, x, noise_std, seeded_generator(*keys).initial_seed() >> 1, indices)
+
+
+def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterations: int,
+                         slowest: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How much T stretches the direction that dies slowest at x*, one factor per image (B,).
+
+    Below 1 that direction dies out. It is one direction at one point: no bound on T's Lipschitz
+    constant, and no proof that T is stable.
+
+    The solve is itself a power iteration, so what is left of its residual, T(x*) - x*, already
+    points along the slowest direction; a random one would miss modes that live in a few pixels.
+    `power_iterations` more sharpen it. Finite differences of 1% of |x*|. The factor is
+    differentiable in Theta. Returned with it is the direction, to be given as `slowest` where the
+    estimate goes on.
+    """
+    size = 0.01 * _norm(x_star)
+    Tx = T(x_star)
+
+    def scaled(v: Tensor) -> Tensor:
+        return v * (size / _norm(v).clamp_min(1e-12))
+
+    with torch.no_grad():
+        v = scaled(Tx - x_star if slowest is None else slowest)
+        for _ in range(power_iterations):
+            v = scaled(T(x_star + v) - Tx)
+    return (_norm(T(x_star + v) - Tx) / size).flatten(), v
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, *(1,) * (x.dim() - 1))

@@ -1,0 +1,230 @@
+"""Every method, one entry each: what it is called, what is tuned, how it restores, what trains it.
+
+All that lists, tunes, trains, evaluates or draws methods goes through `METHODS`. To add one, add an
+entry: here, or by `register` in a package of your own. A package that declares the entry point
+
+    [project.entry-points."jfbnb.methods"]
+    mine = "my_package"
+
+is imported wherever it is installed, by the command and in notebooks that papermill runs, and may
+`register` its methods then.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+
+import torch
+from torch import Tensor, nn
+
+from jfbnb.common import UserError
+from jfbnb.core.baselines import (
+    direct_inverse,
+    tikhonov,
+    tikhonov_gradient_descent,
+    total_variation,
+)
+from jfbnb.core.denoisers import Denoiser, matched_sigma
+from jfbnb.core.maps import ADMMMap, EnergyMap, GradientMap, ProximalMap, SplittingMap
+from jfbnb.core.models import Equilibrium, Feedforward, Model, Result, Unrolled
+from jfbnb.core.operators import LinearOperator
+from jfbnb.training.losses import EquilibriumLoss, ExplicitLoss, ImplicitLoss, LossSettings
+
+Settings = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to restore an image. It has `restore`, or a `model` of a network, or is `behind` one.
+
+    Args:
+        name: on the command line and in files; label and colour: in tables and figures.
+        restore: (A, d, settings, ratio) -> (image, what its solver says or None). `ratio` is how
+            many times as much the prior weighs as at the noise level of the tuning.
+        model: (A, D, settings) -> `Model`, for those that have a network. A is None while weights
+            are loaded, so nothing may be derived from it here.
+        loss: (model, settings) -> the loss that trains the model, as in `losses`. Without one the
+            method uses the pretrained denoiser as it is.
+        head: whether a second network is trained along.
+        behind: the method whose second network this one is.
+        candidates: (noise level, about how many) -> settings to choose from on validation images.
+        tuned_as: another method with the same candidates and, untrained, the same images.
+        noise_power: the weight of the prior goes with this power of the noise level. 2 is theory
+            (see `matched_sigma`) and best for the equilibria. Other powers fit what was best on
+            CelebA's validation images at noise levels of 0.002 to 0.05.
+        compared: whether it is in the figures that set methods side by side, image by image and
+            under other conditions.
+        smooth: whether its network must have a continuous derivative, which ReLUs have not.
+    """
+
+    name: str
+    label: str
+    colour: str
+    restore: Callable[[LinearOperator, Tensor, Settings, float], Result] | None = None
+    model: Callable[[LinearOperator, Denoiser, Settings], Model] | None = None
+    loss: Callable[[Model, LossSettings], Callable] | None = None
+    head: bool = False
+    behind: "Method | None" = None
+    candidates: Callable[[float, int], list[Settings]] = field(default=lambda noise_std, n: [{}])
+    tuned_as: "Method | None" = None
+    noise_power: float = 2.0
+    compared: bool = True
+    smooth: bool = False
+
+    def __post_init__(self) -> None:
+        if sum(way is not None for way in (self.restore, self.model, self.behind)) != 1:
+            raise UserError(f"method {self.name!r}: give one of restore, model and behind")
+        if self.loss and not self.model:
+            raise UserError(f"method {self.name!r} has a loss, but no model to train")
+        if self.behind and not self.behind.head:
+            raise UserError(f"method {self.name!r} is behind {self.behind.name!r}, which has no "
+                            "head")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether it has weights of its own."""
+        return self.loss is not None
+
+    def takes(self, network: nn.Module) -> bool:
+        """Whether such a network will do."""
+        return getattr(network, "smooth", False) or not self.smooth
+
+    def build(self, A: LinearOperator | None, network: nn.Module, settings: Settings,
+              head: nn.Module | None = None) -> Model:
+        """Its model, of a network and settings, on the network's device; with a head if given."""
+        like = next(network.parameters(), torch.empty(()))
+        model = self.model(A, Denoiser(network, settings.get("sigma", 0.0)), settings)
+        model.to(like.device)  # not of its type: an operator keeps its float64
+        return model if head is None else model.add_head(head)
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Make a method known. Raises UserError for a name, label or colour that is taken."""
+    if method.name == "denoiser" or not method.name.isprintable() or "/" in method.name:
+        raise UserError(f"method {method.name!r}: its name is that of a file; choose another")
+    for other in METHODS.values():
+        if any(getattr(method, part).lower() == getattr(other, part).lower()
+               for part in ("name", "label", "colour")):
+            raise UserError(f"method {method.name!r}: {other.name!r} has the same name, label or "
+                            "colour")
+    METHODS[method.name] = method
+    return method
+
+
+def get_method(name: str) -> Method:
+    """Look up a method. Raises UserError for an unknown name."""
+    if name not in METHODS:
+        raise UserError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def plugins() -> list[Method]:
+    """The methods that were registered from outside the package."""
+    return [method for name, method in METHODS.items() if name not in OWN]
+
+
+# --- the methods --------------------------------------------------------------------------------
+# Classical ones, plug-and-play and JFB have Okabe and Ito's colours, safe for colour-blind eyes. An
+# equilibrium has its map's colour. jfb and deq are one map, trained by two gradients.
+
+
+def grid(n: int, **ranges: tuple[float, float]) -> list[Settings]:
+    """About n settings, evenly spaced on logarithmic axes from the low to the high end of each."""
+    each = max(1, math.floor(n ** (1 / len(ranges)) + 1e-9))
+    axes = [torch.logspace(math.log10(low), math.log10(high), each, dtype=torch.float64).tolist()
+            for low, high in ranges.values()]
+    return [dict(zip(ranges, values, strict=True)) for values in itertools.product(*axes)]
+
+
+def prior(noise_std: float, n: int, **more: float) -> list[Settings]:
+    """Weights tau, each with the noise level of the denoiser that goes with it."""
+    return [{**s, "sigma": matched_sigma(noise_std, s["tau"]), **more}
+            for s in grid(n, tau=(1e-2, 10**-0.5))]
+
+
+def _stopped_descent(A: LinearOperator, d: Tensor, settings: Settings, ratio: float) -> Result:
+    # The direction with squared singular value s^2 is recovered after about 1 / s^2 steps, and lam
+    # plays the part of the smallest s^2 that is: the steps go with the inverse of the ratio.
+    steps = min(round(settings["steps"] / ratio), 100_000)
+    return tikhonov_gradient_descent(A, d, 0.0, settings["step_size"], steps), None
+
+
+register(Method(
+    name="measurement", compared=False, label="Noisy blurred", colour="#999999",
+    restore=lambda A, d, s, ratio: (A.guess(d), None)))
+register(Method(
+    name="direct-inverse", compared=False, label="Direct inverse", colour="#CC79A7",
+    restore=lambda A, d, s, ratio: (direct_inverse(A, d), None)))
+# For white images lam would go with the noise's variance. But less noise lets finer detail through,
+# and images have the less of it the finer it is: so the best weights fall more slowly.
+register(Method(
+    name="gradient-descent", compared=False, label="Gradient descent", colour="#E69F00",
+    restore=_stopped_descent, noise_power=1.25,
+    candidates=lambda noise_std, n: [{"steps": steps, "step_size": 1.0} for steps in sorted(
+        {round(s["steps"]) for s in grid(n, steps=(1, 3 / noise_std))})]))
+register(Method(
+    name="tikhonov", label="Tikhonov", colour="#D55E00", noise_power=1.0,
+    restore=lambda A, d, s, ratio: (tikhonov(A, d, s["lam"] * ratio), None),
+    candidates=lambda noise_std, n: grid(n, lam=(0.1 * noise_std, 10 * noise_std))))
+register(Method(
+    name="total-variation", label="Total variation", colour="#009E73", noise_power=1.5,
+    restore=lambda A, d, s, ratio: total_variation(A, d, s["weight"] * ratio),
+    candidates=lambda noise_std, n: grid(n, weight=(10**-0.5 * noise_std**1.5,
+                                                    10 * noise_std**1.5))))
+PLUG_AND_PLAY = register(Method(
+    name="plug-and-play", label="Plug-and-play", colour="#56B4E9", candidates=prior,
+    model=lambda A, D, s: Equilibrium(SplittingMap(A, D, s["tau"]))))
+register(Method(
+    name="feedforward", compared=False, label="DnCNN", colour="#B8A000",
+    candidates=lambda noise_std, n: grid(n, sigma=(1e-3, 1e-1)),
+    model=lambda A, D, s: Feedforward(A, D), loss=ExplicitLoss))
+TIKHONOV_NETWORK = register(Method(
+    name="feedforward-tikhonov", label="Tikhonov + DnCNN", colour="#8C510A", head=True,
+    candidates=lambda noise_std, n: grid(n, lam=(1.5e-3, 6e-3), sigma=(0.03, 0.1)),
+    noise_power=1.5,
+    model=lambda A, D, s: Feedforward(A, D, s["lam"]), loss=ExplicitLoss))
+register(Method(
+    name="feedforward-tikhonov-head", label="Tikhonov + 2 DnCNN", colour="#DFC27D",
+    behind=TIKHONOV_NETWORK))
+register(Method(
+    name="unrolled", label="Deep unrolling", colour="#762A83", noise_power=1.0,
+    candidates=lambda noise_std, n: prior(noise_std, n, iterations=5),
+    model=lambda A, D, s: Unrolled(SplittingMap(A, D, s["tau"]), int(s["iterations"])),
+    loss=ExplicitLoss))
+register(Method(
+    name="de-grad", compared=False, label="DE-GRAD", colour=GradientMap.colour,
+    candidates=lambda noise_std, n: prior(noise_std, n, eta=1.0),
+    model=lambda A, D, s: Equilibrium(GradientMap(A, D, s["tau"], s["eta"])),
+    loss=EquilibriumLoss))
+register(Method(
+    name="de-prox", compared=False, label="DE-PROX", colour=ProximalMap.colour,
+    candidates=lambda noise_std, n: grid(n, eta=(1.0, 1.9), sigma=(0.02, 0.08)),
+    model=lambda A, D, s: Equilibrium(ProximalMap(A, D, s["eta"])), loss=EquilibriumLoss))
+register(Method(
+    name="de-admm", compared=False, label="DE-ADMM", colour=ADMMMap.colour,
+    candidates=prior, model=lambda A, D, s: Equilibrium(ADMMMap(A, D, s["tau"])),
+    loss=EquilibriumLoss))
+DEQ = register(Method(
+    name="deq", label="Deep equilibrium", colour="#000000", head=True, candidates=prior,
+    tuned_as=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=ImplicitLoss))
+register(Method(name="deq-head", label="Deep equilibrium + head", colour="#777777", behind=DEQ))
+JFB = register(Method(
+    name="jfb", label="JFB", colour=SplittingMap.colour, head=True, candidates=prior,
+    tuned_as=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=EquilibriumLoss))
+register(Method(name="jfb-head", label="JFB + head", colour="#7FB8DE", behind=JFB))
+register(Method(
+    name="jfb-energy", label="JFB, energy", colour=EnergyMap.colour, compared=False, smooth=True,
+    candidates=prior, tuned_as=PLUG_AND_PLAY, loss=EquilibriumLoss,
+    model=lambda A, D, s: Equilibrium(EnergyMap(A, D, s["tau"]))))
+OWN = frozenset(METHODS)  # the names of those above
+for _found in entry_points(group="jfbnb.methods"):
+    try:
+        _found.load()
+    except Exception as _error:  # of somebody else's: the methods here work without it
+        warnings.warn(f"the method {_found.value} cannot be used: {_error}", stacklevel=1)

@@ -1,0 +1,283 @@
+"""How a denoiser and a method's network are trained: once, for notebooks, command and benchmark.
+
+What comes out is stored with a model card, so that anyone can measure it again.
+"""
+
+import copy
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from jfbnb.common import UserError, atomic_path, atomic_write, describe_device
+from jfbnb.core.denoisers import Denoiser
+from jfbnb.core.metrics import psnr
+from jfbnb.core.models import Model
+from jfbnb.core.operators import LinearOperator
+from jfbnb.core.protocols import Protocol, measure
+from jfbnb.data import ImageSet, Splits, bundled_photos, random_crops
+from jfbnb.training import processes
+from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.losses import BatchLoss, DenoiserLoss, LossSettings
+from jfbnb.training.methods import METHODS, Method, Settings
+from jfbnb.training.weights import describe, save_weights
+
+BY_COMMAND = "JFBNB_BY_COMMAND"  # set where `jfbnb reproduce` runs the notebooks
+FIXED = 16  # training crops, always the same, on which every training's progress is measured
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a method is tuned and watched on: validation images x, measured by A as d."""
+
+    setup: Protocol
+    splits: Splits
+    A: LinearOperator
+    x: Tensor
+    d: Tensor
+    seed: int
+
+
+def pose(setup: Protocol, splits: Splits, images: int, seed: int, device: torch.device) -> Problem:
+    """Measure the first so many validation images, on a device."""
+    A = setup.operator().to(device)
+    x = splits.validation[:images].as_float().to(device)
+    d = measure(A, x, setup.noise_std, seed, splits.validation.indices[:images])
+    return Problem(setup, splits, A, x, d, seed)
+
+
+def measured(problem: Problem, images: ImageSet) -> Problem:
+    """The same on other images."""
+    x = images.as_float().to(problem.x.device)
+    d = measure(problem.A, x, problem.setup.noise_std, problem.seed, images.indices)
+    return replace(problem, x=x, d=d)
+
+
+def middle(problem: Problem, crop: int, images: int = 4) -> Problem:
+    """The problem on the middle of a few of its images, `crop` pixels wide, measured for itself."""
+    lo = (problem.setup.image_size - crop) // 2
+    A = problem.setup.operator(crop).to(problem.x.device)
+    x = problem.x[:images, :, lo:lo + crop, lo:lo + crop]
+    indices = problem.splits.validation.indices[:len(x)]
+    d = measure(A, x, problem.setup.noise_std, problem.seed, indices)
+    return replace(problem, A=A, x=x, d=d)
+
+
+def fixed_crops(problem: Problem, crop: int) -> Problem:
+    """The problem on `FIXED` crops of training images, the same and measured alike at all times."""
+    images = problem.splits.train.images
+    A = problem.setup.operator(crop).to(problem.x.device)
+    x = random_crops(images[::math.ceil(len(images) / FIXED)], crop, problem.seed, 0, 0, 0)
+    x = x.to(problem.x.device)
+    return replace(problem, A=A, x=x, d=measure(A, x, problem.setup.noise_std, problem.seed,
+                                                range(len(x))))
+
+
+def by_hand() -> bool:
+    """Whether a notebook is run by its reader, and not by a command."""
+    return "ipykernel" in sys.modules and BY_COMMAND not in os.environ
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a training runs, and what it leaves.
+
+    Args:
+        out: a folder for NAME.safetensors, its model card and history, and the checkpoints; None
+            keeps nothing.
+        command: what the model card says that made it.
+        weights: a folder of finished networks, to take them and not train; "" for none.
+        keep: whether weights in `out` that were trained with other parameters stay there, and the
+            new ones go to out/other.
+    """
+
+    device: torch.device
+    out: Path | None = None
+    command: str = ""
+    weights: str | Path = ""
+    log: Callable[[str], None] = print
+    keep: bool = field(default_factory=by_hand)
+
+
+def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, noise_max: float,
+                   bf16: bool, run: Run) -> tuple[Denoiser, pd.DataFrame]:
+    """Train a network to take noise out of images, told how much of it there is.
+
+    Args:
+        noise_max: the strongest noise, on images in [0, 1].
+
+    Returns:
+        The denoiser, and the records.
+    """
+    D = Denoiser(network, 0.0)
+    history = _train("denoiser", D, DenoiserLoss(D, noise_max, bf16), splits, config, run, None)
+    _store("denoiser", D, history, splits, config, run, {
+        "what": f"{type(network).__name__} denoiser, pretrained on Gaussian noise",
+        "noise_max": noise_max})
+    return D, history
+
+
+def train_method(method: Method, network: nn.Module, settings: Settings, problem: Problem,
+                 config: TrainingConfig, losses: LossSettings, run: Run) -> tuple[Model, dict]:
+    """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
+
+    Its records have `fixed_mse`, the mean squared error on `fixed_crops` of what the model restores
+    then, solved as for a table. Its model card says how well it restores the problem's images, and
+    four photographs.
+
+    Args:
+        network: the denoiser's; a copy of it is trained.
+        settings: the method's, as tuned.
+
+    Returns:
+        The model, for crops, and what its model card says of the training: `history` are its
+        records, `start` is the first one's `fixed_mse` before any step.
+    """
+    A = problem.setup.operator(config.crop).to(run.device)
+    model, loss = prepare(method, network, settings, A, losses)
+    fixed = fixed_crops(problem, config.crop)
+    start = fixed_error(model.to(run.device), fixed)
+    history = _train(method.name, model, loss, problem.splits, config, run,
+                     lambda: fixed_error(model, fixed))
+    card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
+            "settings": settings, "loss": asdict(replace(losses, noise_power=method.noise_power)),
+            "start": start}
+    if run.out and not run.weights:  # those that are taken have been measured
+        photographs = bundled_photos("validation", problem.setup.image_size)[:4]
+        others = measured(problem, photographs)
+        card["measured"] = {
+            name: {"images": len(some.x), **score(model.on(some.A), some)} for name, some in (
+                ("validation images", problem), ("photographs", others))}
+        run.log(f"{method.label}: {card['measured']['validation images']['psnr']:.2f} dB on "
+                f"{len(problem.x)} validation images")
+    return model, _store(method.name, model, history, problem.splits, config, run, card)
+
+
+@torch.no_grad()
+def fixed_error(model: Model, fixed: Problem) -> dict[str, float]:
+    """The mean squared error of a model's images of some crops, and the share that converged."""
+    y, info = model(fixed.d)
+    found = {"fixed_mse": fixed.A.visible(y - fixed.x).square().mean().item()}
+    if info is not None:
+        found["fixed_converged"] = info.converged.float().mean().item()
+    return found
+
+
+def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOperator,
+            losses: LossSettings) -> tuple[Model, BatchLoss]:
+    """A method's model as its training begins, and the loss that trains it."""
+    model = method.build(A, copy.deepcopy(network), settings)
+    if method.head and losses.heads:
+        model.add_head()
+    return model, method.loss(model, replace(losses, noise_power=method.noise_power))
+
+
+def read_cards(weights: Path, names: Sequence[str]) -> dict[str, dict]:
+    """The model cards of some methods in a folder. Raises UserError if one is missing."""
+    try:
+        return {name: json.loads((weights / f"{name}.json").read_text(encoding="utf-8"))
+                for name in names}
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model card in {weights} ({error}): run the earlier notebooks, in "
+                        "order, or `jfbnb reproduce`") from error
+
+
+def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of some methods' model cards: a row for each training, and its learning curve.
+
+    Returns:
+        A table to show, and one of method, applications (of the network so far) and psnr (dB, of
+        the mean squared error on the fixed crops), from before the first step on.
+    """
+    rows, curves = [], []
+    for name, card in cards.items():
+        history, last = pd.DataFrame(card["history"]), card["history"][-1]
+        errors = [card["start"]["fixed_mse"], *history.fixed_mse]
+        rows.append({"Method": METHODS[name].label,
+                     "Learning rate": card["training"]["learning_rate"], "Steps": last["steps"],
+                     "Applications": last["applications"], "Minutes": history.seconds.sum() / 60,
+                     "Solves converged": last.get("converged", math.nan),
+                     "Adjoint residual": last.get("adjoint_residual", math.nan),
+                     "Loss before": errors[0], "Loss after": errors[-1]})
+        curves.append(pd.DataFrame({
+            "method": name, "applications": [0, *history.applications],
+            "psnr": [-10 * math.log10(error) for error in errors]}))
+    return pd.DataFrame(rows), pd.concat(curves, ignore_index=True)
+
+
+@torch.no_grad()
+def score(model: Model, problem: Problem) -> dict[str, float]:
+    """Mean PSNR in dB on a problem's images, the head's too, and the share that converged."""
+    def quality(y: Tensor) -> float:
+        return psnr(problem.A.visible(y), problem.A.visible(problem.x)).mean().item()
+
+    y, info = model(problem.d)
+    found = {"psnr": quality(y)}
+    if model.H is not None:
+        found["psnr_head"] = quality(model.predict(y, problem.d))
+    if info is not None:
+        found["converged"] = info.converged.float().mean().item()
+    return found
+
+
+def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config: TrainingConfig,
+           run: Run, validate: Callable[[], dict[str, float]] | None) -> pd.DataFrame:
+    for D in (part for part in module.modules() if isinstance(part, Denoiser)):
+        describe(D.network)  # one that cannot be stored is refused before hours of work
+    return pd.DataFrame(train(
+        module, loss, splits.train.images, config, run.device,
+        run.out / "checkpoints" if run.out else None, validate, run.log,
+        Path(run.weights) / f"{name}.safetensors" if run.weights else None))
+
+
+def _store(name: str, module: nn.Module, history: pd.DataFrame, splits: Splits,
+           config: TrainingConfig, run: Run, card: dict) -> dict:
+    """Write a trained network, its card and its history, and return the card."""
+    if run.weights:  # another run's, with what it says of them
+        card = read_cards(Path(run.weights), [name])[name]
+    else:
+        card = {**card, "training data": splits.source, "training images": len(splits.train),
+                "training": asdict(config), "history": history.to_dict(orient="records"),
+                "training seconds": round(history.seconds.sum()),
+                "device": describe_device(run.device), "processes": processes.world_size(),
+                "command": run.command, "torch": torch.__version__}
+    if run.out is None or processes.rank() > 0:
+        return card
+    place = run.out if run.weights else _place(name, module, card, run)
+    atomic_write(place / f"{name}_history.csv", history.to_csv(index=False))
+    if not run.weights:
+        save_weights(place / f"{name}.safetensors", module, card)
+        return card
+    for suffix in (".safetensors", ".json"):
+        with atomic_path(place / f"{name}{suffix}") as temporary:
+            shutil.copyfile(Path(run.weights) / f"{name}{suffix}", temporary)
+    return card
+
+
+def _place(name: str, module: nn.Module, card: dict, run: Run) -> Path:
+    """Where a network is stored: `run.out`, or a folder in it. See `Run.keep`."""
+    file = run.out / f"{name}.json"
+    if not (run.keep and file.is_file()):
+        return run.out
+    own = {**card, "networks": [describe(D.network) for D in module.modules()
+                                if isinstance(D, Denoiser)]}
+    try:
+        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(own))
+        changed = [part for part in ("networks", "protocol", "noise_max", "loss", "training data",
+                                     "training") if before.get(part) != now.get(part)]
+    except (OSError, ValueError, AttributeError):  # damaged: nothing to keep
+        return run.out
+    if not changed:
+        return run.out
+    run.log(f"{file.with_suffix('.safetensors')} was trained with other parameters "
+            f"({', '.join(changed)}) and is kept: later notebooks read it. This one is in "
+            f"{run.out / 'other'}; name another `profile` above to go on with it")
+    return run.out / "other"

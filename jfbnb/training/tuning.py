@@ -1,0 +1,97 @@
+"""The settings of each method, chosen on validation images."""
+
+import json
+import reprlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from jfbnb.common import UserError, atomic_write
+from jfbnb.core.metrics import psnr
+from jfbnb.core.operators import LinearOperator
+from jfbnb.training.methods import Method, Settings
+
+# --- tuning -------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tuning:
+    """Each method's settings, chosen on validation images, with the searches that chose them.
+
+    Args:
+        noise_std: of the measurements, on images in [0, 1].
+        images: how many validation images the searches scored.
+        chosen: for each method the settings with the highest mean PSNR.
+        searches: for each method what was tried: its settings, and figures with their "psnr" in dB.
+    """
+
+    noise_std: float
+    images: int
+    chosen: dict[str, Settings] = field(default_factory=dict)
+    searches: dict[str, list[Settings]] = field(default_factory=dict)
+
+    def search(self, method: str, candidates: list[Settings],
+               score: Callable[[Settings], dict[str, float]]) -> Settings:
+        """Score every candidate, keep them all, choose the one with the highest "psnr"."""
+        tried = [{**candidate, **score(candidate)} for candidate in candidates]
+        self.searches[method] = tried
+        best = max(range(len(tried)), key=lambda i: (tried[i]["psnr"] == tried[i]["psnr"],
+                                                     tried[i]["psnr"]))  # NaN is worst
+        self.chosen[method] = candidates[best]
+        return candidates[best]
+
+    def settings(self, method: Method) -> Settings:
+        """Raises UserError where a setting that the method needs is missing."""
+        chosen = self.chosen.get((method.tuned_as or method).name, {})
+        missing = [k for k in method.candidates(self.noise_std, 1)[0] if k not in chosen]
+        if missing:
+            raise UserError(f"the tuning has no {' and no '.join(missing)} for {method.name}: run "
+                            "the earlier notebooks, in order, or `jfbnb reproduce`")
+        return chosen
+
+    def save(self, path: Path) -> None:
+        atomic_write(path, json.dumps(asdict(self), indent=1) + "\n")
+
+    @staticmethod
+    def load(path: Path) -> "Tuning":
+        """Raises UserError if the file is missing or not a tuning."""
+        if not path.is_file():
+            raise UserError(f"no tuned parameters at {path}: run the earlier notebooks, in order, "
+                            "or `jfbnb reproduce`")
+        try:
+            tuning = Tuning(**json.loads(path.read_text(encoding="utf-8")))
+            values = [v for settings in tuning.chosen.values() for v in settings.values()]
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{path} holds no tuned parameters ({error})") from error
+        for value in (tuning.noise_std, *values):
+            if type(value) not in (int, float) or not 0 < value <= 1e5:
+                raise UserError(f"{path} holds no tuned parameters ({reprlib.repr(value)} is no "
+                                "number between 0 and 1e5)")
+        return tuning
+
+
+@torch.no_grad()
+def tune(method: Method, tuning: Tuning, A: LinearOperator, d: Tensor, x: Tensor, n: int,
+         network: nn.Module | None = None, max_iterations: int = 15) -> Settings:
+    """Search about n settings of a method, before any training, on images x measured as d.
+
+    Args:
+        network: the pretrained denoiser's, for those that have one.
+        max_iterations: of a method's fixed-point solver.
+    """
+    def score(settings: Settings) -> dict[str, float]:
+        if method.restore:
+            y, info = method.restore(A, d, settings, 1.0)
+        else:
+            model = method.build(A, network, settings)
+            model.max_iterations = max_iterations
+            y, info = model(d)
+        figures = {"psnr": psnr(A.visible(y), A.visible(x)).mean().item()}
+        if info is not None:
+            figures["converged"] = info.converged.float().mean().item()
+        return figures
+
+    return tuning.search(method.name, method.candidates(tuning.noise_std, n), score)

@@ -1,0 +1,164 @@
+"""Weights: safetensors files, each with a JSON model card beside it."""
+
+import inspect
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from jfbnb.common import UserError, atomic_path, atomic_write
+from jfbnb.core.denoisers import LARGEST, NETWORKS, Denoiser
+
+Built = TypeVar("Built", bound=nn.Module)
+# --- weights: safetensors beside a JSON model card ----------------------------------------------
+
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
+LATER = (".follow",)  # which tensors' names end so is not in files of an earlier release
+
+
+def save_weights(path: str | Path, module: nn.Module, card: dict) -> None:
+    """Write a module's weights to `path` (.safetensors) and its model card beside it (.json).
+
+    The networks of the denoisers in it are described by their class and constructor arguments.
+
+    Args:
+        card: what the reader should know: protocol, training data, metrics, command, versions.
+
+    Raises:
+        UserError: where a network does not keep its constructor's arguments.
+    """
+    path = Path(path)
+    networks = [describe(D.network) for D in module.modules() if isinstance(D, Denoiser)]
+    tensors = {name: value.detach().cpu().contiguous()
+               for name, value in module.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"networks": json.dumps(networks)})
+    card = {"networks": networks, "weights": sum(v.numel() for v in tensors.values()),
+            "numbers": {name: v.item() for name, v in tensors.items() if v.dim() == 0}, **card}
+    atomic_write(path.with_suffix(".json"), json.dumps(card, indent=2) + "\n")
+
+
+def describe(network: nn.Module) -> dict:
+    """A network's class and constructor arguments, as they are stored. See `save_weights`."""
+    kind = type(network)
+    names = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+    missing = [name for name in names if not hasattr(network, name)]
+    if missing:
+        raise UserError(f"{kind.__name__} does not keep {', '.join(missing)} of its constructor: "
+                        "set self.NAME = NAME for each, so that it can be saved and built again")
+    found = {"class": kind.__qualname__, "arguments": {name: getattr(network, name)
+                                                      for name in names}}
+    if not _is_description(found):
+        raise UserError(f"{kind.__name__} cannot be stored: its constructor takes other than text, "
+                        f"flags and numbers up to {LARGEST}: {found['arguments']}")
+    return found
+
+
+def load_weights(path: str | Path, build: Callable[..., Built],
+                 networks: Sequence[type[nn.Module]] = ()) -> Built:
+    """The module that `save_weights` stored. Nothing that the file names is imported.
+
+    Its own list of its tensors is looked at before any of them is read.
+
+    Args:
+        build: called with the file's networks, untrained, in order; returns the module.
+        networks: classes that the file may name, besides `NETWORKS`.
+
+    Raises:
+        UserError: if there is no such file, if it is damaged or holds something else, or for a
+            network of another class.
+    """
+    path = Path(path)
+
+    def whole(descriptions: list[dict]) -> Built:
+        try:
+            return build(*(_untrained(d, [*networks, *NETWORKS]) for d in descriptions))
+        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+            raise UserError(f"the weights {path} are of something else ({error})") from error
+
+    with _opened(path) as stored:
+        descriptions = json.loads((stored.metadata() or {}).get("networks", "null"))
+        if not (isinstance(descriptions, list) and all(map(_is_description, descriptions))):
+            raise UserError(f"the weights {path} do not say of which networks they are: those of "
+                            "an earlier release must be fetched again")
+        with torch.device("meta"):  # hardly any memory, whatever size is claimed
+            wanted = shapes(whole(descriptions))
+        if _completed(tensor_list(stored), wanted) != wanted:
+            raise UserError(f"the weights {path} do not fit the networks that they name: "
+                            f"{descriptions}")
+    module = whole(descriptions)
+    fill(path, module)
+    return module
+
+
+def fill(path: Path, module: nn.Module) -> None:
+    """Load a file's tensors into a module, in place.
+
+    Raises:
+        UserError: if they are not the module's own, or not all finite.
+    """
+    with _opened(path) as stored:
+        if _completed(tensor_list(stored), shapes(module)) != shapes(module):
+            raise UserError(f"the weights {path} are not those of {type(module).__name__}")
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
+    module.load_state_dict(_completed(tensors, module.state_dict()))
+
+
+def _completed(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """What a file has of a module, and where it is of an earlier release the module's own."""
+    return {name: value for name, value in own.items() if name.endswith(LATER)} | found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    if not path.is_file():
+        raise UserError(f"no weights at {path}: train them first (notebooks 03 and 04, or "
+                        "`jfbnb reproduce`), or give the folder that has them")
+    try:
+        with safe_open(path, "pt") as stored:
+            yield stored
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
+
+
+def tensor_list(stored: safe_open) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor in an open safetensors file; reads none of them."""
+    slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+    return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor of a module, as `tensor_list` has them."""
+    return {name: (DTYPES.get(v.dtype, str(v.dtype)), list(v.shape))
+            for name, v in module.state_dict().items()}
+
+
+def _is_description(found: object) -> bool:
+    """True for what `describe` may have stored, with numbers of a bearable size."""
+    return (isinstance(found, dict) and set(found) == {"class", "arguments"}
+            and isinstance(found["class"], str) and isinstance(found["arguments"], dict)
+            and all(isinstance(v, str | bool | None)
+                    or (isinstance(v, int | float) and abs(v) <= LARGEST)
+                    for v in found["arguments"].values()))
+
+
+def _untrained(description: dict, known: list[type[nn.Module]]) -> nn.Module:
+    kind = next((k for k in known if k.__qualname__ == description["class"]), None)
+    if kind is None:
+        raise UserError(f"weights of a network of the class {description['class']}, which is none "
+                        f"of {', '.join(k.__qualname__ for k in known)}: import it yourself and "
+                        "give it by `networks`, or add it to jfbnb.core.denoisers.NETWORKS")
+    return kind(**description["arguments"])
+
+
+def load_denoiser(path: str | Path, networks: Sequence[type[nn.Module]] = ()) -> Denoiser:
+    """Read a denoiser; arguments and errors as in `load_weights`."""
+    return load_weights(path, lambda network: Denoiser(network, 0.0), networks)
