@@ -162,7 +162,7 @@ class Run(NamedTuple):
     loss: Callable[[], Tensor] | None
     trained: nn.Module
     network: nn.Module
-    visits: int = 1
+    batch_reuse: int = 1
     optimizer: type[torch.optim.Optimizer] = torch.optim.Adam
 
 
@@ -207,9 +207,10 @@ def training(name: str, tolerance: float, bf16: bool) -> tuple[TrainingConfig, L
     config = TrainingConfig(1, own["batch_size"], own["crop"], own["learning_rate"], own["seed"],
                             unconverged_limit=1.0)
     losses = LossSettings(PAPER.noise_std, tolerance, MOST, own["power_iterations"],
-                          own.get("contraction", LossSettings.contraction), bf16=bf16)
-    if own.get("everywhere"):
-        config, losses = config.everywhere(), replace(losses.everywhere(), conditions=None)
+                          own.get("max_growth", LossSettings.max_growth), bf16=bf16)
+    if own.get("random_degradations"):
+        config = config.random_degradations()
+        losses = replace(losses.random_degradations(), conditions=None)
     return config, losses
 
 
@@ -230,10 +231,10 @@ def our_step(gradient: str, bf16: bool, shipped: str, problem: Problem, solver: 
     steps = itertools.count()
 
     def value() -> Tensor:  # of the next step
-        keys = KEYS if losses.visits == 1 else (0, 1, next(steps) // losses.visits, 1)
+        keys = KEYS if losses.batch_reuse == 1 else (0, 1, next(steps) // losses.batch_reuse, 1)
         return loss(problem.x, keys, range(len(problem.x)))[0].mean()
 
-    return Run(lambda d: loss.restored(d)[0], value, model, model.T.D.network, losses.visits,
+    return Run(lambda d: loss.restored(d)[0], value, model, model.T.D.network, losses.batch_reuse,
                Muon if config.muon else torch.optim.Adam)
 
 

@@ -77,7 +77,7 @@ def prepare(file: Path, contender: Contender, solver: str, effort: float,
     optimizer = run.optimizer(run.trained.parameters(), lr=0.0)  # moves nothing, costs the same
 
     def step() -> None:
-        for _ in range(run.visits):
+        for _ in range(run.batch_reuse):
             loss = run.loss()
             optimizer.zero_grad()
             loss.backward()
@@ -94,7 +94,7 @@ def prepare(file: Path, contender: Contender, solver: str, effort: float,
 
     def measured() -> Record:
         action()
-        steps = run.visits if training else 1
+        steps = run.batch_reuse if training else 1
         return {"seconds": least(action, 1) / steps, "distance": distance,
                 "evaluations": sum(batches) / len(problem.x) / steps, "process MB": peak_memory()}
 

@@ -31,7 +31,7 @@ from jfbnb.teaching.figures import new_figure, save_data, save_figure, save_tabl
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import BatchLoss, LossSettings, draw_measurement
 from jfbnb.training.methods import METHODS, Method
-from jfbnb.training.recipes import Run, pose, prepare, score, train_method
+from jfbnb.training.recipes import Run, prepare, score, train_method, validation_problem
 from jfbnb.training.restorers import RELEASED
 from jfbnb.training.tuning import Tuning
 from jfbnb.training.weights import load_denoiser
@@ -123,7 +123,7 @@ def measure(bench: argparse.Namespace) -> None:
     """A row for each training, as soon as it is known."""
     torch.set_num_threads(bench.threads)
     splits = load_splits(bench.data, PAPER.image_size, 8000, 200, 2000)
-    problem = pose(PAPER, splits, bench.validation, 0, CPU)
+    problem = validation_problem(PAPER, splits, bench.validation, 0, CPU)
     network = load_denoiser(RELEASED / "denoiser.safetensors").network
     settings = Tuning.load(RELEASED / "tuning.json").settings(JFB)
     file = bench.out / "quality_trainings.csv"

@@ -21,7 +21,7 @@ from jfbnb.run.reproduce import TRAINED
 from jfbnb.run.train import network_parameters, prepared
 from jfbnb.teaching.figures import save_data
 from jfbnb.training.methods import METHODS, get_method
-from jfbnb.training.recipes import Run, measured, score, train_method
+from jfbnb.training.recipes import Run, score, train_method, with_images
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ def measure(bench: argparse.Namespace) -> None:
     for name in bench.methods:
         what = prepared(get_method(name), p, splits, bench.start, False, CPU)
         config = replace(what["config"], budget=bench.share * p["budget"], unconverged_limit=1.0)
-        judged = measured(what["problem"], splits.validation[:bench.images])
+        judged = with_images(what["problem"], splits.validation[:bench.images])
         while True:
             rows = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["method"])
             own = rows[rows.method == name]

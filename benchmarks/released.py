@@ -30,7 +30,7 @@ SHOWN = ("jfb", "jfb-head", "jfb-energy")
 
 def weights_of(folder: Path, method: str) -> str | None:
     """A hash of a method's weights in a folder; None where it has none."""
-    own = METHODS[method].behind or METHODS[method]
+    own = METHODS[method].head_of or METHODS[method]
     file = folder / f"{own.name}.safetensors"
     try:
         make_methods([method], folder, torch.device("cpu"))

@@ -26,7 +26,15 @@ from jfbnb.teaching.figures import new_figure, save_data, save_figure, save_tabl
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import LossSettings
 from jfbnb.training.methods import METHODS, Method
-from jfbnb.training.recipes import Problem, Run, measured, pose, read_cards, score, train_method
+from jfbnb.training.recipes import (
+    Problem,
+    Run,
+    read_cards,
+    score,
+    train_method,
+    validation_problem,
+    with_images,
+)
 from jfbnb.training.restorers import load_model
 from jfbnb.training.weights import load_denoiser
 
@@ -63,9 +71,9 @@ def measure(bench: argparse.Namespace) -> None:
     """Write a row for each training and set of images, as soon as it is known."""
     setup = get_protocol(bench.protocol)
     splits = load_splits(bench.data, setup.image_size, 8000, 200, 2000)
-    few = pose(setup, splits, 1, 0, CPU)  # nothing is chosen on it
-    sets = {"validation": measured(few, splits.validation[:bench.validation]),
-            "test": measured(few, splits.test[:bench.test])}
+    few = validation_problem(setup, splits, 1, 0, CPU)  # nothing is chosen on it
+    sets = {"validation": with_images(few, splits.validation[:bench.validation]),
+            "test": with_images(few, splits.test[:bench.test])}
     file = bench.out / "schedules.csv"
     rows = pd.read_csv(file).to_dict("records") if file.is_file() else []
     done = {tuple(row[key] for key in KEYS): [row[key] for key in SAME] for row in rows}
@@ -95,9 +103,9 @@ def measure(bench: argparse.Namespace) -> None:
 
 def with_heads(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, and for each method with a head those of its second network's image."""
-    behind = {m.behind.name: m.name for m in METHODS.values() if m.behind}
+    head_of = {m.head_of.name: m.name for m in METHODS.values() if m.head_of}
     heads = rows.dropna(subset="psnr_head")
-    heads = heads.assign(psnr=heads.psnr_head, method=heads.method.map(behind))
+    heads = heads.assign(psnr=heads.psnr_head, method=heads.method.map(head_of))
     return pd.concat([rows, heads], ignore_index=True)
 
 
@@ -128,7 +136,7 @@ def quality_against_computation(ends: pd.DataFrame) -> Figure:
         points = own.groupby("length").agg(at=("applications", "mean"), psnr=("psnr", "mean"),
                                            sem=("psnr", "sem")).fillna(0)
         ax.errorbar(points["at"] / 1000, points.psnr, points["sem"], color=method.colour,
-                    marker="o", markersize=4, linestyle="--" if method.behind else "-", capsize=3,
+                    marker="o", markersize=4, linestyle="--" if method.head_of else "-", capsize=3,
                     label=method.label)
     ax.set(xscale="log", xlabel="thousands of applications of the network to a training crop,\n"
            "each point a whole schedule", ylabel="PSNR on validation images (dB)",

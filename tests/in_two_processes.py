@@ -54,7 +54,7 @@ def make(name: str):
         return D.double(), InFloat64(DenoiserLoss(D, 0.1))
     model = Equilibrium(SplittingMap(Blur(12, 5, 2.0), D, 0.1)).add_head(head)
     # It allows a contraction of 0.1 alone: the penalty is never idle.
-    settings = LossSettings(0.01, 1e-3, 8, 1, contraction=0.1)
+    settings = LossSettings(0.01, 1e-3, 8, 1, max_growth=0.1)
     if name == "jfb in float32":
         return model, EquilibriumLoss(model, settings)
     kind = {"jfb": EquilibriumLoss, "implicit": ImplicitLoss}[name]

@@ -28,7 +28,14 @@ from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import EquilibriumLoss, ExplicitLoss, ImplicitLoss, LossSettings
 from jfbnb.training.methods import METHODS
 from jfbnb.training.muon import Muon
-from jfbnb.training.recipes import Run, measured, pose, prepare, score, train_method
+from jfbnb.training.recipes import (
+    Run,
+    prepare,
+    score,
+    train_method,
+    validation_problem,
+    with_images,
+)
 from jfbnb.training.restorers import load_model
 from jfbnb.training.weights import save_weights
 
@@ -134,7 +141,7 @@ def test_the_step_as_shipped_is_that_of_a_training(problem_file, prepared):
     problem = load_problem(problem_file)
     step = NAMED["jfbnb jfb, as shipped"].make(problem, "", 3e-3)
     ((_, (_, timed)),) = prepared
-    losses = LossSettings(0.01, 3e-3, 50, power_iterations=6, contraction=0.9, penalty=0.1,
+    losses = LossSettings(0.01, 3e-3, 50, power_iterations=6, max_growth=0.9, penalty=0.1,
                           bf16=contenders.BF16)
     model, loss = prepare(METHODS["jfb"], problem.network, problem.settings, problem.A, losses)
     assert type(timed) is type(loss) is METHODS["jfb"].loss
@@ -155,17 +162,17 @@ def test_a_step_of_best_is_one_solve_and_then_visits(problem_file, prepared):
     step = NAMED["jfbnb jfb, as best ships"].make(load_problem(problem_file), "", 1e-3)
     ((_, (_, timed)),) = prepared
     assert timed.settings == LossSettings(
-        0.01, 1e-3, 50, 2, contraction=0.93, bf16=contenders.BF16, watched=8, heads=False,
-        visits=8)
+        0.01, 1e-3, 50, 2, max_growth=0.93, bf16=contenders.BF16, stability_every=8, heads=False,
+        batch_reuse=8)
     assert timed.settings == replace(LossSettings(0.01, 1e-3, 50, 2, 0.93,
-                                                  bf16=contenders.BF16).everywhere(),
+                                                  bf16=contenders.BF16).random_degradations(),
                                      conditions=None)
-    assert (step.visits, step.optimizer) == (8, Muon)
+    assert (step.batch_reuse, step.optimizer) == (8, Muon)
     assert step.trained.H is None
     calls = []
     step.network.register_forward_hook(lambda *_: calls.append(1))
     each = []
-    for _ in range(2 * step.visits):
+    for _ in range(2 * step.batch_reuse):
         calls.clear()
         step.loss()
         each.append(len(calls))
@@ -297,18 +304,18 @@ def test_verdicts_are_read_from_the_tables(tmp_path):
         columns=["contender", "to distance", "problem", "seconds", "reached"])
     step.to_csv(tmp_path / "step.csv", index=False)
     table = verdicts(tmp_path)
-    assert table.measured.tolist() == pytest.approx(
+    assert table.with_images.tolist() == pytest.approx(
         [5, 1.25 / 1.2, 1.25 / 0.7, np.nan], nan_ok=True)
     assert table.met.tolist() == ["yes", "no", "yes", "no"]  # who does not arrive has not met it
     other = {"jfbnb jfb, bf16": "jfbnb jfb, as best ships", "4x128-8x32": "16x64-UNet"}
     step.replace(other).to_csv(tmp_path / "step.csv", index=False)
-    table = verdicts(tmp_path).set_index("target").measured
+    table = verdicts(tmp_path).set_index("target").with_images
     (best,) = (value for target, value in table.items() if "as best ships" in target)
     assert best == pytest.approx(1.25 / 0.7)  # on its own network
     pd.DataFrame({"training": ["jfbnb, as profile best trains", "deepinv", "torchdeq"],
                   "times ours, 34 dB": [1.0, np.nan, 2.5]}).to_csv(
                       tmp_path / "quality.csv", index=False)
-    assert verdicts(tmp_path).measured.iloc[-1] == 2.5  # who never came is no ratio
+    assert verdicts(tmp_path).with_images.iloc[-1] == 2.5  # who never came is no ratio
     pd.DataFrame({"megapixels": [3.0, 12.0, 12.0], "seconds": [900, 300, 660],
                   "process MB": [8000, 2048, 3072]}).to_csv(
                       tmp_path / "photographs_large.csv", index=False)
@@ -329,7 +336,7 @@ def test_schedules_are_trained_once_each_and_paired_by_seed(tmp_path, monkeypatc
     network, settings = DnCNN(2, 4), {"tau": 0.1, "sigma": 0.03, "iterations": 2}
     weights, run = tmp_path / "weights", Run(contenders.CPU, tmp_path / "weights", log=lambda _: 0)
     save_weights(weights / "denoiser.safetensors", Denoiser(network, 0.0), {})
-    problem = pose(contenders.PAPER, splits, 1, 0, contenders.CPU)
+    problem = validation_problem(contenders.PAPER, splits, 1, 0, contenders.CPU)
     for name in ("jfb", "unrolled"):
         train_method(METHODS[name], network, settings, problem,
                      TrainingConfig(0, 4, 16, 1e-3, 0, 1.0, budget=400),
@@ -342,7 +349,7 @@ def test_schedules_are_trained_once_each_and_paired_by_seed(tmp_path, monkeypatc
     assert set(rows["count"][rows.images == "test"]) == {3}
     stored = METHODS["jfb"], json.loads((weights / "jfb.json").read_text())
     model = load_model(stored[0], stored[1]["settings"], weights)
-    own = score(model.on(problem.A), measured(problem, splits.test[:3]))
+    own = score(model.on(problem.A), with_images(problem, splits.test[:3]))
     first = rows[(rows.method == "jfb") & (rows.seed == 0) & (rows.images == "test")]
     assert first.psnr.item() == pytest.approx(own["psnr"], abs=1e-4)  # the stored one, not another
     table = pd.read_csv(tmp_path / "seeds.csv").set_index("Method")

@@ -158,7 +158,7 @@ def test_a_point_is_what_tables_and_certificates_say(weights, tiny, name, A):
     assert rows.evaluations.tolist() == table.iterations.tolist() and table.converged.all()
     np.testing.assert_allclose(rows.psnr, table.psnr, atol=1e-4)
     T = restorer.model(A, noise_std).T
-    first = equilibria.certify(T, x[:1], d[:1], images.names[:1], 20).iloc[0]
+    first = equilibria.check_equilibrium(T, x[:1], d[:1], images.names[:1], 20).iloc[0]
     for column in ("residual", "psnr_later", "drift", "radius", "norm"):
         assert rows[column][0] == pytest.approx(first[column], rel=2e-2, abs=1e-4), column
     assert rows.radius.notna().tolist() == [True, False]
@@ -177,7 +177,7 @@ def test_a_map_goes_on_by_its_own_solver(weights, tiny, monkeypatch):
     restorer = make_methods(["jfb-energy"], weights, torch.device("cpu"))["jfb-energy"]
     A, x = Blur(32, 5, 2.0), tiny[:1].as_float()
     grid.restored(restorer.model(A, 0.01), x, A(x), 7, 0)
-    equilibria.certify(restorer.model(A, 0.01).T, x, A(x), ["a"], 7)
+    equilibria.check_equilibrium(restorer.model(A, 0.01).T, x, A(x), ["a"], 7)
     assert called == [100, 7, 100, 7]
 
 

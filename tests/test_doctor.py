@@ -67,7 +67,7 @@ def test_anothers_method_is_no_finding_before_it_is_trained(monkeypatch, tmp_pat
     theirs = dataclasses.replace(METHODS["jfb"], name="theirs")
     monkeypatch.setitem(METHODS, "theirs", theirs)
     monkeypatch.setitem(METHODS, "theirs-head", dataclasses.replace(
-        METHODS["jfb-head"], name="theirs-head", behind=theirs))
+        METHODS["jfb-head"], name="theirs-head", head_of=theirs))
     ((well, line),) = doctor._weights(RELEASED)
     assert well and "jfb-head" in line and "theirs" not in line
     (tmp_path / "theirs.safetensors").touch()

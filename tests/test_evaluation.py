@@ -87,9 +87,9 @@ def test_evaluate_all_methods(weights, pair):
                    "jfb", "jfb-head"):
         solved = table[table.method == method]
         assert (solved.iterations > 0).all() and solved.residual.notna().all()
-    behind = {m.name: m.behind.name for m in METHODS.values() if m.behind}
-    heads = table[table.method.isin(behind)]
-    bodies = table[table.method.isin(behind.values())]
+    head_of = {m.name: m.head_of.name for m in METHODS.values() if m.head_of}
+    heads = table[table.method.isin(head_of)]
+    bodies = table[table.method.isin(head_of.values())]
     assert len(heads) == len(bodies) and (heads.psnr.to_numpy() != bodies.psnr.to_numpy()).all()
     summary = summarise(table).set_index("method")
     assert summary.psnr["tikhonov"] == pytest.approx(table[table.method == "tikhonov"].psnr.mean())
@@ -124,7 +124,7 @@ def test_certificate_tells_an_equilibrium_from_an_iteration_stopped_early(pair, 
     A, tau = Blur(40, 5, 2.0), 0.05
     d = measure(A, x, 0.01, 0, [0, 1, 2])
     T = SplittingMap(A, Denoiser(Scale(factor), 0.0), tau)
-    found = equilibria.certify(T, x, d, ["a", "b", "c"], further=300)
+    found = equilibria.check_equilibrium(T, x, d, ["a", "b", "c"], further=300)
     assert found.image.tolist() == ["a", "b", "c"]
     assert found.evaluations.between(2, 50).all() == contracts
     largest = factor * tau / (A.spectrum.square().min().item() + tau)
@@ -159,7 +159,8 @@ def test_certificate_starts_at_the_tables_tolerance_and_has_the_distance_beside_
     _, x = pair
     fixed, rate = x[:1] + 0.01, 0.95
     T = Towards(Blur(40, 5, 2.0), fixed, rate)
-    row = equilibria.certify(T, x[:1], x[:1], ["a"], tolerance=1e-4, max_iterations=1).iloc[0]
+    row = equilibria.check_equilibrium(T, x[:1], x[:1], ["a"], tolerance=1e-4,
+                                       max_iterations=1).iloc[0]
     assert row.evaluations == float("inf")  # one evaluation is not enough, and Anderson is not used
     assert row.residual == pytest.approx((1 - rate) * 0.5 / 1.5, rel=1e-4)
     assert row.distance == pytest.approx(0.5, rel=1e-3)
@@ -167,9 +168,10 @@ def test_certificate_starts_at_the_tables_tolerance_and_has_the_distance_beside_
     before, after = psnr(1.5 * fixed, x[:1]).item(), psnr(fixed, x[:1]).item()
     assert row.drift == pytest.approx(after - before, rel=1e-3) and row.drift > 0
     T.scale = 1e4  # of a map's steps: its tolerance is 1 now, which the start meets
-    assert equilibria.certify(T, x[:1], x[:1], ["a"]).evaluations.item() == 1
+    assert equilibria.check_equilibrium(T, x[:1], x[:1], ["a"]).evaluations.item() == 1
     away = Towards(T.A, x[:1], rate)
-    assert equilibria.certify(away, x[:1] + 0.3, x[:1], ["a"], max_iterations=1).drift.item() < 0
+    found = equilibria.check_equilibrium(away, x[:1] + 0.3, x[:1], ["a"], max_iterations=1)
+    assert found.drift.item() < 0
 
 
 def test_certificate_ends_its_solve_as_the_tables_do(weights, pair):
@@ -178,7 +180,8 @@ def test_certificate_ends_its_solve_as_the_tables_do(weights, pair):
     d = measure(A, x, 0.01, 0, [0, 1, 2])
     restorer = make_methods(["jfb"], weights, CPU)["jfb"]
     table = evaluation.evaluate({"jfb": restorer}, A, x, d, 0.01, ["a", "b", "c"])
-    found = equilibria.certify(restorer.model(A, 0.01).T, x, d, ["a", "b", "c"], further=5)
+    T = restorer.model(A, 0.01).T
+    found = equilibria.check_equilibrium(T, x, d, ["a", "b", "c"], further=5)
     solved = table.converged == 1
     np.testing.assert_array_equal(found.evaluations < np.inf, solved)
     assert found.evaluations[solved].tolist() == table.iterations[solved].tolist()
@@ -236,7 +239,7 @@ def test_methods_with_more_than_one_setting_are_tuned_over_all(image_folder, mon
     shift = {(0, 0): 0.2, (0, 1): 0.3, (1, 0): 0.25, (1, 1): 0.1, (2, 0): 0.3, (2, 1): 0.0}
     truth = images.as_float()
     method = replace(METHODS["tikhonov"], candidates=lambda noise_std, n: [
-        {"a": a, "b": b} for a, b in shift], restore=lambda A, d, s, ratio: (
+        {"a": a, "b": b} for a, b in shift], restore=lambda A, d, s, prior_scale: (
             truth + shift[s["a"], s["b"]] + 0.01, None))
     monkeypatch.setitem(METHODS, "tikhonov", method)
     x, d = conditions["study", "one"].measure(images, 0, CPU)

@@ -21,12 +21,12 @@ from jfbnb.core.models import Equilibrium
 from jfbnb.core.operators import Blur, LinearOperator
 from jfbnb.core.protocols import Protocol, measure
 from jfbnb.data import Splits, bundled_photos
-from jfbnb.training.equilibria import certify
+from jfbnb.training.equilibria import check_equilibrium
 from jfbnb.training.evaluation import evaluate
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import EquilibriumLoss, LossSettings
 from jfbnb.training.methods import METHODS
-from jfbnb.training.recipes import Run, pose, prepare, train_denoiser, train_method
+from jfbnb.training.recipes import Run, prepare, train_denoiser, train_method, validation_problem
 from jfbnb.training.restorers import RELEASED, make_methods
 from jfbnb.training.tuning import Tuning
 from jfbnb.training.weights import load_denoiser
@@ -129,7 +129,7 @@ def test_an_operator(splits, make, shape, to_train):
     """Restored by every method but the direct inverse, trained with, certified."""
     assert make(32).check_adjoint(3, 32, 32) < 1e-12
     setup = Protocol("another", 32, make, 0.01)
-    problem = pose(setup, splits, 2, 0, CPU)
+    problem = validation_problem(setup, splits, 2, 0, CPU)
     assert problem.d.shape == (2, 3, *shape)
     names = [m.name for m in METHODS.values() if m.name != "direct-inverse" and not m.smooth]
     table = evaluate(make_methods(names, RELEASED, CPU), problem.A, problem.x, problem.d, 0.01,
@@ -141,7 +141,7 @@ def test_an_operator(splits, make, shape, to_train):
     for name in to_train:
         trained(METHODS[name], network, tuning.settings(METHODS[name]), problem)
     T = METHODS["jfb"].build(problem.A, network, tuning.settings(METHODS["jfb"])).T
-    found = certify(T, problem.x, problem.d, ["a", "b"], further=20)
+    found = check_equilibrium(T, problem.x, problem.d, ["a", "b"], further=20)
     assert found.radius.between(0, 1.5).all()
 
 
@@ -173,7 +173,7 @@ def test_a_network(splits, tmp_path):
                                                abs=1e-5)
     A = Means()
     T = Relaxed(A, Denoiser(network, 0.05), 0.1)
-    assert certify(T, x, A(x), ["a", "b"], further=20).norm.notna().all()
+    assert check_equilibrium(T, x, A(x), ["a", "b"], further=20).norm.notna().all()
 
 
 def test_a_map_and_a_gradient(splits):
@@ -182,12 +182,12 @@ def test_a_map_and_a_gradient(splits):
                      model=lambda A, D, s: Equilibrium(Relaxed(A, D, s["tau"])),
                      loss=lambda model, s: EquilibriumLoss(model, s, gradient=two_terms))
     setup = Protocol("means", 32, lambda size: Means(), 0.01)
-    problem = pose(setup, splits, 2, 0, CPU)
+    problem = validation_problem(setup, splits, 2, 0, CPU)
     network = load_denoiser(RELEASED / "denoiser.safetensors").network
     model, history = trained(method, network, {"tau": 0.05, "sigma": 0.05}, problem)
-    assert {"iterations", "residual", "contraction"} <= set(history)
+    assert {"iterations", "residual", "growth"} <= set(history)
     T = model.on(problem.A).T
-    assert certify(T, problem.x, problem.d, ["a", "b"], further=20).radius.notna().all()
+    assert check_equilibrium(T, problem.x, problem.d, ["a", "b"], further=20).radius.notna().all()
     state, info = solve(T.double(), problem.d.double(), 1e-8, 2000)
     splitting = SplittingMap(T.A, T.D, T.tau.item()).double()
     same, _ = solve(splitting, problem.d.double(), 1e-8, 2000)

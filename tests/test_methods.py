@@ -30,7 +30,8 @@ from jfbnb.training.restorers import make_methods
 from jfbnb.training.tuning import Tuning, tune
 
 CPU = torch.device("cpu")
-TUNED = [m for m in METHODS.values() if m.candidates(0.01, 1) != [{}] and m.tuned_as is None]
+TUNED = [m for m in METHODS.values()
+         if m.candidates(0.01, 1) != [{}] and m.shares_tuning_with is None]
 TRAINABLE = [m for m in METHODS.values() if m.trainable]
 EXACTLY = LossSettings(0.0, tolerance=1e-10, max_iterations=500, penalty=0.0)
 
@@ -52,7 +53,7 @@ def gradient_of(loss, x) -> torch.Tensor:
 def test_a_method_that_lacks_what_it_needs_is_refused():
     look = {"name": "mine", "label": "Mine", "colour": "#123456"}
 
-    def restores(A, d, settings, ratio):
+    def restores(A, d, settings, prior_scale):
         return d, None
 
     for parts, message in (
@@ -198,7 +199,7 @@ def test_a_head_acts_on_the_solution_and_leaves_it_alone(problem):
     star, info = model(d)
     x_star = A.solve_normal(A.adjoint(d) + model.T.tau * star, model.T.tau)
     assert info.converged.all()
-    assert torch.equal(model.predict(star, d), x_star - head.convolve(x_star))
+    assert torch.equal(model.apply_head(star, d), x_star - head.convolve(x_star))
     both, parts = loss(x, (0,), range(2))
     assert torch.equal(parts["mse"], figures["mse"])
     torch.testing.assert_close(both, parts["mse"] + parts["head_mse"])
@@ -231,7 +232,7 @@ def test_the_implicit_loss_reports_its_adjoint_solve(problem):
         values, figures = loss(x, (0,), range(2))
         values.sum().backward()
         assert ("adjoint_residual" in figures) == reports
-        assert "contraction" not in figures  # no penalty, no cost
+        assert "growth" not in figures  # no penalty, no cost
     assert (figures["adjoint_residual"] <= 1e-10).all()
 
 
@@ -239,7 +240,7 @@ def test_penalty_does_not_depend_on_the_gradient(problem):
     """It is a function of T at x*, which is held fixed; the adjoint equation has no part in it."""
     A, D, x = problem
     model = Equilibrium(make_map(PreconditionedMap, A, D))
-    plain, penalised = EXACTLY, LossSettings(0.0, 1e-10, 500, 1, contraction=0.0, penalty=1.0)
+    plain, penalised = EXACTLY, LossSettings(0.0, 1e-10, 500, 1, max_growth=0.0, penalty=1.0)
     found = [gradient_of(make(model, penalised), x) - gradient_of(make(model, plain), x)
              for make in (EquilibriumLoss, ImplicitLoss)]
     assert found[0].norm() > 0
@@ -349,7 +350,7 @@ def test_how_tau_follows_the_noise_is_learned():
     torch.nn.init.normal_(network.layers[-1].weight, std=0.1)
     T = SplittingMap(Blur(16, 3, 1.0), Denoiser(network, 0.04), 0.1)
     with torch.no_grad():
-        T.follow.fill_(0.75)
+        T.noise_exponent.fill_(0.75)
     other = T.on(T.A, 5.0**2)  # five times the noise
     assert other.tau.item() == pytest.approx(0.1 * 5**1.5)
     # What D is told goes with it: noise / sqrt(tau).
@@ -357,7 +358,7 @@ def test_how_tau_follows_the_noise_is_learned():
     assert T.tau.item() == pytest.approx(0.1) and T.sigma.item() == pytest.approx(0.04)
     x = torch.rand(2, 3, 16, 16)
     (other(x, x) - x).square().mean().backward()
-    assert T.follow.grad is not None and T.follow.grad != 0
+    assert T.noise_exponent.grad is not None and T.noise_exponent.grad != 0
 
 
 def test_released_methods_are_the_best_there_are(monkeypatch, weights, tmp_path):
@@ -383,7 +384,7 @@ def test_weights_of_an_earlier_release_load(weights, tmp_path):
     del tensors["T.follow"]
     save_file(tensors, file, metadata)
     settings = Tuning.load(tmp_path / "tuning.json").settings(JFB)
-    assert restorers.load_model(JFB, settings, tmp_path).T.follow == 1
+    assert restorers.load_model(JFB, settings, tmp_path).T.noise_exponent == 1
     del tensors["T.log_tau"]
     save_file(tensors, file, metadata)
     with pytest.raises(UserError, match="do not fit the networks that they name"):

@@ -48,12 +48,12 @@ def forge(file, descriptions, tensors=None) -> None:
 
 
 def dncnn(**arguments) -> dict:
-    return {"class": "jfbnb.core.denoisers.DnCNN",
+    return {"class": "DnCNN",
             "arguments": {"depth": 2, "width": 4, "channels": 3} | arguments}
 
 
 def unet(**arguments) -> dict:
-    return {"class": "jfbnb.core.denoisers.UNet",
+    return {"class": "UNet",
             "arguments": {"depth": 2, "width": 4, "channels": 3} | arguments}
 
 

@@ -63,7 +63,7 @@ def test_a_parameter_of_several_notebooks_has_one_default():
     given = {path.stem[:2]: notebook_parameters(path) for path in PATHS}
     for name in {name for own in given.values() for name in own}:
         assert len({repr(own[name]) for own in given.values() if name in own}) == 1, name
-    for name, places in (("network", "03"), ("everywhere", "03 04 05")):
+    for name, places in (("network", "03"), ("random_degradations", "03 04 05")):
         assert [stem for stem, own in given.items() if name in own] == places.split()
 
 

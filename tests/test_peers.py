@@ -15,7 +15,7 @@ from jfbnb.core import kernels
 from jfbnb.core.baselines import tikhonov, total_variation
 from jfbnb.core.fixed_point import solve
 from jfbnb.core.gradients import implicit, jfb
-from jfbnb.core.interop import from_deepinv
+from jfbnb.core.interop import DeepinvOperator
 from jfbnb.core.maps import ProximalMap
 from jfbnb.core.operators import MRI, Blur, Convolution, Downsampling, Inpainting
 
@@ -131,7 +131,7 @@ def theirs_alone() -> Iterator:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_any_of_deepinvs_operators_can_be_ours(make, domain, dtype):
     theirs = make()
-    A, x = from_deepinv(theirs), images(2, *domain).to(dtype)
+    A, x = DeepinvOperator(theirs), images(2, *domain).to(dtype)
     assert A.check_adjoint(*domain) < 1e-6
     d = A(x)
     assert d.dtype == dtype and A.guess(d).shape == x.shape
@@ -145,7 +145,7 @@ def test_any_of_deepinvs_operators_can_be_ours(make, domain, dtype):
 
 def test_a_float64_operator_of_deepinvs_keeps_its_digits():
     theirs = deepinv.physics.Blur(KERNELS["motion"][None, None], padding="circular")
-    A, x = from_deepinv(theirs), images(2, 3, *SIZE)
+    A, x = DeepinvOperator(theirs), images(2, 3, *SIZE)
     assert A.check_adjoint(3, *SIZE) < 1e-12
     torch.testing.assert_close(A(x), theirs.A(x), rtol=0, atol=1e-14)
     torch.testing.assert_close(A(x.float()).double(), theirs.A(x), rtol=0, atol=1e-6)
@@ -154,7 +154,7 @@ def test_a_float64_operator_of_deepinvs_keeps_its_digits():
 def test_tikhonov_with_a_blur_that_goes_around_is_scikit_images_wiener():
     kernel, lam = KERNELS["motion"], 0.02
     scene = skimage.data.camera()[200:264, 200:264] / 255.0
-    A = from_deepinv(deepinv.physics.BlurFFT((1, 64, 64), filter=kernel[None, None]))
+    A = DeepinvOperator(deepinv.physics.BlurFFT((1, 64, 64), filter=kernel[None, None]))
     d = A(torch.from_numpy(scene)[None, None])
     point = np.zeros((3, 3))
     point[1, 1] = 1  # they weigh what a filter makes of the image: here the image itself
@@ -165,7 +165,7 @@ def test_tikhonov_with_a_blur_that_goes_around_is_scikit_images_wiener():
 
 def test_what_is_not_linear_cannot_be_ours():
     with pytest.raises(UserError, match="Haze has no A_adjoint"):
-        from_deepinv(deepinv.physics.Haze())
+        DeepinvOperator(deepinv.physics.Haze())
 
 
 # --- total variation, maps and gradients ----------------------------------------------------------

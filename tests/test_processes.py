@@ -135,7 +135,7 @@ def test_a_killed_process_ends_the_job_and_leaves_a_checkpoint(alone, tmp_path):
 
 def every_loss(T: SplittingMap) -> list:
     """All with a head, where they can have one, and a penalty that is never idle."""
-    settings = LossSettings(0.01, 1e-3, 40, 2, contraction=0.1, penalty=1.0)
+    settings = LossSettings(0.01, 1e-3, 40, 2, max_growth=0.1, penalty=1.0)
     models = (Feedforward(T.A, T.D, 0.01), Unrolled(T, 3), Equilibrium(T))
     direct, deep, model = (model.add_head() for model in models)
     return [DenoiserLoss(T.D, 0.1), ExplicitLoss(direct, settings), ExplicitLoss(deep, settings),
@@ -159,10 +159,11 @@ def test_the_shares_of_a_batch_add_up_to_it(number, batch, shares):
         indices = range(batch)[share]
         values, figures = loss(x[share], (0, 1), indices)
         values.sum().backward()
-        watched = sum(index % 4 == 0 for index in indices)
+        stability_every = sum(index % 4 == 0 for index in indices)
         assert len(values) == len(indices)
         for name, value in figures.items():
-            assert value.shape == ((watched if name == "contraction" else len(indices)),), name
+            number = stability_every if name == "growth" else len(indices)
+            assert value.shape == (number,), name
         return values.sum().item(), figures, torch.cat([
             torch.zeros(p.numel(), dtype=p.dtype) if p.grad is None else p.grad.flatten()
             for p in parameters])
@@ -205,7 +206,7 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path, mon
     assert spent[0] == pytest.approx(spent[1], rel=0.1)
     released = json.loads((RELEASED / "jfb.json").read_text())
     assert {"epoch", "steps", "applications", "loss", "mse", "head_mse", "iterations", "residual",
-            "converged", "contraction", "gradient", "seconds", "fixed_mse", "fixed_converged"} \
+            "converged", "growth", "gradient", "seconds", "fixed_mse", "fixed_converged"} \
         == set(cards[1]["history"][0])
     assert set(cards[1]["loss"]) >= set(released["loss"])
     assert {name: set(found) for name, found in cards[1]["measured"].items()} == {

@@ -87,7 +87,7 @@ def test_the_command_names_every_profile(capsys):
 
 def test_best_is_cpus_data_with_a_unet_everywhere():
     best, cpu = load_profile("best"), load_profile("cpu")
-    assert (best["network"], best["everywhere"]) == ("UNet", True)
+    assert (best["network"], best["random_degradations"]) == ("UNet", True)
     assert all(best[k] == cpu[k] for k in ("data", "n_train", "n_validation", "n_test", "seed"))
     assert best["tolerance"] <= 1e-3  # a looser solve would train on what is no equilibrium yet
 

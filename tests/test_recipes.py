@@ -17,7 +17,7 @@ from jfbnb.training import recipes
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import EquilibriumLoss, LossSettings
 from jfbnb.training.methods import METHODS, prior
-from jfbnb.training.recipes import Run, pose, read_cards, train_method, trainings
+from jfbnb.training.recipes import Run, read_cards, train_method, trainings, validation_problem
 from jfbnb.training.restorers import RELEASED
 from jfbnb.training.weights import load_denoiser
 
@@ -34,14 +34,15 @@ def problem():
     images = torch.randint(256, (14, 3, 128, 128), dtype=torch.uint8,
                            generator=torch.Generator().manual_seed(0))
     whole = ImageSet(images, [str(i) for i in range(14)], list(range(14)))
-    return pose(get_protocol("paper"), Splits(whole[4:], whole[:2], whole[2:4], "noise"), 1, 0, CPU)
+    splits = Splits(whole[4:], whole[:2], whole[2:4], "noise")
+    return validation_problem(get_protocol("paper"), splits, 1, 0, CPU)
 
 
 @pytest.fixture(scope="module")
 def photographs():
     train, validation = (bundled_photos(part, 128) for part in ("train", "validation"))
-    return pose(get_protocol("paper"), Splits(train, validation, validation, "photographs"), 1, 0,
-                CPU)
+    splits = Splits(train, validation, validation, "photographs")
+    return validation_problem(get_protocol("paper"), splits, 1, 0, CPU)
 
 
 EQUILIBRIA = [method for method in METHODS.values() if not method.smooth

@@ -413,7 +413,7 @@ def test_methods_of_others_count_where_methods_are_used(suite, monkeypatch):
     notebook.cells[-1].source = "from jfbnb.training.methods import METHODS"
     nbformat.write(notebook, step.notebook)
     assert hashes() == hashes() != hashes(noise_power=0.5)
-    assert hashes() != hashes(restore=lambda A, d, s, ratio: (d, None))
+    assert hashes() != hashes(restore=lambda A, d, s, prior_scale: (d, None))
 
 
 @pytest.mark.parametrize("argv", [[sys.executable], ["python"], ["python3"]])
@@ -505,9 +505,9 @@ def test_the_runner_follows_too_where_the_work_is_elsewhere(suite, monkeypatch):
 def test_a_clone_opened_with_the_package_of_a_wheel(suite, monkeypatch):
     monkeypatch.setattr(checkout, "ROOT", suite / "site-packages")
     monkeypatch.chdir(suite / "notebooks" / "profiles")
-    assert checkout.workplace("quick") == (suite / "runs/quick", suite / "figures/quick")
+    assert checkout.run_dirs("quick") == (suite / "runs/quick", suite / "figures/quick")
     with pytest.raises(UserError, match="reproduce, train, sweep and verify need the notebooks"):
         checkout.need_checkout()
     monkeypatch.chdir("/")
     with pytest.raises(UserError, match="JFBNB_WORK"):
-        checkout.workplace("quick")
+        checkout.run_dirs("quick")

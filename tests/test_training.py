@@ -29,15 +29,15 @@ from jfbnb.run.command import main
 from jfbnb.run.reproduce import STEPS
 from jfbnb.training import checkpoints, loop, losses
 from jfbnb.training.checkpoints import load_checkpoint, previous, resume
-from jfbnb.training.degradations import EVERYWHERE, Conditions
+from jfbnb.training.degradations import RANDOM_DEGRADATIONS, Conditions
 from jfbnb.training.loop import TrainingConfig, train
 from jfbnb.training.losses import (
     DenoiserLoss,
     EquilibriumLoss,
     ExplicitLoss,
     LossSettings,
-    contraction_estimate,
     draw_measurement,
+    growth_estimate,
 )
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model
@@ -165,9 +165,9 @@ def test_a_card_gives_back_its_training(config):
     assert TrainingConfig.read(stored(training=config)) == config
 
 
-@pytest.mark.parametrize("conditions", [None, Conditions(), EVERYWHERE])
+@pytest.mark.parametrize("conditions", [None, Conditions(), RANDOM_DEGRADATIONS])
 def test_a_card_gives_back_its_losses(conditions):
-    losses = replace(LOSSES, conditions=conditions, watched=8)
+    losses = replace(LOSSES, conditions=conditions, stability_every=8)
     read = LossSettings.read(stored(loss=losses))
     assert read == losses
     if conditions:
@@ -181,9 +181,9 @@ def test_cards_of_earlier_releases():
     card = stored(training=CONFIG, loss=replace(LOSSES, conditions=Conditions()))
     for name in ("warmup", "clip"):
         del card["training"][name]
-    for name in ("watched", "noise_power"):
+    for name in ("stability_every", "noise_power"):
         del card["loss"][name]
-    for name in ("unknown", "moved", "unfocused", "home"):
+    for name in ("unknown", "motion_share", "defocus_share", "home"):
         del card["loss"]["conditions"][name]
     assert TrainingConfig.read(card) == CONFIG
     assert LossSettings.read(card) == replace(LOSSES, conditions=Conditions())
@@ -261,7 +261,7 @@ def test_training_lowers_the_loss_and_reports_the_solves(images):
     model, loss = make()
     history = train(model, loss, images, TrainingConfig(20, 4, 16, 3e-3, 0, 1.0), CPU)
     assert history[-1]["loss"] < history[0]["loss"]
-    assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "contraction",
+    assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "growth",
             "gradient", "seconds", "steps", "applications"} == set(history[0])
     assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
 
@@ -296,11 +296,11 @@ def test_contraction_estimate_finds_the_slowest_mode():
     x = torch.zeros(3, 20, dtype=torch.float64)
     for _ in range(10):
         x = T(x)
-    estimate, direction = contraction_estimate(T, x, power_iterations=60)
+    estimate, direction = growth_estimate(T, x, power_iterations=60)
     torch.testing.assert_close(estimate, torch.full((3,), 0.8, dtype=torch.float64),
                                rtol=1e-2, atol=0)
     x = torch.randn(3, 20, dtype=torch.float64)  # the direction, not the residual, is gone on from
-    again, _ = contraction_estimate(T, x, 0, direction)
+    again, _ = growth_estimate(T, x, 0, direction)
     torch.testing.assert_close(again, estimate, rtol=1e-3, atol=0)
 
 
@@ -317,11 +317,11 @@ def test_penalty_lowers_the_contraction():
 
     model = Equilibrium(PreconditionedMap(Blur(16, 5, 2.0), Denoiser(Gain(), 0.0), 5.0))
     images = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
-    loss = EquilibriumLoss(model, LossSettings(0.01, 1e-3, 5, 2, contraction=0.5, penalty=100.0))
+    loss = EquilibriumLoss(model, LossSettings(0.01, 1e-3, 5, 2, max_growth=0.5, penalty=100.0))
     config = TrainingConfig(60, 8, 16, 0.05, 0, 1.0)
     history = train(model, loss, images, config, CPU, log=lambda _: None)
-    assert history[0]["contraction"] > 1
-    assert history[-1]["contraction"] < 0.6
+    assert history[0]["growth"] > 1
+    assert history[-1]["growth"] < 0.6
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(images):
@@ -505,7 +505,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
     seen, asked = {}, []
     problem = SimpleNamespace(setup=get_protocol("paper"), A=None, x=[0], d=None)
     for part, returned in (
-            ("tune", {}), ("pose", problem),
+            ("tune", {}), ("validation_problem", problem),
             ("load_splits", SimpleNamespace(train=[], source="")),
             ("load_denoiser", SimpleNamespace(network=torch.nn.Identity()))):
         monkeypatch.setattr(command, part, lambda *a, part=part, returned=returned, **k:
@@ -516,7 +516,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
                         seen.update(config=config, losses=losses))
     p = command.network_parameters(profile, {"device": "cpu", "data": "bundled"})
     command.train_network(name, p, tmp_path, tmp_path, "", log=lambda line: None)
-    assert dict(asked)["load_splits"][-1] is p["everywhere"]
+    assert dict(asked)["load_splits"][-1] is p["random_degradations"]
 
     step = STEPS[2] if name == "denoiser" else STEPS[3]
     wanted = {"setup": get_protocol(p["protocol"]), "place": CPU, **p}
@@ -525,7 +525,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
         if isinstance(node, ast.Assign):
             return getattr(node.targets[0], "id", "") in ("config", "losses", "R")
         if isinstance(node, ast.If):
-            return getattr(node.test, "id", "") == "everywhere"
+            return getattr(node.test, "id", "") == "random_degradations"
         return isinstance(node, ast.ImportFrom) and node.module.startswith("jfbnb")
 
     for cell in nbformat.read(step.notebook, 4).cells:
@@ -537,7 +537,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
         assert repr(seen["network"]) == repr(wanted["R"])
     else:
         assert seen["losses"] == wanted["losses"]
-        assert (seen["losses"].conditions == EVERYWHERE) is profile.startswith("best")
+        assert (seen["losses"].conditions == RANDOM_DEGRADATIONS) is profile.startswith("best")
 
 
 def test_the_command_refuses_a_network_that_is_not_there(capsys, tmp_path, monkeypatch):
@@ -569,9 +569,9 @@ def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatc
     card = json.loads((tmp_path / "jfb.json").read_text(), parse_constant=pytest.fail)
     assert card["training images"] == 4 + OFTEN * len(photographs) and "scikit-image" in card[
         "training data"]
-    assert LossSettings.read(card).conditions == EVERYWHERE
-    assert TrainingConfig.read(card).muon and LossSettings.read(card).visits == 8
-    assert {n["class"] for n in card["networks"]} == {"jfbnb.core.denoisers.UNet"}
+    assert LossSettings.read(card).conditions == RANDOM_DEGRADATIONS
+    assert TrainingConfig.read(card).muon and LossSettings.read(card).batch_reuse == 8
+    assert {n["class"] for n in card["networks"]} == {"UNet"}
 
 
 # --- what the loss of an equilibrium does -------------------------------------------------------
@@ -644,7 +644,7 @@ def test_bfloat16_changes_the_gradient_little_and_the_image_not_at_all():
     for bf16 in (False, True):
         model.zero_grad()
         # It allows a contraction of 0.5 alone: the penalty is never idle.
-        settings = LossSettings(0.01, tolerance, 12, contraction=0.5, bf16=bf16)
+        settings = LossSettings(0.01, tolerance, 12, max_growth=0.5, bf16=bf16)
         Watched(model, settings)(x, (0,), range(4))[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert not any(getattr(module, "bf16", False) for module in model.modules())

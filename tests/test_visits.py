@@ -20,7 +20,7 @@ from jfbnb.training.losses import EquilibriumLoss, ImplicitLoss, LossSettings, d
 from jfbnb.training.muon import LENGTH, Muon, polar_factor
 
 CPU = torch.device("cpu")
-VISITED = LossSettings(0.01, 1e-3, 30, 1, penalty=0.0, visits=4)
+VISITED = LossSettings(0.01, 1e-3, 30, 1, penalty=0.0, batch_reuse=4)
 STILL = TrainingConfig(1, batch_size=4, crop=16, learning_rate=0.0, seed=0, unconverged_limit=1.0)
 
 
@@ -46,21 +46,22 @@ def model(std: float = 0.008) -> Equilibrium:
 # --- which batch when ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("visits", [2, 8])
-def test_a_batch_is_visited_so_often_and_others_lie_between(visits):
-    met = [loop._which(step, visits) for step in range(losses.POOL * 40)]
+@pytest.mark.parametrize("batch_reuse", [2, 8])
+def test_a_batch_is_visited_so_often_and_others_lie_between(batch_reuse):
+    met = [loop._which(step, batch_reuse) for step in range(losses.REUSE_BUFFER * 40)]
     when = {}
     for step, batch in enumerate(met):
         when.setdefault(batch, []).append(step)
     gaps = {b - a for steps in when.values() for a, b in pairwise(steps)}
-    assert gaps == {losses.POOL}
+    assert gaps == {losses.REUSE_BUFFER}
     counts = Counter(met)
-    whole = range(losses.POOL, losses.POOL * (40 // visits))  # none is left out
-    assert {counts[batch] for batch in whole} == {visits}
-    assert max(counts.values()) == visits
-    new = [steps[0] for steps in when.values() if steps[0] >= losses.POOL]
-    per_pool = Counter(step // losses.POOL for step in new)
-    assert set(per_pool.values()) == {losses.POOL // visits}  # solves are due evenly
+    n = losses.REUSE_BUFFER
+    whole = range(n, n * (40 // batch_reuse))  # none is left out
+    assert {counts[batch] for batch in whole} == {batch_reuse}
+    assert max(counts.values()) == batch_reuse
+    new = [steps[0] for steps in when.values() if steps[0] >= losses.REUSE_BUFFER]
+    per_pool = Counter(step // losses.REUSE_BUFFER for step in new)
+    assert set(per_pool.values()) == {losses.REUSE_BUFFER // batch_reuse}  # solves are due evenly
 
 
 def test_without_visits_the_batches_come_in_order():
@@ -80,7 +81,8 @@ def test_it_solves_once_and_goes_on_from_what_it_tracked(kind, images, monkeypat
 
     real = losses.solve
     monkeypatch.setattr(losses, "solve", counted)
-    monkeypatch.setattr(losses, "POOL", 2)
+    for module in (loop, losses):
+        monkeypatch.setattr(module, "REUSE_BUFFER", 2)
     m = model()
     loss = kind(m, VISITED)
     history = train(m, loss, images, replace(STILL, epochs=8), CPU)
@@ -93,7 +95,7 @@ def test_it_solves_once_and_goes_on_from_what_it_tracked(kind, images, monkeypat
 def test_visits_lead_to_the_fixed_point(images):
     """A hundred applications at fixed weights, against a solve to 1e-6, in value and gradient."""
     m = model()
-    loss = EquilibriumLoss(m, replace(VISITED, tolerance=0.08, visits=1000))
+    loss = EquilibriumLoss(m, replace(VISITED, tolerance=0.08, batch_reuse=1000))
     x, keys = images[:4, :, :16, :16].float() / 255, (0, 1)
     d = draw_measurement(m.T.A, x, 0.01, keys, range(4))
     exact, _ = anderson(m.T, m.T.start(d), 1e-6, 200, given=d)
@@ -103,8 +105,8 @@ def test_visits_lead_to_the_fixed_point(images):
         now = loss.memory[keys][0]
         far = (now - exact).norm() if far is None else far
     assert (now - exact).norm() < 1e-2 * far and (now - exact).norm() < 1e-4 * exact.norm()
-    wanted, _ = EquilibriumLoss(m, replace(VISITED, tolerance=1e-6, max_iterations=200, visits=1)
-                                )(x, keys, range(4))
+    exactly = replace(VISITED, tolerance=1e-6, max_iterations=200, batch_reuse=1)
+    wanted, _ = EquilibriumLoss(m, exactly)(x, keys, range(4))
     weights = list(m.parameters())
     for a, b in zip(torch.autograd.grad(errors.sum(), weights, allow_unused=True),
                     torch.autograd.grad(wanted.sum(), weights, allow_unused=True), strict=True):
@@ -118,10 +120,10 @@ def test_the_slowest_direction_gets_sharper_from_visit_to_visit(images):
     from scipy.sparse.linalg import eigs
 
     m = model().double()
-    loss = EquilibriumLoss(m, replace(VISITED, tolerance=1e-2, penalty=1.0, watched=1,
-                                      visits=1000))
+    loss = EquilibriumLoss(m, replace(VISITED, tolerance=1e-2, penalty=1.0, stability_every=1,
+                                      batch_reuse=1000))
     x, keys = images[:1, :, :16, :16].double() / 255, (0, 1)
-    found = [loss(x, keys, range(1))[1]["contraction"].item() for _ in range(60)]
+    found = [loss(x, keys, range(1))[1]["growth"].item() for _ in range(60)]
     z = loss.memory[keys][0]
     d = draw_measurement(m.T.A, x, 0.01, keys, range(1))
 
@@ -138,23 +140,23 @@ def test_the_slowest_direction_gets_sharper_from_visit_to_visit(images):
 def test_a_batch_whose_state_is_gone_or_runs_away_is_solved_again(images):
     x = images[:4, :, :16, :16].float() / 255
 
-    def visits(loss: EquilibriumLoss) -> list[bool]:
+    def batch_reuse(loss: EquilibriumLoss) -> list[bool]:
         """Whether each of three solves."""
         return ["iterations" in loss(x, (0, 1), range(4))[1] for _ in range(3)]
 
     loss = EquilibriumLoss(model(), VISITED)
-    assert visits(loss) == [True, False, False] and not visits(loss)[0]
+    assert batch_reuse(loss) == [True, False, False] and not batch_reuse(loss)[0]
     loss.memory.clear()
-    assert visits(loss)[0]
+    assert batch_reuse(loss)[0]
     wild = EquilibriumLoss(model(std=1.0), VISITED)  # no contraction: applied over and over, it
-    found = visits(wild)  # would reach 1e30 before the batch is replaced
+    found = batch_reuse(wild)  # would reach 1e30 before the batch is replaced
     assert sum(found) > 1 and not wild.memory.keys() - {(0, 1)}
 
 
 def test_every_batch_weighs_alike_under_drawn_conditions(images):
     """The gradient is that of the logarithm of the batch's mean, however strong the noise was."""
     m = model()
-    loss = EquilibriumLoss(m, replace(VISITED, conditions=Conditions(), visits=1))
+    loss = EquilibriumLoss(m, replace(VISITED, conditions=Conditions(), batch_reuse=1))
     x = images[:4, :, :16, :16].float() / 255
     for key in range(4):
         value, figures = loss(x, (0, key), range(4))

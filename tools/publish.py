@@ -149,15 +149,15 @@ def ranking(read: Read, profile: str) -> str:
     known = [METHODS[name] for name in psnr if name in METHODS]
     kinds = {"no network": [m.name for m in known if m.restore],
              "one network": [m.name for m in known if m.model],
-             "two": [m.name for m in known if m.behind]}
+             "two": [m.name for m in known if m.head_of]}
     lines = [f"By mean PSNR over these {len(psnr)} images:", ""]
     for kind, names in kinds.items():
         first, *others = psnr[names].mean().sort_values(ascending=False).index
         best = psnr[first].mean()
         line = f"- with {kind}, **{METHODS[first].label}** is first with {best:.2f} dB"
-        behind = others[:1] + [name for name in others[1:]
-                               if (METHODS[name].behind or METHODS[name]) is JFB]
-        for name in behind:
+        head_of = others[:1] + [name for name in others[1:]
+                               if (METHODS[name].head_of or METHODS[name]) is JFB]
+        for name in head_of:
             gap = psnr[first] - psnr[name]
             level = "level with it, " if gap.mean() < 2 * gap.sem() else ""
             line += (f"; {METHODS[name].label} is {level}{gap.mean():.3f} ± {gap.sem():.3f} dB "

@@ -11,7 +11,7 @@ from jfbnb.core.operators import LinearOperator
 # --- other people's -----------------------------------------------------------------------------
 
 
-class from_deepinv(LinearOperator):
+class DeepinvOperator(LinearOperator):
     """Any linear operator of deepinv (Tachella et al. 2025), by its A and A_adjoint, without noise.
 
     Args:

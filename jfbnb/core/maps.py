@@ -34,9 +34,9 @@ class ImplicitMap(nn.Module):
         super().__init__()
         self.register_module("A", A)  # None where the operator is told later, by `on`
         self.D = D
-        self.ratio = 1.0
+        self.prior_scale = 1.0
 
-    def on(self, A: LinearOperator, ratio: float = 1.0) -> Self:
+    def on(self, A: LinearOperator, prior_scale: float = 1.0) -> Self:
         """The same map, with the same weights, for another operator.
 
         It shares all but the operator: copy it deeply before you change its type or device.
@@ -47,7 +47,7 @@ class ImplicitMap(nn.Module):
         """
         other = copy.copy(self)
         other._modules = {**self._modules, "A": A}
-        other.ratio = ratio
+        other.prior_scale = prior_scale
         return other
 
     def start(self, d: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class ImplicitMap(nn.Module):
         """The image in a state."""
         return state
 
-    def before_denoising(self, image: Tensor, d: Tensor) -> Tensor:
+    def head_input(self, image: Tensor, d: Tensor) -> Tensor:
         """What a head behind the map is given: the image, or what D was given last."""
         return image
 
@@ -74,16 +74,16 @@ class WeightedMap(ImplicitMap):
     def __init__(self, A: LinearOperator, D: Denoiser, tau: float):
         super().__init__(A, D)
         self.log_tau = nn.Parameter(torch.tensor(float(tau)).log())
-        self.follow = nn.Parameter(torch.tensor(1.0))
+        self.noise_exponent = nn.Parameter(torch.tensor(1.0))
 
     @property
     def tau(self) -> Tensor:
-        return self.log_tau.exp() * self.ratio**self.follow
+        return self.log_tau.exp() * self.prior_scale**self.noise_exponent
 
     @property
     def sigma(self) -> Tensor:
         """What the denoiser is told."""
-        return self.D.sigma * self.ratio ** ((1 - self.follow) / 2)
+        return self.D.sigma * self.prior_scale ** ((1 - self.noise_exponent) / 2)
 
     def data_step(self, z: Tensor, d: Tensor) -> Tensor:
         """(A'A + tau I)^-1 (A'd + tau z): the minimiser of |A x - d|^2 + tau |x - z|^2."""
@@ -152,7 +152,7 @@ class SplittingMap(WeightedMap):
     def forward(self, z: Tensor, d: Tensor) -> Tensor:
         return self.D(self.data_step(z, d), self.sigma)
 
-    def before_denoising(self, image: Tensor, d: Tensor) -> Tensor:
+    def head_input(self, image: Tensor, d: Tensor) -> Tensor:
         """x*, so that a head stands where the map has D, free to do what would not be stable."""
         return self.data_step(image, d)
 

@@ -36,10 +36,10 @@ class Model(nn.Module):
         self.T = T
         self.register_module("H", None)
 
-    def on(self, A: LinearOperator, ratio: float = 1.0) -> Self:
+    def on(self, A: LinearOperator, prior_scale: float = 1.0) -> Self:
         """The same model, with the same weights, for another operator; `ratio` as in the maps."""
         other = copy.copy(self)
-        other._modules = {**self._modules, "T": self.T.on(A, ratio)}
+        other._modules = {**self._modules, "T": self.T.on(A, prior_scale)}
         return other
 
     @property
@@ -53,9 +53,9 @@ class Model(nn.Module):
         self.H.to(self.T.D.sigma.device)
         return self
 
-    def predict(self, image: Tensor, d: Tensor) -> Tensor:
+    def apply_head(self, image: Tensor, d: Tensor) -> Tensor:
         """H's image, made of the model's own."""
-        return self.H(self.T.before_denoising(image, d))
+        return self.H(self.T.head_input(image, d))
 
 
 class Equilibrium(Model):
@@ -105,7 +105,9 @@ class _Once(ImplicitMap):
         self.lam = lam
 
     def forward(self, state: Tensor, d: Tensor) -> Tensor:
-        return self.D(state if self.lam is None else tikhonov(self.A, d, self.ratio * self.lam))
+        if self.lam is None:
+            return self.D(state)
+        return self.D(tikhonov(self.A, d, self.prior_scale * self.lam))
 
 
 # --- restoring ----------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def work() -> Path:
     return Path(checkout or "", folder)
 
 
-def workplace(profile: str) -> tuple[Path, Path]:
+def run_dirs(profile: str) -> tuple[Path, Path]:
     """A profile's runs/ and figures/, wherever its notebook is started."""
     return work() / "runs" / profile, work() / "figures" / profile
 

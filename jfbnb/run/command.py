@@ -216,7 +216,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
     if args.frozen:
         if args.weights:
             raise UserError("--frozen takes the networks of the run itself: leave --weights out")
-        args.weights = str(checkout.workplace(args.folder or args.profile)[0])
+        args.weights = str(checkout.run_dirs(args.folder or args.profile)[0])
     if args.weights:
         overrides["weights"] = args.weights
     files = reproduce(args.profile, overrides, args.only, args.force,
@@ -242,7 +242,7 @@ def run_train(args: argparse.Namespace) -> None:
     checkout.need_checkout()
     from jfbnb.run.train import network_parameters, train_network
 
-    runs, _ = checkout.workplace(args.profile)
+    runs, _ = checkout.run_dirs(args.profile)
     command = " ".join([f"jfbnb train {args.network} --profile {args.profile}",
                         *(f"-p {text}" for text in args.parameters),
                         *(["--conditions"] if args.conditions else [])])

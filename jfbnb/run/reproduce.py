@@ -332,7 +332,7 @@ def reproduce(profile: str, overrides: dict[str, Any], only: str | None = None,
         fingerprint(data)  # fails here, before hours of work, if there is no such data
     for step in steps:
         weights_taken(step, parameters[step.name])  # so does this
-    runs, figures = checkout.workplace(folder)
+    runs, figures = checkout.run_dirs(folder)
     with alone(runs):
         for place in (runs, figures):
             remove_unfinished(place)
@@ -361,7 +361,7 @@ def alone(runs: Path) -> Iterator[None]:
 
 def _run_steps(steps: tuple[Step, ...], parameters: dict[str, dict[str, Any]], folder: str,
                force: bool, log: Callable[[str], None]) -> None:
-    base, (runs, figures) = checkout.work(), checkout.workplace(folder)
+    base, (runs, figures) = checkout.work(), checkout.run_dirs(folder)
     check_kernel()
     earlier = _read_dict(figures / "provenance.json").get("steps", {})
     clock = time.perf_counter()
@@ -446,7 +446,7 @@ def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
 
 def write_provenance(folder: str, device: str) -> None:
     """figures/FOLDER/provenance.json: how its figures and tables came about."""
-    runs, figures = checkout.workplace(folder)
+    runs, figures = checkout.run_dirs(folder)
     steps = {}
     for step in STEPS:
         if marker := read_marker(runs / "markers" / f"{step.name}.json"):

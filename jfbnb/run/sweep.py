@@ -121,7 +121,7 @@ def summarise(name: str, parameters: dict[str, list[Any]]) -> Path:
     The distance is paired: within a seed all methods saw the same measurements. "±" are standard
     errors over the seeds, so over trainings and noise, and not over images.
     """
-    figures, tables = checkout.workplace(name)[1], []
+    figures, tables = checkout.run_dirs(name)[1], []
     for values in points(parameters):
         table = pd.read_csv(figures / point_name(values) / "table2_comparison.csv")
         jfb = table["PSNR (dB)"][table.Method == JFB.label].item()

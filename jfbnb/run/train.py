@@ -21,7 +21,7 @@ from jfbnb.training.degradations import Conditions
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import LossSettings
 from jfbnb.training.methods import JFB, Method, get_method
-from jfbnb.training.recipes import Run, pose, train_denoiser, train_method
+from jfbnb.training.recipes import Run, train_denoiser, train_method, validation_problem
 from jfbnb.training.tuning import Tuning, tune
 from jfbnb.training.weights import load_denoiser
 
@@ -72,7 +72,7 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
     setup = get_protocol(p["protocol"])
     with processes.rank_0_first():  # the others find the decoded images in the cache
         splits = load_splits(p["data"], setup.image_size, p["n_train"], p["n_validation"],
-                             p["n_test"], run.log, p["everywhere"])
+                             p["n_test"], run.log, p["random_degradations"])
     run.log(f"{len(splits.train)} training images: {splits.source}; processes: "
             f"{processes.world_size()}; device of the first: {describe_device(run.device)}")
     if name == "denoiser":
@@ -80,8 +80,10 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
         config = TrainingConfig(p["pretrain_epochs"], p["pretrain_batch_size"], p["pretrain_crop"],
                                 p["pretrain_learning_rate"], p["seed"])
         network = make_network(p["network"], p["depth"], p["width"])
-        train_denoiser(network, splits, config.everywhere() if p["everywhere"] else config,
-                       p["noise_max"], pick_bf16(p["bf16"], run.device), run)
+        if p["random_degradations"]:
+            config = config.random_degradations()
+        train_denoiser(network, splits, config, p["noise_max"], pick_bf16(p["bf16"], run.device),
+                       run)
     else:
         method = get_method(name)
         train_method(method, **prepared(method, p, splits, start, conditions, run.device), run=run)
@@ -97,11 +99,13 @@ def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditi
                         f"{type(network).__name__} has kinks: use network=UNet, as in profile "
                         "best")
     network.to(device)
-    problem = pose(get_protocol(p["protocol"]), splits, p["search_images"], p["seed"], device)
-    best = tune(method.tuned_as or method, Tuning(problem.setup.noise_std, len(problem.x)),
-                problem.A, problem.d, problem.x, p["candidates"], network)
+    problem = validation_problem(get_protocol(p["protocol"]), splits, p["search_images"], p["seed"],
+                                 device)
+    tuning = Tuning(problem.setup.noise_std, len(problem.x))
+    best = tune(method.shares_tuning_with or method, tuning, problem.A, problem.d, problem.x,
+                p["candidates"], network)
     losses = LossSettings(problem.setup.noise_std, bf16=pick_bf16(p["bf16"], device), **{
-        k: p[k] for k in ("tolerance", "max_iterations", "power_iterations", "contraction",
+        k: p[k] for k in ("tolerance", "max_iterations", "power_iterations", "max_growth",
                           "penalty")})
     if conditions:
         losses = replace(losses, conditions=Conditions())
@@ -109,7 +113,7 @@ def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditi
     limit = p["unconverged_limit"] if method is JFB and not conditions else 1.0
     config = TrainingConfig(0, p["batch_size"], p["crop"], rate_of(method.name, p), p["seed"],
                             limit, budget=p["budget"])
-    if p["everywhere"]:
-        config, losses = config.everywhere(), losses.everywhere()
+    if p["random_degradations"]:
+        config, losses = config.random_degradations(), losses.random_degradations()
     return {"network": network, "settings": best, "problem": problem, "config": config,
             "losses": losses}

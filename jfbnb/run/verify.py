@@ -30,7 +30,7 @@ def verify(profile: str, data: str | None, limit: int | None) -> Iterator[str]:
     Raises:
         UserError: if there is no finished run to verify.
     """
-    runs, figures = checkout.workplace(profile)
+    runs, figures = checkout.run_dirs(profile)
     try:
         steps = json.loads((figures / "provenance.json").read_text(encoding="utf-8"))["steps"]
         (parameters,) = (step["parameters"] for step in steps.values()

@@ -28,24 +28,24 @@ class Conditions:
     kernel_std: tuple[float, float] = (0.6, 5.0)
     noise_std: tuple[float, float] = (0.002, 0.05)
     unknown: float = 0.0
-    moved: float = 0.0
-    unfocused: float = 0.0
-    home: dict[str, float] = field(default_factory=dict)
+    motion_share: float = 0.0
+    defocus_share: float = 0.0
+    protocol_share: dict[str, float] = field(default_factory=dict)
 
     def draw(self, image_size: int, generator: torch.Generator) -> tuple[LinearOperator, float]:
         """An operator on images of that size, and a noise level."""
         u = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
         side, kernel, noise = u[:3]
-        for name, share in self.home.items():
+        for name, share in self.protocol_share.items():
             if u[3] < share:
                 return PROTOCOLS[name].operator(image_size), PROTOCOLS[name].noise_std
             u[3] -= share
         border = "unknown" if u[4] < self.unknown else "black"
         noise_std = _between(self.noise_std, noise)
         low, high = self.kernel_side
-        if u[5] < self.moved:
+        if u[5] < self.motion_share:
             made = kernels.motion(_between((3.0, float(high)), side), 180 * u[6])
-        elif u[5] < self.moved + self.unfocused:
+        elif u[5] < self.motion_share + self.defocus_share:
             made = kernels.disk(_between((1.0, high / 2), side))
         else:
             return Blur(image_size, low + 2 * math.floor(side * ((high - low) // 2 + 1)),
@@ -54,8 +54,9 @@ class Conditions:
 
 
 # Borders, kernels and noise that are met in photographs, and the protocols.
-EVERYWHERE = Conditions((3, 15), (0.5, 5.0), unknown=0.6, moved=0.2, unfocused=0.15,
-                        home={"paper": 0.36, "code": 0.12, "camera": 0.12})
+RANDOM_DEGRADATIONS = Conditions(
+    (3, 15), (0.5, 5.0), unknown=0.6, motion_share=0.2, defocus_share=0.15,
+    protocol_share={"paper": 0.36, "code": 0.12, "camera": 0.12})
 
 
 def _between(ends: tuple[float, float], share: float) -> float:

@@ -14,7 +14,7 @@ from jfbnb.training.evaluation import together
 ROUNDING = 5e-7  # a relative change that float32 cannot tell from none
 
 
-def certify(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
+def check_equilibrium(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
             seed: int = 0, tolerance: float = Model.tolerance,
             max_iterations: int = Model.max_iterations) -> pd.DataFrame:
     """Is what the solver returns an equilibrium? One row per image.

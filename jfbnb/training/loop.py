@@ -20,7 +20,7 @@ from jfbnb.data import random_crops
 from jfbnb.training import processes
 from jfbnb.training.checkpoints import resume, save_checkpoint
 from jfbnb.training.computation import metered
-from jfbnb.training.losses import POOL, BatchLoss
+from jfbnb.training.losses import REUSE_BUFFER, BatchLoss
 from jfbnb.training.muon import Muon
 from jfbnb.training.sources import digest
 from jfbnb.training.weights import fill
@@ -64,7 +64,7 @@ class TrainingConfig:
             return applications / self.budget
         return steps / max(1, round(self.epochs * batches))
 
-    def everywhere(self) -> Self:
+    def random_degradations(self) -> Self:
         """That of a training whose steps meet something else each: their gradients differ."""
         return replace(self, warmup=100, clip=0.02, muon=True)
 
@@ -140,7 +140,7 @@ def train(
         start = time.perf_counter()
         last_good = f"; the last good checkpoint is {file}" if file and history else ""
         record = _train_part(shared_loss, images, config, device, optimizer, module, parts,
-                             getattr(batch_loss, "visits", 1), history, last_good)
+                             getattr(batch_loss, "batch_reuse", 1), history, last_good)
         record["seconds"] = time.perf_counter() - start
         record.update(validate() if validate else {})
         history.append(record)
@@ -198,7 +198,7 @@ def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dic
 
 def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
                 device: torch.device, optimizer: torch.optim.Optimizer, module: nn.Module,
-                parts: int, visits: int, history: list[dict[str, float]],
+                parts: int, batch_reuse: int, history: list[dict[str, float]],
                 last_good: str) -> dict[str, float]:
     """The steps of a training up to the next of so many even shares of it; their record."""
     batches = math.ceil(len(images) / config.batch_size)
@@ -208,7 +208,7 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
     means, order, shuffled = _Means(device), (), None
     with metered(module) as meter:
         while done < end:
-            met = _which(number, visits)
+            met = _which(number, batch_reuse)
             epoch, step = met // batches + 1, met % batches
             if shuffled != epoch:
                 order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
@@ -256,13 +256,15 @@ def _update(losses: Tensor, figures: dict[str, Tensor], batch_size: int, config:
     optimizer.step()
 
 
-def _which(step: int, visits: int) -> int:
+def _which(step: int, batch_reuse: int) -> int:
     """The number of the batch that a step meets: of `POOL` in turn, each replaced after its visits.
 
     They are replaced at different times, so that about the same number of solves is due at any.
     """
-    cycle, place = divmod(step, POOL)
-    return (cycle + place % visits) // visits * POOL + place if visits > 1 else step
+    if batch_reuse == 1:
+        return step
+    cycle, place = divmod(step, REUSE_BUFFER)
+    return (cycle + place % batch_reuse) // batch_reuse * REUSE_BUFFER + place
 
 
 class _Means:

@@ -16,7 +16,7 @@ from jfbnb.core.operators import LinearOperator
 from jfbnb.core.precision import precision
 from jfbnb.core.protocols import measure
 from jfbnb.training import processes
-from jfbnb.training.degradations import EVERYWHERE, Conditions
+from jfbnb.training.degradations import RANDOM_DEGRADATIONS, Conditions
 
 # The loss of each of some crops x, (b,), and figures of each, given the keys that seed the draws
 # and the crops' places in their batch: whoever shares a batch out gets the same draws.
@@ -24,8 +24,8 @@ BatchLoss = Callable[[Tensor, tuple[int, ...], Sequence[int]], tuple[Tensor, dic
 COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allowed
 ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved, at least
 TYPICAL = 1e-3  # mean squared error
-POOL = 64  # batches that a training comes back to in turn
-LOST = 0.1  # the residual of a state that is not gone on from: plain iteration runs away from there
+REUSE_BUFFER = 64  # batches that a training comes back to in turn
+MAX_WARM_START_RESIDUAL = 0.1  # above it a stored state is dropped: plain iteration diverges there
 
 
 @dataclass(frozen=True)
@@ -56,21 +56,22 @@ class LossSettings:
     tolerance: float = 1e-3
     max_iterations: int = 12
     power_iterations: int = 4
-    contraction: float = 0.9
+    max_growth: float = 0.9
     penalty: float = 0.1
     bf16: bool = False
     conditions: Conditions | None = None
     noise_power: float = 2.0
-    watched: int = 4
+    stability_every: int = 4
     heads: bool = True
-    visits: int = 1
+    batch_reuse: int = 1
 
-    def everywhere(self) -> Self:
+    def random_degradations(self) -> Self:
         """Those that meet whatever a user may have; of a step's eight crops one is watched.
 
         There is no head: the one tried behind the U-Net gained nothing.
         """
-        return replace(self, conditions=EVERYWHERE, watched=8, heads=False, visits=8)
+        return replace(self, conditions=RANDOM_DEGRADATIONS, stability_every=8, heads=False,
+                       batch_reuse=8)
 
     @classmethod
     def read(cls, card: dict) -> Self:
@@ -143,8 +144,8 @@ class EquilibriumLoss:
         default_factory=dict, compare=False, repr=False)
 
     @property
-    def visits(self) -> int:
-        return self.settings.visits
+    def batch_reuse(self) -> int:
+        return self.settings.batch_reuse
 
     def __call__(self, x: Tensor, keys: tuple[int, ...],
                  indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,18 +157,19 @@ class EquilibriumLoss:
         loss, errors = _errors(model, s, x, T.image(Tx), d)
         figures.update(errors)  # in place: the backward pass may add to it
         if s.penalty > 0:
-            watched = [row for row, index in enumerate(indices) if index % s.watched == 0]
-            factor, slowest = contraction_estimate(lambda z: T(z, d[watched]), x_star[watched],
-                                                   s.power_iterations, slowest)
+            rows = [row for row, index in enumerate(indices) if index % s.stability_every == 0]
+            factor, slowest = growth_estimate(lambda z: T(z, d[rows]), x_star[rows],
+                                              s.power_iterations, slowest)
             excess = torch.zeros_like(loss)
             # A map whose steps are small is near 1 by construction: its scale is the unit.
-            past = 1 - s.contraction - (1 - factor) / scale_of(T)
-            excess[watched] = s.watched * past.clamp_min(0).square()
+            past = 1 - s.max_growth - (1 - factor) / scale_of(T)
+            excess[rows] = s.stability_every * past.clamp_min(0).square()
             loss = loss + s.penalty * excess
-            figures["contraction"] = factor.detach()
-        if s.visits > 1 and (figures["residual"] < LOST * scale_of(T)).all():
+            figures["growth"] = factor.detach()
+        near = figures["residual"] < MAX_WARM_START_RESIDUAL * scale_of(T)
+        if s.batch_reuse > 1 and near.all():
             self.memory[keys] = Tx.detach(), slowest
-            for oldest in list(self.memory)[:-POOL]:
+            for oldest in list(self.memory)[:-REUSE_BUFFER]:
                 del self.memory[oldest]
         return loss, figures
 
@@ -233,7 +235,7 @@ def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
     figures = {"mse": loss.detach()}
     if model.H is not None:
         with precision(model, settings.bf16):
-            head = _mean_square(visible(model.predict(y, d) - x))
+            head = _mean_square(visible(model.apply_head(y, d) - x))
         figures["head_mse"] = head.detach()
         loss = loss + head
     if settings.conditions is not None:  # the gradient of its logarithm, on the usual scale
@@ -258,7 +260,7 @@ def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float, keys: tuple
     return measure(A, x, noise_std, seeded_generator(*keys).initial_seed() >> 1, indices)
 
 
-def contraction_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterations: int,
+def growth_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterations: int,
                          slowest: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How much T stretches the direction that dies slowest at x*, one factor per image (B,).
 

@@ -67,20 +67,20 @@ class Method:
     model: Callable[[LinearOperator, Denoiser, Settings], Model] | None = None
     loss: Callable[[Model, LossSettings], Callable] | None = None
     head: bool = False
-    behind: "Method | None" = None
+    head_of: "Method | None" = None
     candidates: Callable[[float, int], list[Settings]] = field(default=lambda noise_std, n: [{}])
-    tuned_as: "Method | None" = None
+    shares_tuning_with: "Method | None" = None
     noise_power: float = 2.0
     compared: bool = True
     smooth: bool = False
 
     def __post_init__(self) -> None:
-        if sum(way is not None for way in (self.restore, self.model, self.behind)) != 1:
+        if sum(way is not None for way in (self.restore, self.model, self.head_of)) != 1:
             raise UserError(f"method {self.name!r}: give one of restore, model and behind")
         if self.loss and not self.model:
             raise UserError(f"method {self.name!r} has a loss, but no model to train")
-        if self.behind and not self.behind.head:
-            raise UserError(f"method {self.name!r} is behind {self.behind.name!r}, which has no "
+        if self.head_of and not self.head_of.head:
+            raise UserError(f"method {self.name!r} is behind {self.head_of.name!r}, which has no "
                             "head")
 
     @property
@@ -148,19 +148,20 @@ def prior(noise_std: float, n: int, **more: float) -> list[Settings]:
             for s in grid(n, tau=(1e-2, 10**-0.5))]
 
 
-def _stopped_descent(A: LinearOperator, d: Tensor, settings: Settings, ratio: float) -> Result:
+def _stopped_descent(A: LinearOperator, d: Tensor, settings: Settings,
+                     prior_scale: float) -> Result:
     # The direction with squared singular value s^2 is recovered after about 1 / s^2 steps, and lam
     # plays the part of the smallest s^2 that is: the steps go with the inverse of the ratio.
-    steps = min(round(settings["steps"] / ratio), 100_000)
+    steps = min(round(settings["steps"] / prior_scale), 100_000)
     return tikhonov_gradient_descent(A, d, 0.0, settings["step_size"], steps), None
 
 
 register(Method(
     name="measurement", compared=False, label="Noisy blurred", colour="#999999",
-    restore=lambda A, d, s, ratio: (A.guess(d), None)))
+    restore=lambda A, d, s, prior_scale: (A.guess(d), None)))
 register(Method(
     name="direct-inverse", compared=False, label="Direct inverse", colour="#CC79A7",
-    restore=lambda A, d, s, ratio: (direct_inverse(A, d), None)))
+    restore=lambda A, d, s, prior_scale: (direct_inverse(A, d), None)))
 # For white images lam would go with the noise's variance. But less noise lets finer detail through,
 # and images have the less of it the finer it is: so the best weights fall more slowly.
 register(Method(
@@ -170,11 +171,11 @@ register(Method(
         {round(s["steps"]) for s in grid(n, steps=(1, 3 / noise_std))})]))
 register(Method(
     name="tikhonov", label="Tikhonov", colour="#D55E00", noise_power=1.0,
-    restore=lambda A, d, s, ratio: (tikhonov(A, d, s["lam"] * ratio), None),
+    restore=lambda A, d, s, prior_scale: (tikhonov(A, d, s["lam"] * prior_scale), None),
     candidates=lambda noise_std, n: grid(n, lam=(0.1 * noise_std, 10 * noise_std))))
 register(Method(
     name="total-variation", label="Total variation", colour="#009E73", noise_power=1.5,
-    restore=lambda A, d, s, ratio: total_variation(A, d, s["weight"] * ratio),
+    restore=lambda A, d, s, prior_scale: total_variation(A, d, s["weight"] * prior_scale),
     candidates=lambda noise_std, n: grid(n, weight=(10**-0.5 * noise_std**1.5,
                                                     10 * noise_std**1.5))))
 PLUG_AND_PLAY = register(Method(
@@ -191,7 +192,7 @@ TIKHONOV_NETWORK = register(Method(
     model=lambda A, D, s: Feedforward(A, D, s["lam"]), loss=ExplicitLoss))
 register(Method(
     name="feedforward-tikhonov-head", label="Tikhonov + 2 DnCNN", colour="#DFC27D",
-    behind=TIKHONOV_NETWORK))
+    head_of=TIKHONOV_NETWORK))
 register(Method(
     name="unrolled", label="Deep unrolling", colour="#762A83", noise_power=1.0,
     candidates=lambda noise_std, n: prior(noise_std, n, iterations=5),
@@ -212,15 +213,15 @@ register(Method(
     loss=EquilibriumLoss))
 DEQ = register(Method(
     name="deq", label="Deep equilibrium", colour="#000000", head=True, candidates=prior,
-    tuned_as=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=ImplicitLoss))
-register(Method(name="deq-head", label="Deep equilibrium + head", colour="#777777", behind=DEQ))
+    shares_tuning_with=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=ImplicitLoss))
+register(Method(name="deq-head", label="Deep equilibrium + head", colour="#777777", head_of=DEQ))
 JFB = register(Method(
     name="jfb", label="JFB", colour=SplittingMap.colour, head=True, candidates=prior,
-    tuned_as=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=EquilibriumLoss))
-register(Method(name="jfb-head", label="JFB + head", colour="#7FB8DE", behind=JFB))
+    shares_tuning_with=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=EquilibriumLoss))
+register(Method(name="jfb-head", label="JFB + head", colour="#7FB8DE", head_of=JFB))
 register(Method(
     name="jfb-energy", label="JFB, energy", colour=EnergyMap.colour, compared=False, smooth=True,
-    candidates=prior, tuned_as=PLUG_AND_PLAY, loss=EquilibriumLoss,
+    candidates=prior, shares_tuning_with=PLUG_AND_PLAY, loss=EquilibriumLoss,
     model=lambda A, D, s: Equilibrium(EnergyMap(A, D, s["tau"]))))
 OWN = frozenset(METHODS)  # the names of those above
 for _found in entry_points(group="jfbnb.methods"):

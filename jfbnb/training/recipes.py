@@ -46,7 +46,8 @@ class Problem:
     seed: int
 
 
-def pose(setup: Protocol, splits: Splits, images: int, seed: int, device: torch.device) -> Problem:
+def validation_problem(setup: Protocol, splits: Splits, images: int, seed: int,
+                       device: torch.device) -> Problem:
     """Measure the first so many validation images, on a device."""
     A = setup.operator().to(device)
     x = splits.validation[:images].as_float().to(device)
@@ -54,14 +55,14 @@ def pose(setup: Protocol, splits: Splits, images: int, seed: int, device: torch.
     return Problem(setup, splits, A, x, d, seed)
 
 
-def measured(problem: Problem, images: ImageSet) -> Problem:
+def with_images(problem: Problem, images: ImageSet) -> Problem:
     """The same on other images."""
     x = images.as_float().to(problem.x.device)
     d = measure(problem.A, x, problem.setup.noise_std, problem.seed, images.indices)
     return replace(problem, x=x, d=d)
 
 
-def middle(problem: Problem, crop: int, images: int = 4) -> Problem:
+def centre_crops(problem: Problem, crop: int, images: int = 4) -> Problem:
     """The problem on the middle of a few of its images, `crop` pixels wide, measured for itself."""
     lo = (problem.setup.image_size - crop) // 2
     A = problem.setup.operator(crop).to(problem.x.device)
@@ -152,7 +153,7 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
             "start": start}
     if run.out and not run.weights:  # those that are taken have been measured
         photographs = bundled_photos("validation", problem.setup.image_size)[:4]
-        others = measured(problem, photographs)
+        others = with_images(problem, photographs)
         card["measured"] = {
             name: {"images": len(some.x), **score(model.on(some.A), some)} for name, some in (
                 ("validation images", problem), ("photographs", others))}
@@ -222,7 +223,7 @@ def score(model: Model, problem: Problem) -> dict[str, float]:
     y, info = model(problem.d)
     found = {"psnr": quality(y)}
     if model.H is not None:
-        found["psnr_head"] = quality(model.predict(y, problem.d))
+        found["psnr_head"] = quality(model.apply_head(y, problem.d))
     if info is not None:
         found["converged"] = info.converged.float().mean().item()
     return found

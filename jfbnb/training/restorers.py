@@ -40,7 +40,7 @@ def expected_methods(weights: Path | None) -> list[str]:
         stored |= {path.stem for path in folder.glob("*.safetensors")}
         with contextlib.suppress(UserError):
             stored |= Tuning.load(folder / "tuning.json").chosen.keys()
-    own = {name: method.behind or method for name, method in METHODS.items()}
+    own = {name: method.head_of or method for name, method in METHODS.items()}
     return [name for name, m in own.items()
             if m.name in stored or (not m.trainable and m.candidates(0.01, 1) == [{}])]
 
@@ -51,23 +51,23 @@ def _released(method: Method) -> Path:
 
 
 def _make_method(method: Method, weights: Path, device: torch.device) -> Restorer:
-    own, tuning = method.behind or method, Tuning.load(weights / "tuning.json")
+    own, tuning = method.head_of or method, Tuning.load(weights / "tuning.json")
     settings = tuning.settings(own)
 
-    def ratio(noise_std: float) -> float:
+    def prior_scale(noise_std: float) -> float:
         return (noise_std / tuning.noise_std) ** own.noise_power
 
     if own.restore:
-        return Restorer(lambda A, d, noise_std: own.restore(A, d, settings, ratio(noise_std)))
+        return Restorer(lambda A, d, noise_std: own.restore(A, d, settings, prior_scale(noise_std)))
     model = load_model(own, settings, weights).to(device)
-    if method.behind is None:
-        return Restorer(lambda A, d, noise_std: model.on(A, ratio(noise_std))(d),
-                        model=lambda A, noise_std: model.on(A, ratio(noise_std)))
+    if method.head_of is None:
+        return Restorer(lambda A, d, noise_std: model.on(A, prior_scale(noise_std))(d),
+                        model=lambda A, noise_std: model.on(A, prior_scale(noise_std)))
     if model.H is None:
         raise UserError(f"the weights {weights / own.name}.safetensors have no head: "
                         f"{method.name} needs one")
-    return Restorer(lambda A, d, noise_std: model.on(A, ratio(noise_std))(d), own.name,
-                    lambda A, y, d, noise_std: model.on(A, ratio(noise_std)).predict(y, d))
+    return Restorer(lambda A, d, noise_std: model.on(A, prior_scale(noise_std))(d), own.name,
+                    lambda A, y, d, noise_std: model.on(A, prior_scale(noise_std)).apply_head(y, d))
 
 
 def load_model(method: Method, settings: Settings, weights: Path) -> Model:

@@ -45,7 +45,7 @@ class Tuning:
 
     def settings(self, method: Method) -> Settings:
         """Raises UserError where a setting that the method needs is missing."""
-        chosen = self.chosen.get((method.tuned_as or method).name, {})
+        chosen = self.chosen.get((method.shares_tuning_with or method).name, {})
         missing = [k for k in method.candidates(self.noise_std, 1)[0] if k not in chosen]
         if missing:
             raise UserError(f"the tuning has no {' and no '.join(missing)} for {method.name}: run "

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,6 @@ Built = TypeVar("Built", bound=nn.Module)
 # --- weights: safetensors beside a JSON model card ----------------------------------------------
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
-LATER = (".follow",)  # which tensors' names end so is not in files of an earlier release
 
 
 def save_weights(path: str | Path, module: nn.Module, card: dict) -> None:
@@ -89,7 +88,7 @@ def load_weights(path: str | Path, build: Callable[..., Built],
                             "an earlier release must be fetched again")
         with torch.device("meta"):  # hardly any memory, whatever size is claimed
             wanted = shapes(whole(descriptions))
-        if _completed(tensor_list(stored), wanted) != wanted:
+        if tensor_list(stored) != wanted:
             raise UserError(f"the weights {path} do not fit the networks that they name: "
                             f"{descriptions}")
     module = whole(descriptions)
@@ -104,17 +103,12 @@ def fill(path: Path, module: nn.Module) -> None:
         UserError: if they are not the module's own, or not all finite.
     """
     with _opened(path) as stored:
-        if _completed(tensor_list(stored), shapes(module)) != shapes(module):
+        if tensor_list(stored) != shapes(module):
             raise UserError(f"the weights {path} are not those of {type(module).__name__}")
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     if not all(value.isfinite().all() for value in tensors.values()):
         raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
-    module.load_state_dict(_completed(tensors, module.state_dict()))
-
-
-def _completed(found: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """What a file has of a module, and where it is of an earlier release the module's own."""
-    return {name: value for name, value in own.items() if name.endswith(LATER)} | found
+    module.load_state_dict(tensors)
 
 
 @contextmanager
