@@ -57,10 +57,10 @@ def test_a_method_that_lacks_what_it_needs_is_refused():
         return d, None
 
     for parts, message in (
-            ({}, "'mine': give one of restore, model and behind"),
-            ({"restore": restores, "model": JFB.model}, "give one of restore, model and behind"),
+            ({}, "'mine': give one of restore, model and head_of"),
+            ({"restore": restores, "model": JFB.model}, "give one of restore, model and head_of"),
             ({"restore": restores, "loss": JFB.loss}, "'mine' has a loss, but no model to train"),
-            ({"behind": METHODS["unrolled"]}, "'mine' is behind 'unrolled', which has no head")):
+            ({"head_of": METHODS["unrolled"]}, "'mine' is behind 'unrolled', which has no head")):
         with pytest.raises(UserError, match=message) as caught:
             Method(**look, **parts)
         assert "\n" not in str(caught.value)
@@ -362,7 +362,7 @@ def test_how_tau_follows_the_noise_is_learned():
 
 
 def test_released_methods_are_the_best_there_are(monkeypatch, weights, tmp_path):
-    monkeypatch.setattr(methods, "BEST", tmp_path)
+    monkeypatch.setattr(restorers, "BEST", tmp_path)
     monkeypatch.setattr(methods, "RELEASED", weights)
     for file in ("tuning.json", "jfb.safetensors", "jfb.json", "denoiser.safetensors"):
         shutil.copyfile(weights / file, tmp_path / file)
@@ -372,20 +372,3 @@ def test_released_methods_are_the_best_there_are(monkeypatch, weights, tmp_path)
     assert restorers._released(METHODS["unrolled"]) == weights
     assert set(make_methods(["tikhonov", "jfb", "unrolled"], None, CPU)) == {
         "tikhonov", "jfb", "unrolled"}
-
-
-def test_weights_of_an_earlier_release_load(weights, tmp_path):
-    """They have no `follow`; anything else that is missing is refused."""
-    shutil.copytree(weights, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "jfb.safetensors"
-    with safe_open(file, "pt") as stored:
-        metadata = stored.metadata()
-    tensors = load_file(file)
-    del tensors["T.follow"]
-    save_file(tensors, file, metadata)
-    settings = Tuning.load(tmp_path / "tuning.json").settings(JFB)
-    assert restorers.load_model(JFB, settings, tmp_path).T.noise_exponent == 1
-    del tensors["T.log_tau"]
-    save_file(tensors, file, metadata)
-    with pytest.raises(UserError, match="do not fit the networks that they name"):
-        restorers.load_model(JFB, settings, tmp_path)

@@ -12,7 +12,6 @@ from jfbnb.common import UserError
 from jfbnb.core import denoisers as networks
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet, make_network
 from jfbnb.core.precision import pick_bf16, precision
-from jfbnb.training import weights
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import load_model
 from jfbnb.training.weights import fill, load_denoiser, load_weights, save_weights
@@ -255,8 +254,8 @@ def test_a_model_round_trips_with_its_head_and_without_its_operator(weights):
 def test_a_network_of_ones_own_is_loaded_by_those_that_give_its_class(file, monkeypatch):
     D = Denoiser(Tent(3, steep=True), 0.1)
     save_weights(file, D, {})
-    refusal(file, r"of the class test_networks.Tent, which is none of jfbnb.core.denoisers.DnCNN, "
-                  "jfbnb.core.denoisers.UNet: import it yourself and give it by `networks`")
+    refusal(file, r"of the class Tent, which is none of DnCNN, UNet: "
+                  "import it yourself and give it by `networks`")
     loaded = load_denoiser(file, networks=[Tent])
     x = torch.rand(1, 3, 4, 4)
     assert torch.equal(loaded(x), D(x))
@@ -339,7 +338,7 @@ def test_a_small_file_that_claims_a_large_network_gets_no_memory(file, claim, mo
             made.append({parameter.device.type for parameter in self.parameters()})
 
     monkeypatch.setattr(networks, "NETWORKS", [Watched])
-    forge(file, [dncnn(**{"depth": 4, **claim}) | {"class": weights._full_name(Watched)}])
+    forge(file, [dncnn(**{"depth": 4, **claim}) | {"class": Watched.__qualname__}])
     refusal(file, "do not fit the networks that they name")
     assert made == [{"meta"}]
 

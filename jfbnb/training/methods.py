@@ -76,11 +76,11 @@ class Method:
 
     def __post_init__(self) -> None:
         if sum(way is not None for way in (self.restore, self.model, self.head_of)) != 1:
-            raise UserError(f"method {self.name!r}: give one of restore, model and behind")
+            raise UserError(f"method {self.name!r}: give one of restore, model and head_of")
         if self.loss and not self.model:
             raise UserError(f"method {self.name!r} has a loss, but no model to train")
         if self.head_of and not self.head_of.head:
-            raise UserError(f"method {self.name!r} is behind {self.head_of.name!r}, which has no "
+            raise UserError(f"method {self.name!r} is head_of {self.head_of.name!r}, which has no "
                             "head")
 
     @property
