@@ -55,14 +55,6 @@ class Size(NamedTuple):
     unet: bool = False
     camera: bool = False
 
-    @staticmethod
-    def parse(name: str) -> "Size":
-        shape, *more = name.split("-")
-        batch, side = map(int, shape.split("x"))
-        if set(more) - {"UNet", "camera"}:
-            raise ValueError(f"{name} is no problem")
-        return Size(batch, side, "UNet" in more, "camera" in more)
-
     def __str__(self) -> str:
         network = "UNet" if self.unet else "8x32"
         return f"{self.batch}x{self.side}-{network}" + "-camera" * self.camera

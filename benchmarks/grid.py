@@ -184,8 +184,8 @@ def report(out: Path) -> None:
     counts = rows.groupby("kind", sort=False).images.max()
     source = "; ".join(f"{counts[kind]} {what}" for kind, what in KINDS.items() if kind in counts)
     save_table(overview(rows), out / "grid_overview",
-               f"{(rows.converged == 1).sum()} of {len(rows)} points converge on every image within "
-               f"{Equilibrium.max_iterations} evaluations; the worst drift is "
+               f"{(rows.converged == 1).sum()} of {len(rows)} points converge on every image "
+               f"within {Equilibrium.max_iterations} evaluations; the worst drift is "
                f"{rows.worst_drift.max():.3f} dB. {source}. The change is the largest, either way, "
                "that an image's PSNR makes when its solve is continued.")
     save_figure(heat_maps(rows), out / "grid", source)

