@@ -6,6 +6,7 @@ photographs_NAME.csv, and photographs.md is made of these files alone.
 """
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -14,7 +15,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from skimage import restoration as skimage_restoration
 
 from jfbnb.common import UserError, atomic_write
 from jfbnb.core.operators import MRI, Downsampling, Inpainting
-from jfbnb.photo.model_check import estimate_noise
 from jfbnb.run.command import main as jfbnb
 from jfbnb.teaching.figures import image_row, new_figure, save_data, save_figure
 from jfbnb.training.methods import JFB
@@ -40,7 +39,6 @@ from jfbnb.training.restorers import make_methods
 
 METHODS = ("jfb", "jfb-energy", "jfb-head", "tikhonov", "total-variation")
 HELD_OUT = "chelsea"  # tunes the other operators' weights, which are measured on the others
-NOISES = (0.003, 0.005, 0.01, 0.02, 0.05)
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # of a prior, over the one tuned for the blur
 FRAME = 8  # pixels at the border that are judged apart
 MOTION_PIXELS = 1e6  # above it no motion is restored: its solves take long
@@ -79,12 +77,10 @@ def deblur(file: Path, kernel: str, *options: str) -> tuple[np.ndarray, Row]:
 def by_scikit_image(d: np.ndarray, kernel: np.ndarray) -> Iterator[tuple[str, float, np.ndarray]]:
     """Its deconvolutions, each with some settings."""
     for name, option, values in (("wiener", "balance", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
-                                 ("richardson_lucy", "num_iter", (2, 4, 8, 16, 30)),
-                                 ("unsupervised_wiener", "rng", (0,))):
+                                 ("richardson_lucy", "num_iter", (2, 4, 8, 16, 30))):
         for value in values:
             found = [getattr(skimage_restoration, name)(d[..., k], kernel, **{option: value})
                      for k in range(3)]
-            found = [x[0] if isinstance(x, tuple) else x for x in found]
             yield f"skimage {name}", value, np.stack(found, axis=2).clip(0, 1)
 
 
@@ -121,9 +117,9 @@ def draw(pictures: dict[str, np.ndarray], out: Path) -> None:
 
 
 def mismatches(bench: Bench) -> Iterator[Row]:
-    """Right models and wrong ones (Gaussian 5 x 5, noise 0.01): which of them raise a warning.
+    """Right models and wrong ones (Gaussian 5 x 5, noise 0.01): what share raises a warning.
 
-    Lost is the PSNR less than the better of the input and the right model has.
+    Lost is how much PSNR is below the better of the input's and the right model's.
     """
     for case in (*scenes.WRONG, *scenes.RIGHT):
         models = [("right", case.right(bench.scratch),
@@ -155,19 +151,6 @@ def nearly(bench: Bench) -> Iterator[Row]:
                     yield {"blur": case.name, "told": told, "way": way, "photograph": name,
                            "input": psnr(d, x), "PSNR": (own := psnr(image, x)),
                            "lost": most - own, "warned": bool(said["warning"]), **said}
-
-
-def noise(bench: Bench) -> Iterator[Row]:
-    """The ratio of estimated to true noise, which includes the rounding to eight bits."""
-    for case in (GAUSSIAN, MOTION, scenes.DISK, scenes.WIDE):
-        for name in (*bench.photographs, "motorcycle", "camera"):
-            for noise_std in NOISES:
-                _, d, _ = replace(case, noise_std=noise_std).take(
-                    name, bench.side, bench.scratch)
-                estimate = estimate_noise(batch(d)[0], torch.from_numpy(case.kernel))
-                ratio = estimate / np.hypot(noise_std, 1 / 255 / 12**0.5)
-                yield {"blur": case.name, "photograph": name, "noise": noise_std, "ratio": ratio,
-                       "within 20%": abs(ratio - 1) <= 0.2}
 
 
 # --- other operators ----------------------------------------------------------------------------
@@ -266,41 +249,26 @@ def rate(table: pd.DataFrame) -> Figure:
 
 # --- the report ---------------------------------------------------------------------------------
 
-KEYS = ("operator", "model", "case", "blur", "told", "way", "method", "setting", "weight", "noise",
-        "pixels")  # what a row of a table is for; the other columns are averaged
-
-
-def summary(section: str, table: pd.DataFrame) -> pd.DataFrame:
-    """Means over photographs; of yes and no the share of yes. For scikit-image its best setting."""
-    if section == "operators":
-        table = table[table.photograph != HELD_OUT]
-    if section == "mismatches":
-        table = pd.concat([table, table.assign(case="all of them")])
-    if "converged" in table:
-        table = table.astype({"converged": float})
-    keys = [key for key in KEYS if key in table]
-    table = table.drop(columns="warning", errors="ignore").groupby(keys, sort=False, dropna=False)
-    table = table.mean(numeric_only=True).reset_index()
-    if section == "restoration":
-        table = table.loc[table.groupby(["blur", "method"], sort=False).PSNR.idxmax()]
-    return table
-
-
 def report(out: Path) -> None:
-    """photographs.md, and the figure of the large pictures."""
-    parts = ["# Photographs that the suite did not make"]
-    for name, section in SECTIONS.items():
-        if (file := out / f"photographs_{name}.csv").exists():
-            table = summary(name, pd.read_csv(file))
-            text = table.to_markdown(index=False, floatfmt=".4g", missingval="")
-            parts += [f"## {name}", " ".join(section.__doc__.split()), text]
-    atomic_write(out / "photographs.md", "\n\n".join(parts) + "\n")
+    """The figure of the large pictures, and photographs.md with what no page of docs/ shows."""
+    parts = ["# Photographs that the package did not make"]
+    if (file := out / "photographs_mismatches.csv").exists():
+        rows = pd.read_csv(file)
+        rows = pd.concat([rows, rows.assign(case="all of them")]).groupby(
+            ["model", "case"], sort=False)
+        rows = rows[["noise taken", "input", "PSNR", "lost", "warned"]].mean().reset_index()
+        parts += ["## Models that do not fit", mismatches.__doc__, rows.to_markdown(
+            index=False, floatfmt=("", "", ".3f", *[".2f"] * 4))]
     if (file := out / "photographs_large.csv").exists():
-        save_figure(rate(pd.read_csv(file)), out / "photographs_large")
+        rows = pd.read_csv(file)
+        save_figure(rate(rows), out / "photographs_large")
+        parts += ["## Large pictures", large.__doc__, rows.to_markdown(
+            index=False, floatfmt=("", "", ".3g", ".2f", ".2f", "", ".1f", ".0f"))]
+    atomic_write(out / "photographs.md", "\n\n".join(map(inspect.cleandoc, parts)) + "\n")
 
 
 SECTIONS = {section.__name__: section for section in
-            (restoration, operators, mismatches, nearly, noise, large)}
+            (restoration, operators, mismatches, nearly, large)}
 
 
 def measured(name: str, bench: Bench) -> None:
