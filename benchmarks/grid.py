@@ -36,6 +36,7 @@ from jfbnb.training.restorers import BEST, make_methods
 from jfbnb.training.sources import digest
 
 SIDE = 128  # of the scenes, in pixels
+FURTHER = 200  # evaluations of the continued solve, at most
 SETTLED = 1e-6  # a residual; float32 and some kernels' inner solves have few digits below
 NOISES = (0.002, 0.005, 0.01, 0.02, 0.05)
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
@@ -73,13 +74,13 @@ def photographs(count: int) -> ImageSet:
     return ImageSet(images, [names[i] for i in own], list(range(count)))
 
 
-def point(model: Equilibrium, x: Tensor, d: Tensor, further: int) -> dict[str, float]:
+def point(model: Equilibrium, x: Tensor, d: Tensor) -> dict[str, float]:
     """A point's row of the grid. An image whose PSNR is NaN has an infinite drift."""
     T, size, parts = model.T, together(x), []
     for start in range(0, len(x), size):
         part = slice(start, start + size)
         state, info = solve(T, d[part], model.tolerance, model.max_iterations)
-        later, _ = solve(T, d[part], SETTLED, further, start=state)
+        later, _ = solve(T, d[part], SETTLED, FURTHER, start=state)
         before, after = (psnr(T.A.visible(T.image(z)), T.A.visible(x[part]))
                          for z in (state, later))
         parts.append((before, after - before, info.converged, info.iterations, later))
@@ -96,8 +97,8 @@ def point(model: Equilibrium, x: Tensor, d: Tensor, further: int) -> dict[str, f
 
 def measure_grid(bench: Bench) -> None:
     """Add the points to grid.csv that it does not have yet."""
-    if min(bench.images, bench.further) < 1:
-        raise UserError("--images and --further must be positive")
+    if bench.images < 1:
+        raise UserError("--images must be positive")
     device = pick_device(bench.device)
     methods = make_methods(bench.methods, bench.weights, device)
     for name, method in methods.items():
@@ -105,12 +106,11 @@ def measure_grid(bench: Bench) -> None:
             raise UserError(f"{name} has no equilibrium: choose jfb or jfb-energy")
     faces = load_splits(bench.data, SIDE, 8000, 200, 2000).validation[:bench.images]
     kinds = dict(zip(KINDS, (faces, photographs(bench.images)), strict=True))
-    made_of = {name: digest(dict(method.model(None, 1.0).state_dict()), bench.further,
+    made_of = {name: digest(dict(method.model(None, 1.0).state_dict()), FURTHER,
                             [images.names for images in kinds.values()])[:16]
                for name, method in methods.items()}
     rows = Rows(bench.out / "grid.csv")
-    if "made_of" in rows.table:
-        rows.table = rows.table[rows.table.made_of.isin(made_of.values())]
+    rows.table = pd.concat([rows.where(made_of=key) for key in made_of.values()])
     for (kernel, border), make in KERNELS.items():
         for noise_std in NOISES:
             for kind, images in kinds.items():
@@ -121,7 +121,7 @@ def measure_grid(bench: Bench) -> None:
                         continue
                     A, x = make(SIDE).to(device), images.as_float().to(device)
                     d = measure(A, x, noise_std, 0, images.indices)
-                    found = point(method.model(A, noise_std), x, d, bench.further)
+                    found = point(method.model(A, noise_std), x, d)
                     rows.add({**key, **found})
                     print(f"{name}, {kernel}, {border}, {noise_std}, {kind}: "
                           f"{found['converged']:.0%} converge", flush=True)
@@ -198,8 +198,6 @@ def main(arguments: list[str] | None = None) -> int:
                         help="a folder of trained networks, with tuning.json")
     parser.add_argument("--methods", nargs="+", default=["jfb"])
     parser.add_argument("--images", type=int, default=50, help="of each kind")
-    parser.add_argument("--further", type=int, default=200,
-                        help="evaluations of the continued solve, at most")
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
     return run(parser.parse_args(arguments), {"grid": measure_grid}, report)
 

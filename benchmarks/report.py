@@ -17,15 +17,6 @@ FACTORS = (("jfbnb jfb", "", 1.3), ("jfbnb jfb, bf16", "", 1.7),
 Verdict = tuple[str, float, bool]  # the target, what was measured, whether it is met
 
 
-def with_ratio(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds the ratio of seconds to the first contender's, for each problem and distance."""
-    keys = ["problem", "to distance"]
-    first = table[table.contender == table.contender.iloc[0]].set_index(keys).seconds
-    ratio = table.seconds / table.set_index(keys).index.map(first)
-    table.insert(table.columns.get_loc("seconds") + 1, "times ours", ratio)
-    return table
-
-
 def bars(table: pd.DataFrame, label: str) -> Figure:
     """A panel for each problem and distance."""
     panels = list(table.groupby(["problem", "to distance"], sort=False))

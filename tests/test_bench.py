@@ -166,8 +166,9 @@ def test_a_grid_is_measured_once_and_drawn(images, weights, tmp_path, monkeypatc
     monkeypatch.setattr(grid, "NOISES", (0.02,))
     monkeypatch.setattr(grid, "SIDE", 32)
     monkeypatch.setattr(grid, "bundled_photos", lambda split, size: images)
+    monkeypatch.setattr(grid, "FURTHER", 30)
     words = ["--weights", str(weights), "--out", str(tmp_path), "--images", "2",
-             "--further", "60", "--methods", "jfb"]
+             "--methods", "jfb"]
     assert grid.main(words) == 0
     rows = pd.read_csv(tmp_path / "grid.csv")
     assert len(rows) == 2 * 2 and set(rows.kind) == set(grid.KINDS)
