@@ -151,11 +151,11 @@ def heat_maps(rows: pd.DataFrame) -> Figure:
     methods, kinds = rows.method.nunique(), rows.kind.nunique()
     figure, axes = new_figure(kinds, methods, 4.8 + 1.05 * len(noises) * kinds,
                               1.2 + (1.2 + 0.58 * len(labels)) * methods)
-    for ax, ((method, kind), own) in zip(axes, panels, strict=True):
+    for ax, ((method, kind), own) in zip(axes, panels, strict=False):
         share, drift = (own.pivot(index="label", columns="noise", values=column)
                         .reindex(index=labels, columns=noises).to_numpy()
                         for column in ("converged", "worst_drift"))
-        drawn = ax.imshow(100 * share, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        ax.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
         for r, c in zip(*(~pd.isna(share)).nonzero(), strict=True):
             colour = "black" if share[r, c] > 0.5 else "white"
             ax.text(c, r, f"{math.floor(100 * share[r, c] + 1e-9)}%", fontsize=15, color=colour,
@@ -169,12 +169,10 @@ def heat_maps(rows: pd.DataFrame) -> Figure:
         ax.set_xlabel("noise level, on images in [0, 1]", fontsize=14)
         ax.tick_params(labelsize=14, length=0)
         ax.grid(False)
-    bar = figure.colorbar(drawn, ax=axes, pad=0.02)
-    bar.set_label(f"images that converge within {Equilibrium.max_iterations} evaluations (%)",
-                  fontsize=14)
-    bar.ax.tick_params(labelsize=14)
-    figure.suptitle("Large: the images that converge; in titles, the points where all do.\n"
-                    "Small: the largest change of a PSNR when the solve is continued.", fontsize=15)
+    figure.suptitle(
+        f"Large: the images that converge within {Equilibrium.max_iterations} evaluations; in "
+        "titles, the points where all do.\nSmall: the largest change of a PSNR when the solve is "
+        "continued.", fontsize=15)
     return figure
 
 

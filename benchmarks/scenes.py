@@ -85,7 +85,7 @@ class Case:
     """How a scene becomes a file.
 
     Args:
-        told: the right `--kernel`; "picture" for a picture of it, "" if there is none.
+        option: the right `--kernel`; "picture" for a picture of it, "" if there is none.
         exposure: a factor of the scene's light, before it is clipped.
         frame: width in pixels of a black frame.
         quality: of JPEG; None writes a PNG.
@@ -93,7 +93,7 @@ class Case:
 
     name: str
     kernel: np.ndarray
-    told: str = ""
+    option: str = ""
     noise_std: float = NOISE
     exposure: float = 1.0
     frame: int = 0
@@ -111,8 +111,8 @@ class Case:
 
     def right(self, folder: Path) -> str:
         """The right `--kernel`."""
-        if self.told != "picture":
-            return self.told
+        if self.option != "picture":
+            return self.option
         file = folder / "kernel.png"
         Image.fromarray(np.rint(255 * self.kernel / self.kernel.max()).astype(np.uint8)).save(file)
         return str(file)
