@@ -154,7 +154,7 @@ def images(monkeypatch):
     whole = ImageSet((255 * smooth).to(torch.uint8), ["coffee/1", "rocket/1", "eye/1", "rocket/2"],
                      [0, 1, 2, 3])
     splits = Splits(whole, whole[:2], whole, "noise")
-    for module in (grid, released, rates):
+    for module in (grid, released):
         monkeypatch.setattr(module, "load_splits", lambda *_: splits)
     return whole
 
@@ -215,7 +215,7 @@ def test_stored_images_are_of_the_released_weights():
         assert set(own.weights) == {released.weights_of(released.SETS[name], method)}
 
 
-def test_learning_rates_are_searched_until_the_best_lies_between_two(tmp_path, images):
+def test_learning_rates_are_searched_until_the_best_lies_between_two(tmp_path):
     tried = {1.0: 30.0, 0.5: 29.0, 2.0: 31.0}
     assert rates.next_rate(1.0, {}) == 0.5
     assert rates.next_rate(1.0, tried) == 4.0
@@ -224,3 +224,15 @@ def test_learning_rates_are_searched_until_the_best_lies_between_two(tmp_path, i
     pd.DataFrame({"method": "jfb", "learning_rate": [0.5, 1.0, 2.0],
                   "psnr": [30.0, 30.5, 30.505]}).to_csv(tmp_path / "p.csv")
     assert rates.best_rates(tmp_path / "p.csv") == {"jfb": 1.0}
+
+
+def test_a_search_trains_once_at_each_rate(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(rates, "TRIES", 3)
+    words = ["--start", str(weights), "--methods", "feedforward", "--share", "0.002",
+             "--images", "1", "--out", str(tmp_path)]
+    assert rates.main(words) == 0
+    rows = pd.read_csv(tmp_path / "quick.csv")
+    assert rows.learning_rate.nunique() == len(rows) == 3 and (rows.psnr > 10).all()
+    monkeypatch.setattr(rates, "train_method", None)  # would be called to train
+    assert rates.main(words) == 0
+    assert set(json.loads((tmp_path / "provenance.json").read_text())) == {"rates_quick"}
