@@ -1,8 +1,7 @@
-"""`python benchmarks`. The processes that it starts import this file, so they get nothing else."""
+"""`python benchmarks`, which `make bench` calls."""
 
 import sys
 
-if __name__ == "__main__":
-    from bench import main
+from bench import main
 
-    sys.exit(main())
+sys.exit(main())

@@ -1,13 +1,12 @@
-"""The suite on pictures that it did not make: python benchmarks/restore.py
+"""Photographs that the package did not make: python benchmarks/photographs.py
 
-Nothing of the package makes them, nor what other operators measure of them: see scenes.py. What is
-blurred is restored by the command, `jfbnb deblur`, which is told what a user would know.
-
-Each section writes photographs_NAME.csv; restore.md is made of these files alone.
+scenes.py makes them by SciPy and NumPy, and what other operators measure of them. `jfbnb deblur`
+restores the blurred ones; it is given what a user would know. Each section writes
+photographs_NAME.csv, and photographs.md is made of these files alone.
 """
 
-import argparse
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -16,28 +15,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pandas as pd
 import scenes
-import tifffile
 import torch
-from command import record
+from command import Bench, options
+from command import run as run_sections
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
-from processes import alone
 from scenes import GAUSSIAN, MOTION, NOISE, blurred, middle, mirrored, noisy, photograph, read, rim
 from skimage import restoration as skimage_restoration
 
 from jfbnb.common import UserError, atomic_write
 from jfbnb.core.operators import MRI, Downsampling, Inpainting
-from jfbnb.photo import restore
-from jfbnb.photo.model_check import estimate_noise
 from jfbnb.run.command import main as jfbnb
 from jfbnb.teaching.figures import image_row, new_figure, save_data, save_figure
 from jfbnb.training.methods import JFB
@@ -45,13 +39,10 @@ from jfbnb.training.restorers import make_methods
 
 METHODS = ("jfb", "jfb-energy", "jfb-head", "tikhonov", "total-variation")
 HELD_OUT = "chelsea"  # tunes the other operators' weights, which are measured on the others
-NOISES = (0.003, 0.005, 0.01, 0.02, 0.05)
-BLURS = (GAUSSIAN, MOTION)  # of large pictures
-PATIENCE = 1e6  # pixels up to which a motion is waited for: its solves are long
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # of a prior, over the one tuned for the blur
 FRAME = 8  # pixels at the border that are judged apart
-SAID = re.compile(r"(.+) \(noise (\S+?)(?:, (\d+) iterations, relative residual (\S+))?\)\n")
-Bench = argparse.Namespace  # what a run measures: `parse` has it
+MOTION_PIXELS = 1e6  # above it no motion is restored: its solves take long
+SAID = re.compile(r"(.+) \(noise ([^,)]+).*\)\n")  # the file and the noise level
 Row = dict[str, object]
 
 
@@ -63,7 +54,10 @@ def psnr(image: np.ndarray, truth: np.ndarray) -> float:
 
 
 def deblur(file: Path, kernel: str, *options: str) -> tuple[np.ndarray, Row]:
-    """What the command writes, and what it says. That a solve did not converge is no doubt."""
+    """The picture that the command writes, and what it says.
+
+    The warning that a solve did not converge is in `converged`, all others in `warning`.
+    """
     said, warned = io.StringIO(), io.StringIO()
     clock = time.perf_counter()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(warned):
@@ -72,30 +66,26 @@ def deblur(file: Path, kernel: str, *options: str) -> tuple[np.ndarray, Row]:
     seconds = time.perf_counter() - clock
     if status:
         raise UserError(warned.getvalue().strip())
-    target, noise_std, iterations, residual = SAID.fullmatch(said.getvalue()).groups()
+    target, noise_std = SAID.fullmatch(said.getvalue()).groups()
     lines = [line.split(f"{file}: ", 1)[1] for line in warned.getvalue().splitlines()
              if line.startswith("warning: ")]
-    doubts = [line for line in lines if "did not converge" not in line]
-    return read(target), {
-        "noise taken": float(noise_std), "warning": " | ".join(doubts),
-        "iterations": float(iterations or "nan"), "residual": float(residual or "nan"),
-        "converged": len(doubts) == len(lines) if residual else None, "seconds": seconds}
+    others = [line for line in lines if "did not converge" not in line]
+    return read(target), {"noise taken": float(noise_std), "warning": " | ".join(others),
+                          "converged": others == lines, "seconds": seconds}
 
 
 def by_scikit_image(d: np.ndarray, kernel: np.ndarray) -> Iterator[tuple[str, float, np.ndarray]]:
-    """Its methods, with each of some settings."""
+    """Its deconvolutions, each with some settings."""
     for name, option, values in (("wiener", "balance", (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)),
-                                 ("richardson_lucy", "num_iter", (2, 4, 8, 16, 30)),
-                                 ("unsupervised_wiener", "rng", (0,))):
+                                 ("richardson_lucy", "num_iter", (2, 4, 8, 16, 30))):
         for value in values:
             found = [getattr(skimage_restoration, name)(d[..., k], kernel, **{option: value})
                      for k in range(3)]
-            found = [x[0] if isinstance(x, tuple) else x for x in found]
             yield f"skimage {name}", value, np.stack(found, axis=2).clip(0, 1)
 
 
 def restoration(bench: Bench) -> Iterator[Row]:
-    """Blurred photographs: noise estimated, kernel told. Scikit-image with its best setting."""
+    """Blurred photographs: kernel given, noise estimated. Scikit-image with its best setting."""
     for case in (GAUSSIAN, MOTION, scenes.DISK):
         for name in bench.photographs:
             file, d, x = case.take(name, bench.side, bench.scratch)
@@ -115,7 +105,7 @@ def restoration(bench: Bench) -> Iterator[Row]:
 
 
 def draw(pictures: dict[str, np.ndarray], out: Path) -> None:
-    """Four pictures in a row, and the blurred one beside JFB's as under a swipe handle."""
+    """Four pictures in a row; a fifth is half blurred, half restored by JFB."""
     truth = pictures["Original"]
     psnrs = {label: psnr(image, truth) for label, image in pictures.items() if image is not truth}
     swipe, middle = pictures["Blurred"].copy(), truth.shape[1] // 2
@@ -127,13 +117,13 @@ def draw(pictures: dict[str, np.ndarray], out: Path) -> None:
 
 
 def mismatches(bench: Bench) -> Iterator[Row]:
-    """Wrong models, Gaussian 5 x 5 with noise 0.01, and right ones: which are warned of.
+    """Right models and wrong ones (Gaussian 5 x 5, noise 0.01): what share raises a warning.
 
-    Lost is what the better of the input and the right model has more.
+    Lost is how much PSNR is below the better of the input's and the right model's.
     """
     for case in (*scenes.WRONG, *scenes.RIGHT):
         models = [("right", case.right(bench.scratch),
-                   str(case.noise_std) if case in scenes.RIGHT else "auto")] if case.told else []
+                   str(case.noise_std) if case in scenes.RIGHT else "auto")] if case.option else []
         for name in bench.photographs:
             file, d, x = case.take(name, bench.side, bench.scratch)
             best = before = psnr(d, x)
@@ -147,33 +137,20 @@ def mismatches(bench: Bench) -> Iterator[Row]:
 
 
 def nearly(bench: Bench) -> Iterator[Row]:
-    """Kernels that are nearly right, and three ways with them. Lost is against the right kernel."""
+    """Kernels that are nearly right, restored in three ways. Lost is against the right kernel."""
     for case in dict.fromkeys(case for case, _ in scenes.NEARLY):
         for name in bench.photographs:
             file, d, x = case.take(name, bench.side, bench.scratch)
             image, said = deblur(file, case.right(bench.scratch), "--method", "jfb")
             most, noise_std = psnr(image, x), str(1.5 * said["noise taken"])
-            for told in (told for other, told in scenes.NEARLY if other is case):
-                for way, *options in (("jfb", "--method", "jfb"), ("jfb, 1.5 times the noise",
-                                      "--method", "jfb", "--noise-std", noise_std),
-                                      ("jfb-energy", "--method", "jfb-energy")):
-                    image, said = deblur(file, told, *options)
-                    yield {"blur": case.name, "told": told, "way": way, "photograph": name,
+            ways = {"jfb": ("jfb", "auto"), "jfb, 1.5 times the noise": ("jfb", noise_std),
+                    "jfb-energy": ("jfb-energy", "auto")}
+            for kernel in (option for other, option in scenes.NEARLY if other is case):
+                for way, (method, noise) in ways.items():
+                    image, said = deblur(file, kernel, "--method", method, "--noise-std", noise)
+                    yield {"blur": case.name, "told": kernel, "way": way, "photograph": name,
                            "input": psnr(d, x), "PSNR": (own := psnr(image, x)),
-                           "lost": most - own, "warned": bool(said["warning"]), **said}
-
-
-def noise(bench: Bench) -> Iterator[Row]:
-    """Estimated noise over the true one, which the rounding to eight bits is part of."""
-    for case in (GAUSSIAN, MOTION, scenes.DISK, scenes.WIDE):
-        for name in (*bench.photographs, "motorcycle", "camera"):
-            for noise_std in NOISES:
-                _, d, _ = replace(case, noise_std=noise_std).take(
-                    name, bench.side, bench.scratch)
-                estimate = estimate_noise(batch(d)[0], torch.from_numpy(case.kernel))
-                ratio = estimate / np.hypot(noise_std, 1 / 255 / 12**0.5)
-                yield {"blur": case.name, "photograph": name, "noise": noise_std, "ratio": ratio,
-                       "within 20%": abs(ratio - 1) <= 0.2}
+                           "lost": most - own, **said}
 
 
 # --- other operators ----------------------------------------------------------------------------
@@ -185,7 +162,7 @@ def batch(image: np.ndarray) -> torch.Tensor:
 
 
 def operators(bench: Bench) -> Iterator[Row]:
-    """Other operators: the weight of each prior is tuned on a photograph that is not counted."""
+    """Other operators. The weight of each prior is tuned on a photograph that does not count."""
     restorers = make_methods(["measurement", *METHODS], None, torch.device("cpu"))
     for make, operator in ((scenes.inpainting, Inpainting), (scenes.mri, MRI),
                            (scenes.super_resolution, partial(Downsampling, factor=2))):
@@ -196,35 +173,17 @@ def operators(bench: Bench) -> Iterator[Row]:
             for method, restorer in restorers.items():
                 rows = []
                 for weight in [chosen[method]] if method in chosen else WEIGHTS:
-                    clock = time.perf_counter()
                     y, info = restorer(A, d, NOISE * weight**0.5)
                     y = y.mean(1, keepdim=True).expand_as(y) if make is scenes.mri else y
                     rows.append({
                         "operator": make.__name__, "photograph": name, "method": method,
                         "weight": weight, "PSNR": psnr(*(A.visible(z).numpy() for z in (y, x))),
-                        "iterations": info and info.iterations.item(),
-                        "residual": info and info.residual.item(),
-                        "converged": info and info.converged.item(),
-                        "seconds": time.perf_counter() - clock})
+                        "converged": info and info.converged.item()})
                 yield from rows
                 chosen[method] = max(rows, key=lambda row: np.nan_to_num(row["PSNR"]))["weight"]
 
 
 # --- large pictures -----------------------------------------------------------------------------
-
-
-def run(command: list[str]) -> tuple[int, str, Row]:
-    """A command with two threads: its exit status, what it said, its time and peak of memory."""
-    clock = time.perf_counter()
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-        process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"},
-                                   stdout=file, stderr=subprocess.STDOUT)
-        _, process.returncode, usage = os.wait4(process.pid, 0)
-        file.seek(0)
-        said = file.read()
-    return process.returncode, said, {
-        "seconds": time.perf_counter() - clock,
-        "process MB": usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)}
 
 
 def large(bench: Bench) -> Iterator[Row]:
@@ -233,22 +192,41 @@ def large(bench: Bench) -> Iterator[Row]:
     for width in bench.large:
         height = 3 * width // 4
         x = mirrored(width, height)
-        for case in BLURS if width * height <= PATIENCE else BLURS[:1]:
+        for case in (GAUSSIAN, MOTION) if width * height <= MOTION_PIXELS else (GAUSSIAN,):
             Image.fromarray(noisy(blurred(x, case.kernel), NOISE)).save(file)
-            # By a fresh process, as Linux counts in what the one had that starts another.
-            status, said, found = alone(run, [
-                sys.executable, "-m", "jfbnb", "deblur", str(file), "--kernel",
-                case.right(bench.scratch), "--out", str(bench.scratch)])
-            if status:
-                raise UserError(said.strip())
+            said, found = alone(["deblur", str(file), "--kernel", case.right(bench.scratch),
+                                 "--out", str(bench.scratch)])
             image = read(bench.scratch / "large-jfb.png")
             yield {"blur": case.name, "pixels": f"{width} x {height}",
                    "megapixels": width * height / 1e6, "input": psnr(read(file), x),
                    "PSNR": psnr(image, x), "converged": "did not converge" not in said, **found}
 
 
+# The command, and then what Linux says of this process: the size of its largest memory, in kB.
+MEASURED = """
+import re, sys
+from pathlib import Path
+from jfbnb.run.command import main
+status = main(sys.argv[1:])
+peak = Path("/proc/self/status")
+print(re.search("VmHWM:\\s*(\\d+)", peak.read_text("utf-8"))[1] if peak.exists() else "nan")
+sys.exit(status)
+"""
+
+
+def alone(arguments: list[str]) -> tuple[str, Row]:
+    """`jfbnb` in a fresh process: what it said, its seconds, and its peak of memory (on Linux)."""
+    clock = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True,
+                          text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    if done.returncode:
+        raise UserError(done.stderr.strip())
+    return done.stderr, {"seconds": time.perf_counter() - clock,
+                         "process MB": float(done.stdout.split()[-1]) / 2**10}
+
+
 def rate(table: pd.DataFrame) -> Figure:
-    """How many photographs a minute, by their size; hollow where tiles did not converge."""
+    """Photographs a minute, by their size; hollow where some tiles did not converge."""
     figure, (ax,) = new_figure()
     for (blur, own), line in zip(table.groupby("blur", sort=False), ("-", "--"), strict=False):
         rates = 60 / own.seconds
@@ -265,116 +243,48 @@ def rate(table: pd.DataFrame) -> Figure:
     return figure
 
 
-def seams(bench: Bench) -> Iterator[Row]:
-    """A part restored by tiles, less the same in one piece, where tiles are blended and elsewhere.
-
-    A jump is how much a row or column of that changes to the next, in the mean over its length.
-    """
-    x, file = mirrored(bench.part, bench.part), bench.scratch / "part.tif"
-    for case in BLURS:
-        d = noisy(blurred(x, case.kernel), NOISE) / 255
-        # As float, so that what is restored is not rounded.
-        tifffile.imwrite(file, d.astype(np.float32), photometric="rgb")
-        kernel = case.right(bench.scratch)
-        tiled, _ = deblur(file, kernel)
-        with mock.patch.object(restore, "TILE", 2 * bench.part):
-            error = tiled - deblur(file, kernel)[0]
-        reach, blended = max(case.kernel.shape) // 2, np.zeros(bench.part, bool)
-        for where, weights in restore._cut(bench.part, restore.TILE + 2 * reach,
-                                               restore.THROWN + reach):
-            blended[where] |= ((weights > 0) & (weights < 1)).numpy()
-        strips, seam = blended[:, None] | blended, blended[1:] | blended[:-1]
-        jumps = np.stack([abs(np.diff(error, axis=axis).mean((1 - axis, 2))) for axis in (0, 1)])
-        yield {"blur": case.name, "side": bench.part,
-               "rms in strips": np.sqrt(np.mean(error[strips] ** 2)),
-               "rms elsewhere": np.sqrt(np.mean(error[~strips] ** 2)),
-               "largest jump in strips": jumps[:, seam].max(),
-               "largest jump elsewhere": jumps[:, ~seam].max()}
-
-
 # --- the report ---------------------------------------------------------------------------------
 
-
-def _count(values: pd.Series) -> str:
-    values = values.dropna().astype(bool)
-    return f"{values.sum()} of {len(values)}" if len(values) else ""
-
-
-def _first(lines: pd.Series) -> str:
-    """The first words of the commonest line."""
-    lines = lines.dropna()
-    return " ".join(lines.mode()[0].split()[:12]) if len(lines) else ""
-
-
-KEYS = {"restoration": ["blur", "method", "setting"],
-        "operators": ["operator", "method", "weight"], "mismatches": ["model", "case"],
-        "nearly": ["blur", "told", "way"], "noise": ["blur", "noise"],
-        "large": ["blur", "pixels"], "seams": ["blur", "side"]}
-WAYS = {"iterations": ["max"], "residual": ["max"], "ratio": ["min", "max"],
-        "converged": [_count], "warned": [_count], "within 20%": [_count], "warning": [_first]}
-FORMATS = {"input|PSNR|frame|lost|ratio": ".2f", "residual|rms|largest": ".1e"}  # else .3g
-
-
-def summary(section: str, table: pd.DataFrame) -> pd.DataFrame:
-    """Over photographs: means, extremes, how many of them, the commonest warning."""
-    if section == "operators":
-        table = table[table.photograph != HELD_OUT]
-    if section == "mismatches":
-        table = pd.concat([table, table.assign(case="all of them")])
-    keys = KEYS[section]
-    ways = {c: WAYS.get(c, ["mean"]) for c in table if c not in (*keys, "photograph")}
-    table = table.groupby(keys, sort=False, dropna=False).agg(ways)
-    table.columns = [f"{c}, {way}" if way in ("min", "max") else c for c, way in table.columns]
-    table = table.reset_index()
-    if section == "restoration":  # scikit-image's best
-        table = table.loc[table.groupby(keys[:2], sort=False).PSNR.idxmax()]
-    return table
-
-
 def report(out: Path) -> None:
-    parts = ["# Photographs that the suite did not make"]
-    for name, section in SECTIONS.items():
-        if (file := out / f"photographs_{name}.csv").exists():
-            table = summary(name, pd.read_csv(file))
-            for column in table.select_dtypes("float"):
-                spec = next((f for words, f in FORMATS.items() if re.match(words, column)), ".3g")
-                table[column] = [format(v, spec) if pd.notna(v) else "" for v in table[column]]
-            parts += [f"## {name}", " ".join(section.__doc__.split()),
-                      table.to_markdown(index=False, disable_numparse=True)]
-    atomic_write(out / "restore.md", "\n\n".join(parts) + "\n")
+    """The figure of the large pictures, and photographs.md with what no page of docs/ shows."""
+    parts = ["# Photographs that the package did not make"]
+    if (file := out / "photographs_mismatches.csv").exists():
+        rows = pd.read_csv(file)
+        rows = pd.concat([rows, rows.assign(case="all of them")]).groupby(
+            ["model", "case"], sort=False)
+        rows = rows[["noise taken", "input", "PSNR", "lost", "warned"]].mean().reset_index()
+        parts += ["## Models that do not fit", mismatches.__doc__, rows.to_markdown(
+            index=False, floatfmt=("", "", ".3f", *[".2f"] * 4))]
+    if (file := out / "photographs_large.csv").exists():
+        rows = pd.read_csv(file)
+        save_figure(rate(rows), out / "photographs_large")
+        parts += ["## Large pictures", large.__doc__, rows.to_markdown(
+            index=False, floatfmt=("", "", ".3g", ".2f", ".2f", "", ".1f", ".0f"))]
+    atomic_write(out / "photographs.md", "\n\n".join(map(inspect.cleandoc, parts)) + "\n")
 
 
 SECTIONS = {section.__name__: section for section in
-            (restoration, operators, mismatches, nearly, noise, large, seams)}
+            (restoration, operators, mismatches, nearly, large)}
 
 
-def parse(arguments: list[str] | None) -> Bench:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", nargs="+", default=list(SECTIONS), choices=list(SECTIONS))
+def measured(name: str, bench: Bench) -> None:
+    """Write a section's rows."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bench.scratch = Path(scratch)
+        save_data(pd.DataFrame(SECTIONS[name](bench)), bench.out / f"photographs_{name}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = options(__doc__, SECTIONS)
     parser.add_argument("--photographs", nargs="+",
                         default=["coffee", "astronaut", "chelsea", "rocket"])
     parser.add_argument("--side", type=int, default=192, help="of the windows")
     parser.add_argument("--large", type=int, nargs="+", default=[500, 1000, 2000, 4000],
-                        help="widths, of which the height is three quarters")
-    parser.add_argument("--part", type=int, default=900, help="side of what seams are sought in")
-    parser.add_argument("--out", type=Path,
-                        default=Path(__file__).resolve().parent / "results")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    bench = parse(arguments)
-    for name in bench.sections:
-        print(name, flush=True)
-        with tempfile.TemporaryDirectory() as scratch:
-            bench.scratch = Path(scratch)
-            table = pd.DataFrame(SECTIONS[name](bench))
-        save_data(table, bench.out / f"photographs_{name}")
-        record(bench.out, f"photographs_{name}")
-        if name == "large":
-            save_figure(rate(table), bench.out / "photographs_large")
-        report(bench.out)
+                        help="widths; the height is three quarters")
+    return run_sections(parser.parse_args(arguments),
+                        {name: partial(measured, name) for name in SECTIONS}, report,
+                        prefix="photographs_")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -1,7 +1,7 @@
-"""Pictures and measurements that nothing of the package made, as others would measure them.
+"""Pictures and measurements that the package does not make, for it to restore.
 
-SciPy blurs a whole scene; of that a window is cut, noise comes on it, and it is clipped and rounded
-to eight bits. Pictures are (H, W, 3) in [0, 1].
+SciPy blurs a whole scene and a window is cut from it; white noise is added, and the result is
+clipped and rounded to eight bits. Pictures are (H, W, 3) in [0, 1].
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ def gaussian(size: int, std: float) -> np.ndarray:
 
 
 def motion(length: float, angle: float, points: int = 10_000) -> np.ndarray:
-    """A line without width, anticlockwise from the right: how much of its length each pixel has."""
+    """The share of a thin line in each pixel; the angle is anticlockwise from the right."""
     at = length * ((np.arange(points) + 0.5) / points - 0.5)
     edges = np.arange(np.ceil(length / 2) + 1) + 0.5
     edges, turn = np.concatenate([-edges[::-1], edges]), np.radians(angle)
@@ -40,10 +40,8 @@ def disk(radius: int, fine: int = 41) -> np.ndarray:
 
 
 def photograph(name: str) -> np.ndarray:
-    """A whole scene, of scikit-image."""
-    image = skimage.data.stereo_motorcycle()[0] if name == "motorcycle" else getattr(
-        skimage.data, name)()
-    return (image if image.ndim == 3 else np.stack([image] * 3, axis=2)) / 255
+    """A whole scene of scikit-image's, in colour."""
+    return getattr(skimage.data, name)() / 255
 
 
 def middle(image: np.ndarray, side: int) -> np.ndarray:
@@ -52,7 +50,7 @@ def middle(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def rim(image: np.ndarray, width: int) -> np.ndarray:
-    """Which pixels are so near the border."""
+    """A mask of the pixels within `width` of the border."""
     return np.pad(np.zeros([n - 2 * width for n in image.shape[:2]], bool), width,
                   constant_values=True)
 
@@ -62,13 +60,13 @@ def blurred(scene: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 def noisy(image: np.ndarray, noise_std: float) -> np.ndarray:
-    """With white noise, in eight bits."""
+    """An image with white noise, in eight bits."""
     noise = noise_std * np.random.default_rng(0).standard_normal(image.shape)
     return np.rint(255 * (image + noise).clip(0, 1)).astype(np.uint8)
 
 
 def mirrored(width: int, height: int) -> np.ndarray:
-    """A scene of any size: a photograph, and its mirror images beside it."""
+    """A scene of any size: a photograph, continued by its mirror images."""
     x = photograph("coffee")
     more = [(0, max(0, n - have)) for n, have in zip((height, width), x.shape, strict=False)]
     return np.pad(x, (*more, (0, 0)), mode="symmetric")[:height, :width]
@@ -87,15 +85,15 @@ class Case:
     """How a scene becomes a file.
 
     Args:
-        told: the `--kernel` that is right; "picture" for a picture of it, "" if nothing is right.
-        exposure: by which the scene's light is multiplied, before it is clipped.
-        frame: pixels of black bars on all four sides.
-        quality: of JPEG, which the file then is.
+        option: the right `--kernel`; "picture" for a picture of it, "" if there is none.
+        exposure: a factor of the scene's light, before it is clipped.
+        frame: width in pixels of a black frame.
+        quality: of JPEG; None writes a PNG.
     """
 
     name: str
     kernel: np.ndarray
-    told: str = ""
+    option: str = ""
     noise_std: float = NOISE
     exposure: float = 1.0
     frame: int = 0
@@ -112,9 +110,9 @@ class Case:
         return file, read(file), x
 
     def right(self, folder: Path) -> str:
-        """What `--kernel` must be told."""
-        if self.told != "picture":
-            return self.told
+        """The right `--kernel`."""
+        if self.option != "picture":
+            return self.option
         file = folder / "kernel.png"
         Image.fromarray(np.rint(255 * self.kernel / self.kernel.max()).astype(np.uint8)).save(file)
         return str(file)
@@ -125,7 +123,7 @@ GAUSSIAN = Case("Gaussian 5 x 5, std sqrt 5", gaussian(5, 5**0.5), USUAL)
 MOTION = Case("motion of 9 at 30 degrees", motion(9, 30), "picture")
 DISK = Case("disk of radius 3", disk(3), "disk:3")
 WIDE = Case("Gaussian 15 x 15, std 3", gaussian(15, 3), "gaussian:3,15")
-WRONG = (  # to be told `USUAL` and a noise of 0.01
+WRONG = (  # given `USUAL` and a noise of 0.01
     replace(GAUSSIAN, name="noise 0.03 told 0.01", noise_std=0.03),
     replace(GAUSSIAN, name="noise 0.1 told 0.01", noise_std=0.1),
     Case("not blurred", np.ones((1, 1))),
@@ -140,15 +138,15 @@ WRONG = (  # to be told `USUAL` and a noise of 0.01
 RIGHT = tuple(replace(case, name=f"{case.name}, noise {noise_std}", noise_std=noise_std)
               for case, noise_std in ((GAUSSIAN, 0.003), (GAUSSIAN, 0.03), (MOTION, 0.01),
                                       (DISK, 0.005), (WIDE, 0.02)))
-NEARLY = (  # what was done, and what is told of it: a tenth more or less, or turned by 6 degrees
+NEARLY = (  # with the kernel that is given instead: a tenth larger or smaller, or turned a little
     (GAUSSIAN, "gaussian:2,5"), (GAUSSIAN, "gaussian:2.5,5"),
     (MOTION, "motion:8,30"), (MOTION, "motion:10,30"), (MOTION, "motion:9,24"),
     (DISK, "disk:2.7"), (DISK, "disk:3.3"))
 
 
-# --- what other operators measure ---------------------------------------------------------------
+# --- measurements by other operators ------------------------------------------------------------
 
-Problem = tuple[object, np.ndarray, np.ndarray]  # what A is made of, d, x
+Problem = tuple[object, np.ndarray, np.ndarray]  # the mask or size that defines A; d; x
 
 
 def inpainting(x: np.ndarray) -> Problem:
@@ -164,7 +162,7 @@ def super_resolution(x: np.ndarray) -> Problem:
 
 
 def mri(x: np.ndarray) -> Problem:
-    """A third of the lines, some of them in the middle; grey, three times for the network."""
+    """A third of the lines of k-space, with the middle ones; a grey image in three channels."""
     grey, rng = x @ [0.299, 0.587, 0.114], np.random.default_rng(1)
     n = len(grey)
     order = np.argsort(np.where(abs(np.arange(n) - n // 2) <= n // 25, -1, rng.random(n)))
