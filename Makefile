@@ -4,7 +4,7 @@
 # make fuzz        thousands of bad inputs of every kind: docs/robustness.md
 # make faults      runs killed at random moments, full disks, ...: the same
 # make lab         open the notebooks in JupyterLab
-# make bench       measure speed and memory, beside deepinv and torchdeq: benchmarks/README.md
+# make bench       measure speed, beside deepinv and torchdeq: benchmarks/README.md
 # make lock        renew requirements.lock
 # make publish     after a clean run: its outputs into figures/published, the notebooks, README.md
 
