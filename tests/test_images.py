@@ -231,7 +231,7 @@ def test_exif_is_kept_byte_for_byte(tmp_path):
     exif[0x0112] = 1
     Image.fromarray(RGB8).save(tmp_path / "a.jpg", exif=exif)
     (picture,), target = rewrite(tmp_path / "a.jpg")
-    assert picture.exif == exif.tobytes()[6:]
+    assert picture.metadata.exif == exif.tobytes()[6:]
     with Image.open(target) as image:
         image.load()
         assert image.info["exif"] == exif.tobytes()
@@ -278,20 +278,20 @@ def test_a_thumbnail_that_still_lies_is_cut_off(tmp_path):
         exif = struct.pack("<2sHIHHHIHHI", b"II", 42, 8, 1, 0x0112, 3, 1, orientation, 0, 26)
         exif += struct.pack("<HI", 0, 0)  # the thumbnail's directory, empty
         Image.fromarray(RGB8).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
-        kept = read_pictures(tmp_path / "a.jpg")[0].exif
+        kept = read_pictures(tmp_path / "a.jpg")[0].metadata.exif
         assert kept == exif[:18] + struct.pack("<HHI", 1, 0, place) + exif[26:]
 
 
 def test_damaged_exif_is_left_out(tmp_path):
     for exif in (b"junk", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff"):
         Image.fromarray(RGB8).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
-        assert read_pictures(tmp_path / "a.jpg")[0].exif is None
+        assert read_pictures(tmp_path / "a.jpg")[0].metadata.exif is None
     # Deeper damage is kept in a PNG, whose EXIF is the same bytes; a TIFF's has to be understood.
     for tag in ((EXIF, 4, 1, 8), (0x010F, 2, 99, 8)):  # in itself; behind the end
         exif = struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, *tag, 0)
         Image.fromarray(RGB8).save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
         (picture,), _ = rewrite(tmp_path / "a.jpg")
-        assert picture.exif == exif
+        assert picture.metadata.exif == exif
         write_pictures(tmp_path / "b.tif", [picture.with_pixels(picture.pixels[:, 1:])])
         with tifffile.TiffFile(tmp_path / "b.tif") as tif:
             assert tag[0] not in tif.pages[0].tags
@@ -313,7 +313,7 @@ def test_pillows_modes(tmp_path, mode, name, channels, alpha):
     assert np.array_equal(stored(target), np.array(expected))
     assert ("CMYK" in picture.note) == (mode == "CMYK")
     if mode == "CMYK":  # a profile of another kind is no use, and none of the result's
-        assert picture.icc is None
+        assert picture.metadata.icc is None
 
 
 def test_a_transparent_colour_becomes_alpha(tmp_path):
