@@ -24,6 +24,8 @@ from torch import Tensor
 from jfbnb.common import UserError, atomic_path, printable
 from jfbnb.photo.formats import EXIF, GPS, UNASSOCIATED, Metadata, Page, decode
 
+MAX_TIFF = 2**32 - 2**26  # bytes of pixels; what is larger becomes a BigTIFF
+
 
 @dataclass
 class Picture:
@@ -243,7 +245,7 @@ def _write_png(path: Path, picture: Picture) -> None:
 
 def _write_tiff(path: Path, pictures: list[Picture]) -> None:
     size = sum(p.dtype.itemsize * p.pixels[0].numel() * (len(p.pixels) + 1) for p in pictures)
-    big = size > 2**32 - 2**26
+    big = size > MAX_TIFF
     with tifffile.TiffWriter(path, bigtiff=big) as tif:
         for picture in pictures:
             metadata = picture.metadata

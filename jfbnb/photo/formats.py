@@ -21,7 +21,7 @@ FORMATS = (*data.FORMATS, "AVIF")  # that Pillow may try
 MAX_PIXELS = 2**28  # of a page, before it is decoded
 MAX_SAMPLES = 2**31  # of all pages and their channels: 8 GiB in float32
 TIFF, PNG = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
-TOO_LARGE = f"over {MAX_PIXELS} pixels are too many: cut it into parts"
+TOO_LARGE = "it has too many pixels, over 2^28: cut it into parts"
 # Tags of TIFF and EXIF. Description, maker, model, software, date, artist, copyright are texts.
 DESCRIPTION, ORIENTATION, ICC = 270, 274, 34675
 TEXTS = (DESCRIPTION, 271, 272, 305, 306, 315, 33432)
