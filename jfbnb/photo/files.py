@@ -154,9 +154,9 @@ def _to_pictures(pages: list[Page], value_range: tuple[float, float] | None) -> 
                 x, y, unit = page.metadata.resolution
                 page.metadata.resolution = y, x, unit
         alpha = samples[..., -1].copy() if samples.shape[2] > colours else None
-        # One channel at a time: float64 of all is twice the size of the pixels.
-        pixels = np.stack([((samples[..., c].astype(np.float64) - low) / (high - low))
-                           .astype(np.float32) for c in range(colours)])
+        pixels = np.empty((colours, *samples.shape[:2]), np.float32)
+        for c in range(colours):  # one at a time: float64 of all is twice the size of the pixels
+            pixels[c] = (samples[..., c].astype(np.float64) - low) / (high - low)
         pictures.append(Picture(torch.from_numpy(pixels), dtype, (low, high), limits,
                                 "; ".join(filter(None, [*page.notes, note])), alpha,
                                 len(pages), page.metadata))
