@@ -143,16 +143,9 @@ def _to_pictures(pages: list[Page], value_range: tuple[float, float] | None) -> 
               for dtype, found in extremes.items()}
     pictures = []
     for page in pages:
-        dtype, colours, turn = page.samples.dtype, page.colours, page.orientation
+        samples, dtype, colours = page.samples, page.samples.dtype, page.colours
         (low, high), limits, note = scales[dtype]
         scales[dtype] = (low, high), limits, ""
-        samples = page.samples[::-1 if turn in (3, 4, 6, 7) else 1,
-                               ::-1 if turn in (2, 3, 7, 8) else 1]
-        if turn in (5, 6, 7, 8):
-            samples = samples.swapaxes(0, 1)
-            if page.metadata.resolution:
-                x, y, unit = page.metadata.resolution
-                page.metadata.resolution = y, x, unit
         alpha = samples[..., -1].copy() if samples.shape[2] > colours else None
         pixels = np.empty((colours, *samples.shape[:2]), np.float32)
         for c in range(colours):  # one at a time: float64 of all is twice the size of the pixels

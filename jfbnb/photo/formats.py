@@ -74,12 +74,27 @@ class Page:
 
 
 def decode(content: bytes) -> list[Page]:
-    """The pages of a TIFF, or the one picture of another file."""
+    """The pages of a TIFF, or the one picture of another file, upright."""
     if content.startswith(TIFF):
-        return _read_tiff(content)
-    if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
-        return [_read_heif(content)]
-    return [_read_with_pillow(content)]
+        pages = _read_tiff(content)
+    elif content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
+        pages = [_read_heif(content)]
+    else:
+        pages = [_read_with_pillow(content)]
+    for page in pages:
+        _turn_upright(page)
+    return pages
+
+
+def _turn_upright(page: Page) -> None:
+    turn, page.orientation = page.orientation, 1
+    page.samples = page.samples[::-1 if turn in (3, 4, 6, 7) else 1,
+                                ::-1 if turn in (2, 3, 7, 8) else 1]
+    if turn in (5, 6, 7, 8):
+        page.samples = page.samples.swapaxes(0, 1)
+        if page.metadata.resolution:
+            x, y, unit = page.metadata.resolution
+            page.metadata.resolution = y, x, unit
 
 
 def _check_size(width: int, height: int) -> None:
