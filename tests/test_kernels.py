@@ -1,7 +1,6 @@
 """Kernels against SciPy's, against the geometry they claim, and against files that are none."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +30,7 @@ def moments(kernel: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize(("kind", "values"), MADE)
-def test_a_kernel_has_a_middle_and_is_told_to_the_command_as_to_python(kind, values):
+def test_a_kernel_has_a_middle_and_is_the_same_for_the_command(kind, values):
     kernel = getattr(kernels, kind)(*values)
     assert kernel.dtype == torch.float64 and kernel.sum().item() == pytest.approx(1, abs=1e-12)
     assert (kernel >= 0).all() and all(n % 2 for n in kernel.shape)
@@ -74,28 +73,23 @@ def test_motion_has_its_length_and_angle(length, angle):
     assert abs((found - angle + 90) % 180 - 90) < 1
 
 
-def test_motion_along_a_row_is_a_mean_and_a_quarter_turn_a_quarter_turn():
+def test_motion_along_a_row_is_a_mean_and_turns_and_mirrors_exactly():
     row = kernels.motion(9, 0)
     torch.testing.assert_close(row, torch.full((1, 9), 1 / 9, dtype=torch.float64))
     torch.testing.assert_close(kernels.motion(9, 90), row.mT)
-    torch.testing.assert_close(kernels.motion(1, 0), torch.ones(1, 1, dtype=torch.float64))
-    for angle in (20, 30):
-        torch.testing.assert_close(kernels.motion(9, angle + 90),
-                                   torch.rot90(kernels.motion(9, angle)))
-        torch.testing.assert_close(kernels.motion(9, -angle), kernels.motion(9, angle).flip(0))
+    torch.testing.assert_close(kernels.motion(9, 120), torch.rot90(kernels.motion(9, 30)))
+    torch.testing.assert_close(kernels.motion(9, -30), kernels.motion(9, 30).flip(0))
 
 
-@pytest.mark.parametrize("angle", [0, 45])
-def test_a_point_becomes_the_kernel(angle):
-    kernel = kernels.motion(7, angle)
+def test_a_point_becomes_the_kernel():
+    kernel = kernels.motion(7, 45)
     scene = torch.zeros(1, 1, 21, 21, dtype=torch.float64)
     scene[0, 0, 10, 10] = 1
     seen = Convolution(21, kernel, "black")(scene)[0, 0]
     h, w = kernel.shape
     torch.testing.assert_close(seen[10 - h // 2:11 + h // 2, 10 - w // 2:11 + w // 2], kernel,
                                rtol=0, atol=1e-12)
-    if angle:  # up at the right
-        assert seen[12, 8] > 0.05 < seen[8, 12] and seen[12, 12] < 1e-6
+    assert seen[12, 8] > 0.05 < seen[8, 12] and seen[12, 12] < 1e-6  # up at the right
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -103,26 +97,25 @@ def test_a_point_becomes_the_kernel(angle):
 TABLE = np.array([[1, 0, 2, 3], [0, 4, 0, 1], [5, 0, 250, 0]])  # not separable, not symmetric
 
 
-def save_text(path, delimiter=" ", head=""):
-    path.write_text(head + "\n".join(delimiter.join(map(str, row)) for row in TABLE),
-                    encoding="utf-8")
+def text(delimiter, head=""):
+    content = head + "\n".join(delimiter.join(map(str, row)) for row in TABLE)
+    return lambda path: path.write_text(content, encoding="utf-8")
+
+
+def picture(pixels):
+    return lambda path: Image.fromarray(pixels).save(path)
 
 
 WRITERS = {
     "k.npy": lambda path: np.save(path, TABLE),
     "float.npy": lambda path: np.save(path, TABLE.astype(np.float32)),
-    "k.txt": save_text,
-    "tabs.txt": lambda path: save_text(path, "\t"),
-    "commas.txt": lambda path: save_text(path, ", "),
-    "windows.txt": lambda path: save_text(path, head="\ufeff"),
-    "k.csv": lambda path: save_text(path, ","),
+    "tabs.txt": text("\t"),
+    "windows.txt": text(" ", "\ufeff"),
+    "k.csv": text(", "),
     "numpys.txt": lambda path: np.savetxt(path, TABLE, header="a kernel"),
-    "8.png": lambda path: Image.fromarray(TABLE.astype(np.uint8)).save(path),
-    "16.png": lambda path: Image.fromarray((200 * TABLE).astype(np.uint16)).save(path),
-    "colour.png": lambda path: Image.fromarray(
-        np.repeat(TABLE.astype(np.uint8)[..., None], 3, -1)).save(path),
-    "8.BMP": lambda path: Image.fromarray(TABLE.astype(np.uint8)).save(path),
-    "16.tif": lambda path: tifffile.imwrite(path, (200 * TABLE).astype(np.uint16)),
+    "8.BMP": picture(TABLE.astype(np.uint8)),
+    "16.png": picture((200 * TABLE).astype(np.uint16)),
+    "colour.png": picture(np.repeat(TABLE.astype(np.uint8)[..., None], 3, -1)),
     "float.tif": lambda path: tifffile.imwrite(path, (TABLE / 7).astype(np.float32)),
 }
 
@@ -133,7 +126,6 @@ def test_a_kernel_is_read_from_a_file(name, tmp_path, recwarn):
     kernel = kernel_option.parse(str(tmp_path / name))
     assert kernel.dtype == torch.float64
     np.testing.assert_allclose(kernel, TABLE / TABLE.sum(), rtol=1e-6)
-    assert torch.equal(kernel_option.read(tmp_path / name), kernel)
     assert not recwarn
 
 
@@ -152,64 +144,49 @@ def test_a_gaussian_in_a_file_of_float32_has_the_closed_form(tmp_path):
     torch.testing.assert_close(A(x), Convolution(40, kernel)(x), rtol=0, atol=1e-6)
 
 
-BAD_TABLES = {
-    "zeros": np.zeros((3, 3)), "negative": -np.ones((3, 3)), "sum of 0": np.array([[1.0, -1.0]]),
-    "NaN": np.array([[1.0, math.nan]]), "infinity": np.array([[1.0, math.inf]]),
-    "overflow": np.full((3, 3), 1e308), "1-D": np.ones(5), "3-D": np.ones((3, 3, 3)),
-    "0-D": np.array(1.0), "empty": np.ones((0, 3)), "too large": np.ones((3, 502)),
-    "complex": np.ones((3, 3), complex), "text": np.array([["a", "b"]]),
-    "records": np.ones(3, dtype=[("a", float)]), "objects": np.array([[None, 1]], dtype=object)}
+BAD_FILES = {
+    "zeros.npy": np.zeros((3, 3)), "negative.npy": -np.ones((3, 3)),
+    "sum-of-0.npy": np.array([[1.0, -1.0]]), "nan.npy": np.array([[1.0, math.nan]]),
+    "overflow.npy": np.full((3, 3), 1e308), "1-D.npy": np.ones(5), "3-D.npy": np.ones((3, 3, 3)),
+    "no-rows.npy": np.ones((0, 3)), "too-large.npy": np.ones((3, 502)),
+    "complex.npy": np.ones((3, 3), complex), "text.npy": np.array([["a", "b"]]),
+    "records.npy": np.ones(3, dtype=[("a", float)]),
+    "empty.txt": b"", "comment.txt": b"# nothing\n", "ragged.txt": b"1 2\n3\n",
+    "words.txt": b"a b\nc d\n", "no-text.txt": b"\xff\xfe\x00", "zeros.txt": b"0 0\n0 0\n",
+    "semicolon.csv": b"1;2\n", "cut.npy": b"\x93NUMPY\x01\x00", "empty.png": b"",
+    "page.png": b"<html>\n</html>", "k.mat": b"MATLAB", "kernel": b"1 2 1"}
 
 
-@pytest.mark.parametrize("name", BAD_TABLES)
-def test_a_table_that_is_no_kernel_is_refused_in_a_line(name, tmp_path, recwarn):
-    path = tmp_path / "k.npy"
-    np.save(path, BAD_TABLES[name], allow_pickle=True)
+def refuse(option, recwarn, words=""):
     with pytest.raises(UserError) as caught:
-        kernel_option.parse(str(path))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and not recwarn
+        kernel_option.parse(option)
+    assert words in str(caught.value) and "\n" not in str(caught.value) and not recwarn
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_no_kernel_is_refused_in_a_line(name, tmp_path, recwarn):
+    path, content = tmp_path / name, BAD_FILES[name]
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    refuse(str(path), recwarn, str(path))
 
 
 class Trap:
     """What a pickle can do to who opens it."""
 
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return Path.touch, (self.path,)
+        return exec, ("raise SystemExit",)
 
 
-def test_no_pickle_is_opened(tmp_path):
-    path, sprung = tmp_path / "k.npy", tmp_path / "sprung"
-    np.save(path, np.array([[Trap(sprung), 1]], dtype=object), allow_pickle=True)
-    with pytest.raises(UserError, match="cannot read the kernel"):
-        kernel_option.read(path)
-    assert not sprung.exists()
+def test_no_pickle_is_opened(tmp_path, recwarn):
+    np.save(tmp_path / "k.npy", np.array([[Trap(), 1]], dtype=object), allow_pickle=True)
+    refuse(str(tmp_path / "k.npy"), recwarn, "cannot read the kernel")
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("k.txt", b""), ("k.txt", b"# nothing\n"), ("k.txt", b"1 2\n3\n"), ("k.txt", b"a b\nc d\n"),
-    ("k.txt", b"\xff\xfe\x00"), ("k.txt", b"0 0\n0 0\n"), ("k.csv", b"1;2\n"), ("k.npy", b""),
-    ("k.npy", b"\x93NUMPY\x01\x00"), ("k.png", b""), ("k.png", b"<html>\n</html>"),
-    ("k.mat", b"MATLAB"), ("kernel", b"1 2 1")])
-def test_a_file_that_is_no_kernel_is_refused_in_a_line(name, content, tmp_path, recwarn):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        kernel_option.parse(str(path))
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value) and not recwarn
-
-
-@pytest.mark.parametrize("text", [
-    "", "gaussian", "gauss:1", "Gaussian:1", "no-such-file.npy", ".", "a" * 5000, "a\0b", "a\nb",
-    "gaussian:", "gaussian:x", "gaussian:0", "gaussian:-1", "gaussian:nan", "gaussian:inf",
-    "gaussian:1e9", "gaussian:1,2", "gaussian:1,2,3", "gaussian:1,-3", "gaussian:1,3.5",
-    "gaussian:1,nan", "gaussian:1,inf", "gaussian:1,1e9", "gaussian:1,1000001", "gaussian:0,5",
-    "motion:", "motion:9", "motion:9,", "motion:9,x", "motion:9,30,1", "motion:0,0", "motion:0.5,0",
-    "motion:-9,0", "motion:nan,0", "motion:9,nan", "motion:9,inf", "motion:1e9,0",
-    "disk:", "disk:0", "disk:-1", "disk:nan", "disk:inf", "disk:1e9", "disk:3,3"])
-def test_what_is_no_kernel_is_refused_in_a_line(text, recwarn):
-    with pytest.raises(UserError) as caught:
-        kernel_option.parse(text)
-    assert "\n" not in str(caught.value) and not recwarn
+@pytest.mark.parametrize("option", [
+    "", "gaussian", "gauss:1", "no-such-file.npy", ".", "a" * 5000, "a\0b", "a\nb", "gaussian:",
+    "gaussian:x", "gaussian:0", "gaussian:-1", "gaussian:nan", "gaussian:inf", "gaussian:1,2",
+    "gaussian:1,2,3", "gaussian:1,-3", "gaussian:1,3.5", "gaussian:1,nan", "gaussian:1,1e9",
+    "motion:9", "motion:9,", "motion:9,30,1", "motion:0.5,0", "motion:nan,0", "motion:9,inf",
+    "motion:1e9,0", "disk:", "disk:0", "disk:nan", "disk:1e9", "disk:3,3"])
+def test_what_is_no_kernel_is_refused_in_a_line(option, recwarn):
+    refuse(option, recwarn)

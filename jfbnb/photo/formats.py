@@ -1,41 +1,71 @@
-"""What a file holds for one picture: the formats that Pillow reads, and PNG with 16 bits too."""
+"""What a file holds for each of its pictures, in any of the formats that are read.
 
+Pillow reads the usual ones, imagecodecs PNG with 16 bits, pillow-heif HEIC, and tifffile TIFF.
+Damaged files raise all sorts.
+"""
+
+import contextlib
 import io
-import struct
-import zlib
+import logging
+import threading
 from dataclasses import dataclass, field
 
 import imagecodecs
 import numpy as np
-from PIL import Image, ImageCms
+import tifffile
+from PIL import Image, ImageCms, UnidentifiedImageError
 
-from jfbnb.data import FORMATS
+from jfbnb import data
 
+FORMATS = (*data.FORMATS, "AVIF")  # that Pillow may try
 MAX_PIXELS = 2**28  # of a page, before it is decoded
-PNG = b"\x89PNG\r\n\x1a\n"
-COLOUR_CHUNKS = (b"gAMA", b"cHRM", b"sRGB", b"cICP")  # of a PNG: what its values look like
-ORIENTATION = 274  # its tag in EXIF
-Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # what Pillow warns of; it refuses twice as many
+MAX_SAMPLES = 2**31  # of all pages and their channels: 8 GiB in float32
+TIFF, PNG = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
+TOO_LARGE = "it has too many pixels, over 2^28: cut it into parts"
+# Tags of TIFF and EXIF. Description, maker, model, software, date, artist, copyright are texts.
+DESCRIPTION, ORIENTATION, ICC = 270, 274, 34675
+TEXTS = (DESCRIPTION, 271, 272, 305, 306, 315, 33432)
+EXIF, GPS, INTEROP = 34665, 34853, 40965  # directories of further tags
+ASSOCIATED, UNASSOCIATED = 1, 2  # alpha that colours are multiplied by, or not
 
+_pillows_limit = threading.Lock()
 
-@dataclass(kw_only=True)
-class Metadata:
-    """What a file has besides the numbers of its pixels."""
-
-    alpha_kind: int = 2  # or 0 for a channel of which a TIFF does not say what it is
-    icc: bytes | None = None  # the colour profile
-    exif: bytes | None = None  # from "II" or "MM" on, upright, with a TIFF's other tags
-    resolution: tuple[float, float, int] | None = None  # x, y, and the unit: 1 none, 2 inch, 3 cm
-    chunks: tuple[tuple[bytes, bytes], ...] = ()  # a PNG's on colour
+# They log damaged metadata; a program that wants to know of it can still add a handler.
+for reader in ("tifffile", "imagecodecs"):
+    logging.getLogger(reader).addHandler(logging.NullHandler())
 
 
 @dataclass
-class Frame(Metadata):
-    """One picture as in a file, or one page of a TIFF."""
+class Metadata:
+    """What a file has besides the numbers of its pixels.
 
-    samples: np.ndarray  # (H, W, 1 to 4): grey or RGB, then alpha where there is one
-    orientation: int = 1  # 1 to 8, as in EXIF
-    notes: list[str] = field(default_factory=list)  # what was decided for the user
+    Attributes:
+        icc: the colour profile.
+        exif: of the upright picture: texts, and the directories of the camera and its GPS.
+        resolution: along x and y, and its unit: 1 none, 2 inch, 3 cm.
+        alpha_kind: as TIFF counts: 1 associated, 2 unassociated, 0 not specified.
+    """
+
+    icc: bytes | None = None
+    exif: Image.Exif = field(default_factory=Image.Exif)
+    resolution: tuple[float, float, int] | None = None
+    alpha_kind: int = UNASSOCIATED
+
+
+@dataclass
+class Page:
+    """One picture as in a file.
+
+    Attributes:
+        samples: (H, W, 1 to 4), grey or RGB, then alpha where there is one.
+        orientation: 1 to 8, as in EXIF.
+        notes: what was decided for the user.
+    """
+
+    samples: np.ndarray
+    orientation: int = 1
+    notes: list[str] = field(default_factory=list)
+    metadata: Metadata = field(default_factory=Metadata)
 
     @property
     def colours(self) -> int:
@@ -43,56 +73,75 @@ class Frame(Metadata):
         return 3 if self.samples.shape[2] > 2 else 1
 
 
-def check_size(width: int, height: int) -> None:
-    """Raise ValueError for a picture that would fill memory."""
+def decode(content: bytes) -> list[Page]:
+    """The pages of a TIFF, or the one picture of another file, upright."""
+    if content.startswith(TIFF):
+        pages = _read_tiff(content)
+    elif content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
+        pages = [_read_heif(content)]
+    else:
+        pages = [_read_with_pillow(content)]
+    for page in pages:
+        _turn_upright(page)
+    return pages
+
+
+def _turn_upright(page: Page) -> None:
+    turn, page.orientation = page.orientation, 1
+    page.samples = page.samples[::-1 if turn in (3, 4, 6, 7) else 1,
+                                ::-1 if turn in (2, 3, 7, 8) else 1]
+    if turn in (5, 6, 7, 8):
+        page.samples = page.samples.swapaxes(0, 1)
+        if page.metadata.resolution:
+            x, y, unit = page.metadata.resolution
+            page.metadata.resolution = y, x, unit
+
+
+def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are too many: cut it into parts")
+        raise ValueError(TOO_LARGE)
 
 
-def resolution(x: float, y: float, unit: int) -> tuple[float, float, int] | None:
-    """A `Metadata.resolution`, or None where a damaged file would have it infinite, or nothing."""
-    x, y = float(x), float(y)
-    return (x, y, unit) if 0 < x < 1e6 and 0 < y < 1e6 and unit in (1, 2, 3) else None
+def _open(content: bytes) -> Image.Image:
+    """A picture of a size that can be decoded, but not decoded yet."""
+    with _pillows_limit:  # on sizes, of which the whole process has but one, and a lower one
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, MAX_PIXELS // 2
+        try:
+            return Image.open(io.BytesIO(content), formats=FORMATS)
+        except Image.DecompressionBombError as error:  # over twice its limit
+            raise ValueError(TOO_LARGE) from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
-def read(content: bytes) -> Frame:
-    """JPEG, PNG, WebP, BMP, GIF or PPM. A damaged one raises all sorts."""
-    return _read_png(content) if content.startswith(PNG) else _read_with_pillow(content)
-
-
-def _read_with_pillow(content: bytes) -> Frame:
-    """Any format but PNG of 16 bits."""
-    with open_image(content) as image:
-        if image.format == "PPM" and image.tile[0].codec_name == "ppm" and (
-                image.tile[0].args[-1] > 255):  # Pillow would make 8 bits of 16
-            shape = (image.height, image.width, len(image.getbands()))
-            frame = Frame(np.frombuffer(content, ">u2", int(np.prod(shape)), image.tile[0].offset)
-                          .reshape(shape).astype(np.uint16))
+def _read_with_pillow(content: bytes) -> Page:
+    with _open(content) as image:
+        if content.startswith(PNG) and content[24] == 16:  # of which Pillow would make 8 bits
+            samples = imagecodecs.png_decode(content)
+            page = Page(samples.reshape(*samples.shape[:2], -1))
         else:
-            frame = decode(image)
-        if image.format in ("GIF", "WEBP", "PNG") and image.is_animated:
-            frame.notes.append(f"an animation of {image.n_frames} pictures: the first is taken")
+            page = _to_page(image)
+        if image.format != "MPO" and getattr(image, "is_animated", False):
+            page.notes.append(f"an animation of {image.n_frames} pictures: the first is taken")
         if image.mode != "CMYK":  # whose profile is that of the inks
-            frame.icc = image.info.get("icc_profile")
-        frame.resolution = resolution(*image.info.get("dpi", (0, 0)), 2)
-        frame.orientation, frame.exif = _upright(_find_exif(image))
-    return frame
+            page.metadata.icc = image.info.get("icc_profile")
+        page.metadata.resolution = _resolution(*image.info.get("dpi", (0, 0)), 2)
+        with contextlib.suppress(Exception):  # of damaged EXIF Pillow raises all sorts
+            exif = image.getexif()
+            page.orientation = exif.get(ORIENTATION, 1)
+            page.metadata.exif = _keep_true(exif)
+    return page
 
 
-def open_image(content: bytes) -> Image.Image:
-    """A picture of a size that can be decoded."""
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    check_size(*image.size)
-    return image
-
-
-def decode(image: Image.Image) -> Frame:
-    """The samples of a picture in any of Pillow's modes."""
+def _to_page(image: Image.Image) -> Page:
+    """The samples of a picture in any of Pillow's modes with 8 bits."""
+    if image.mode[0] in "FI" or (image.format == "PPM" and image.tile[0].codec_name == "ppm"
+                                 and image.tile[0].args[-1] > 255):
+        raise ValueError("it has more than 8 bits in a format of which they are not read: save it "
+                         "as a PNG or TIFF")
     image.load()
     alpha, notes = image.has_transparency_data, []
-    if image.mode[0] in "FI":  # a PFM, or a PPM in words: 16 bits too
-        samples = np.array(image).astype(np.float32 if image.mode == "F" else np.uint16)
-    elif image.mode == "CMYK":
+    if image.mode == "CMYK":
         notes.append("CMYK is turned to RGB")
         samples = np.array(_from_inks(image))
     elif image.mode in ("1", "L", "LA"):
@@ -102,7 +151,7 @@ def decode(image: Image.Image) -> Frame:
         if image.mode in ("P", "PA") and "icc_profile" not in image.info and np.all(
                 samples[..., :1] == samples[..., 1:3]):
             samples = np.delete(samples, (1, 2), axis=2)  # a palette of greys
-    return Frame(samples.reshape(image.height, image.width, -1), notes=notes)
+    return Page(samples.reshape(image.height, image.width, -1), notes=notes)
 
 
 def _from_inks(image: Image.Image) -> Image.Image:
@@ -115,81 +164,129 @@ def _from_inks(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
 
 
-def _find_exif(image: Image.Image) -> bytes | None:
-    if "exif" in image.info:
-        return image.info["exif"]
-    try:
-        exif = image.getexif()  # old PNGs have it as a text
-        return exif.tobytes() if len(exif) else None
-    except Exception:  # damaged, of which Pillow raises all sorts
-        return None
+def _read_heif(content: bytes) -> Page:
+    """A phone's HEIC; 10 and 12 bits become 16."""
+    import pillow_heif  # slow to import, and needed here only
+
+    if not pillow_heif.is_supported(content):
+        raise UnidentifiedImageError
+    image = pillow_heif.open_heif(content, convert_hdr_to_8bit=False)
+    _check_size(*image.size)
+    samples = np.array(image)  # upright
+    page = Page(samples.reshape(*samples.shape[:2], -1))
+    if len(image) > 1:
+        page.notes.append(f"{len(image)} pictures in a file: the main one is taken")
+    if image.premultiplied_alpha:
+        page.metadata.alpha_kind = ASSOCIATED
+    page.metadata.icc = image.info.get("icc_profile")
+    with contextlib.suppress(Exception):
+        exif = Image.Exif()
+        exif.load(image.info["exif"])
+        page.metadata.exif = _keep_true(exif)
+    return page
 
 
-def _upright(exif: bytes | None) -> tuple[int, bytes | None]:
-    """The orientation that EXIF tells, and EXIF with that set to 1, byte for byte the same else.
+def _resolution(x: float, y: float, unit: int) -> tuple[float, float, int] | None:
+    """A `Metadata.resolution`, or None where a damaged file would have it infinite, or nothing."""
+    x, y = float(x), float(y)
+    return (x, y, unit) if 0 < x < 1e6 and 0 < y < 1e6 and unit in (1, 2, 3) else None
 
-    Damaged EXIF is left out: who reads it later may be less patient.
+
+def _keep_true(exif: Image.Exif) -> Image.Exif:
+    """What stays true of the upright picture: texts, and what the camera and its GPS wrote.
+
+    Not the orientation, the thumbnail, nor how the pixels were stored.
     """
-    exif, orientation = bytearray((exif or b"").removeprefix(b"Exif\0\0")), 1
-    try:
-        order = {b"II": "<", b"MM": ">"}[bytes(exif[:2])]
-        start, = struct.unpack_from(order + "I", exif, 4)
-        entries, = struct.unpack_from(order + "H", exif, start)
-        end = start + 2 + 12 * entries
-        for at in range(start + 2, end, 12):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", exif, at)
-            if tag == ORIENTATION and 2 <= value <= 8:
-                orientation = value
-                struct.pack_into(order + "H", exif, at + 8, 1)
-        if orientation > 1:  # the thumbnail still lies: what follows here is the way to it
-            struct.pack_into(order + "I", exif, end, 0)
-    except (KeyError, struct.error):
-        return orientation, None
-    return orientation, bytes(exif)
+    def keep(value):
+        # Pillow reads text as Latin-1, but writes it as ASCII.
+        return value.encode("latin-1") if isinstance(value, str) and not value.isascii() else value
+
+    kept = Image.Exif()
+    kept.endian = exif.endian
+    for tag in TEXTS:
+        if isinstance(exif.get(tag), str):
+            kept[tag] = keep(exif[tag])
+    for tag in (EXIF, GPS):
+        if directory := exif.get_ifd(tag):
+            kept[tag] = {code: keep(value) for code, value in directory.items() if code != INTEROP}
+    kept.tobytes()  # raises what would else be raised when it is written
+    return kept
 
 
-def _read_png(content: bytes) -> Frame:
-    chunks = {}  # the first of each name
-    at = len(PNG)
-    while at + 8 <= len(content):
-        length, name = struct.unpack_from(">I4s", content, at)
-        if name != b"IDAT":
-            chunks.setdefault(name, content[at + 8:at + 8 + length])
-        at += length + 12
-    wide = chunks.get(b"IHDR", b"")[8:9] == b"\x10"  # its bits per sample
-    frame = _read_png16(content, chunks) if wide else _read_with_pillow(content)
-    frame.chunks = tuple((name, chunks[name]) for name in COLOUR_CHUNKS if name in chunks)
-    return frame
+def _read_tiff(content: bytes) -> list[Page]:
+    """Every page, but for thumbnails and masks."""
+    # is_ome: a microscope's file may name others, which are not to be opened.
+    with tifffile.TiffFile(io.BytesIO(content), is_ome=False) as tif:
+        seen, pages = set(), []
+        for page in tif.pages:
+            if page.offset in seen:
+                raise ValueError("it is damaged: its pages follow one another in a circle")
+            seen.add(page.offset)
+            if not (page.is_reduced or page.is_mask):
+                _check_page(page, len(content))
+                pages.append(page)
+        if not pages or content[8:10] == b"CR":  # Canon's
+            raise ValueError("it looks like a camera's raw file: develop it into a TIFF or PNG")
+        held = sum(page.size for page in pages)
+        if held > MAX_SAMPLES:
+            raise ValueError(f"its pages have over {MAX_SAMPLES} samples in all: cut it into parts")
+        if (tif.is_imagej or tif.is_shaped) and sum(s.size for s in tif.series) > held:
+            raise ValueError("it has one page for several pictures: save it with a page for each")
+        return [_read_tiff_page(page, content) for page in pages]
 
 
-def _read_png16(content: bytes, chunks: dict[bytes, bytes]) -> Frame:
-    check_size(*struct.unpack(">II", chunks[b"IHDR"][:8]))
-    samples = imagecodecs.png_decode(content)
-    frame = Frame(samples.reshape(*samples.shape[:2], -1))
-    frame.orientation, frame.exif = _upright(chunks.get(b"eXIf"))
-    if b"iCCP" in chunks:
-        packed = chunks[b"iCCP"].partition(b"\0")[2][1:]
-        frame.icc = zlib.decompressobj().decompress(packed, 2**24)  # a bomb's are more
-    density = chunks.get(b"pHYs", b"")
-    if len(density) == 9 and density[8] == 1:  # pixels per metre
-        frame.resolution = resolution(*(n / 100 for n in struct.unpack(">II", density[:8])), 3)
-    return frame
+def _check_page(page: tifffile.TiffPage, length: int) -> None:
+    """Raise ValueError for a page that would fill memory, or come out black in part."""
+    _check_size(page.imagewidth, page.imagelength)
+    _check_size(page.tilewidth, page.tilelength)
+    channels, planes, bits = page.samplesperpixel, page.imagedepth, page.bitspersample
+    if planes > 1 or channels > 4 or not isinstance(bits, int):
+        raise ValueError(f"{channels} channels and {planes} planes to a page: save it with one or "
+                         "three channels of the same number of bits, one plane")
+    plain = page.imagelength * (page.imagewidth * channels * bits // 8)
+    parts = zip(page.dataoffsets, page.databytecounts, strict=True)
+    if (len(page.dataoffsets) < np.prod(page.chunked) or (page.compression == 1 and plain > length)
+            or not all(at and n and at + n <= length for at, n in parts)):
+        raise ValueError("it is cut short, or parts of the picture were never written")
 
 
-def make_png(frame: Frame) -> bytes:
-    """The content of a PNG with 8 or 16 bits."""
-    # Of the settings tried these are the fastest, and within a few per cent of the smallest.
-    content = imagecodecs.png_encode(frame.samples, level=1, strategy=3, filter=128)
-    chunks = list(frame.chunks)
-    if frame.icc:
-        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(frame.icc)))
-    if frame.resolution and frame.resolution[2] > 1:
-        *sides, unit = frame.resolution
-        per_metre = [round(side * 100 / (2.54 if unit == 2 else 1)) for side in sides]
-        chunks.append((b"pHYs", struct.pack(">IIB", *per_metre, 1)))
-    if frame.exif:
-        chunks.append((b"eXIf", frame.exif))
-    packed = b"".join(struct.pack(">I", len(data)) + name + data
-                      + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks)
-    header = len(PNG) + 25
-    return content[:header] + packed + content[header:]
+def _read_tiff_page(page: tifffile.TiffPage, content: bytes) -> Page:
+    photometric = page.photometric.name
+    if page.bitspersample >= 8 and photometric in ("MINISBLACK", "MINISWHITE", "RGB"):
+        found = _read_plain_page(page)
+    else:
+        with _open(content) as image:  # Pillow knows the rest, and turns it upright by itself
+            image.seek(page.index)
+            found = _to_page(image)
+    icc, x, y, unit = (page.tags.valueof(code) for code in (ICC, 282, 283, 296))
+    if photometric != "SEPARATED" and isinstance(icc, bytes):  # not of inks, nor damaged
+        found.metadata.icc = icc
+    if isinstance(x, tuple) and isinstance(y, tuple) and x[1] and y[1]:  # fractions
+        found.metadata.resolution = _resolution(x[0] / x[1], y[0] / y[1], int(unit or 2))
+    with contextlib.suppress(Exception):
+        exif = Image.Exif()
+        exif.endian, exif.bigtiff = page.parent.byteorder, page.parent.is_bigtiff
+        exif.load_from_fp(io.BytesIO(content), page.offset)
+        if DESCRIPTION in exif and (page.is_shaped or page.is_imagej or page.is_ome):
+            del exif[DESCRIPTION]  # a program's, of how the pages are stored
+        found.metadata.exif = _keep_true(exif)
+    return found
+
+
+def _read_plain_page(page: tifffile.TiffPage) -> Page:
+    """A page of plain numbers, in which high becomes light."""
+    samples = page.asarray()
+    if samples.dtype.kind not in "uif":
+        raise ValueError(f"its numbers are of type {samples.dtype}: save it as integers or floats")
+    if page.axes == "SYX":
+        samples = np.moveaxis(samples, 0, -1)
+    samples = samples.reshape(*samples.shape[:2], -1)
+    if page.photometric.name == "MINISWHITE" and samples.dtype.kind == "u":
+        samples = samples.dtype.type(2**page.bitspersample - 1) - samples
+    found = Page(samples, page.tags.valueof(ORIENTATION, default=1))
+    if samples.shape[2] in (2, 4):
+        found.metadata.alpha_kind = int(page.extrasamples[0]) if page.extrasamples else 0
+        if found.metadata.alpha_kind not in (ASSOCIATED, UNASSOCIATED):
+            found.notes.append("the last channel, of which the file does not say what it is, is "
+                               "left as it is")
+    return found

@@ -16,10 +16,10 @@ from jfbnb.photo.files import read_pictures
 def read(path: Path) -> Tensor:
     """A kernel from a file: a table of numbers (.npy, or .txt with blanks or commas) or a picture.
 
-    Of a picture the values count, in colour their mean. What is read is divided by its sum.
+    A picture's values are the kernel, in colour their mean. The kernel is divided by its sum.
 
     Raises:
-        UserError: where there is no such kernel, or its values are no kernel's.
+        UserError: where there is no such file, or its values are no kernel's.
     """
     try:
         if path.suffix.lower() == ".npy":

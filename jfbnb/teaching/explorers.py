@@ -37,7 +37,7 @@ from jfbnb.training.restorers import expected_methods, make_methods
 
 WITHOUT_KERNEL = "An explorer: run the notebook to turn the knobs."
 BUSY = "working; where cells below still run, they come first"
-ACCEPTED = "image/*,.tif,.tiff"  # of a browser's files
+ACCEPTED = "image/*,.tif,.tiff,.heic,.heif,.avif"  # of a browser's files
 SOLVERS = {"Picard": picard, "Anderson": anderson}
 BAD, HOPELESS = 1e6, 1e12  # condition numbers: from the second on float64 knows no inverse
 
