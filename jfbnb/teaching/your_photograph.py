@@ -310,10 +310,6 @@ class PhotographExplorer(w.VBox):
             _line(text, wrong=True) for text in warnings)
 
 
-def _as_control(parameter: str, value: object) -> str:
-    return f"{parameter.replace('_', ' ')} {value}"
-
-
 def _line(text: str, link: str = "", wrong: bool = False) -> str:
     colour = ' style="color:#b00020"' if wrong else ""
     return f"<div{colour}>{html.escape(text)}{'; ' if link else ''}{link}</div>"
@@ -342,3 +338,7 @@ def example() -> Picture:
     noise = torch.randn(blurred.shape, generator=torch.Generator().manual_seed(0))
     pixels = ((blurred + 0.01 * noise).clamp(0, 1) * 255).round() / 255
     return Picture(pixels.float(), np.dtype("uint8"), (0, 255), (0, 255))
+
+
+def _as_control(parameter: str, value: object) -> str:
+    return f"{parameter.replace('_', ' ')} {value}"
