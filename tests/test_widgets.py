@@ -31,6 +31,7 @@ from jfbnb.core.operators import Blur
 from jfbnb.data import bundled_photos
 from jfbnb.photo import files as images
 from jfbnb.photo import kernel_option
+from jfbnb.photo.model_check import Warning
 from jfbnb.photo.restore import Restored
 from jfbnb.teaching import explorers, swipe, your_photograph
 from jfbnb.teaching.explorers import (
@@ -637,13 +638,15 @@ def test_border_is_the_one_that_is_chosen(explorer):
 
 def test_warnings_and_what_was_decided_are_lines(explorer, monkeypatch):
     def doubtful(_, d, *args):
-        return Restored(d, 0.02, ["try <b> and --kernel disk:2, or --noise-std", "second"], 1)
+        return Restored(d, 0.02, [Warning("kernel", "it is <b>", {"kernel": "disk:2"}),
+                                  Warning("noise", "noisy", {"noise_std": 0.1})], 1)
 
     monkeypatch.setattr(your_photograph, "restore", doubtful)
     press(explorer)
     lines = re.findall("<div.*?</div>", explorer.status.value)
     assert len(lines) == 3 and "color" in lines[1]
-    assert "try &lt;b&gt; and kernel disk:2, or noise-std<" in lines[1]
+    assert "it is &lt;b&gt;: try kernel disk:2<" in lines[1]
+    assert "noisy: try noise std 0.1<" in lines[2]
     upload(explorer.upload, "mine.tif", tiff(np.full((40, 50), 3000, np.uint16)))
     assert "12 bits in 16" in explorer.status.value
 

@@ -95,7 +95,7 @@ def read_pictures(
     if value_range is not None and not (
             np.isfinite(value_range).all() and value_range[0] < value_range[1]):
         raise UserError(f"range {value_range[0]:g},{value_range[1]:g}: give two numbers, the lower "
-                        "one first, e.g. --range 0,4095")
+                        "one first, e.g. 0,4095")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on damaged metadata
@@ -164,7 +164,7 @@ def _choose_scale(
     limits = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.kind in "ui" else None
     if value_range is not None:
         return value_range, limits, ""
-    otherwise = "if that is wrong, give --range LOW,HIGH"
+    otherwise = "if that is wrong, give the range LOW,HIGH"
     if limits is None:
         if (low >= -0.5 and 0.05 < high <= 1.5) or low == high == 0:
             return (0.0, 1.0), None, ""

@@ -1,10 +1,12 @@
-"""How much noise a blurred picture has, and what in it contradicts its model, d = k * x + noise.
+"""How noisy a blurred picture is, and what in it contradicts its model, d = k * x + noise.
 
-It needs no restoration. All but the borders is told from blocks spread evenly over the picture, so
-that a large one takes no longer than a small one.
+The checks need no restored image. All but those of the borders read blocks that are spread evenly
+over the picture, so a large picture takes no longer than a small one.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -15,15 +17,38 @@ from jfbnb.photo import kernel_option
 
 BLOCK = 64  # side of the blocks in pixels; twice that for a kernel of more than half of it
 MOST_BLOCKS = 128
-# Blurs that a picture may have instead of the one that it is said to have, as --kernel takes them.
+FILTER = 7  # side of the filter that keeps the noise
+ROUNDING = 1 / 255 / 12**0.5  # the noise of rounding to eight bits, the least that is assumed
+# Blurs to compare with the given one, in the order of their complexity.
 OTHERS = ("gaussian:0.1", *(f"gaussian:{std}" for std in (0.5, 0.7, 1, 1.4, 2, 2.5, 3, 4)),
           *(f"disk:{radius}" for radius in (2, 3, 4, 5, 6)),
           *(f"motion:5,{angle}" for angle in range(0, 180, 30)),
           *(f"motion:{length},{angle}" for length in (9, 13) for angle in range(0, 180, 15)))
 
 
+@dataclass(frozen=True)
+class Warning:
+    """What is doubtful about a restored picture.
+
+    Args:
+        kind: "noise", "kernel", "border", "frame", "saturation", "jpeg", "range" or "unconverged".
+        text: what is wrong, and what to do about it unless that is a parameter's new value.
+        suggestion: parameters of `jfbnb.deblur` to try, e.g. {"kernel": "disk:4"}.
+    """
+
+    kind: str
+    text: str
+    suggestion: dict[str, str | float] = field(default_factory=dict)
+
+    def line(self, form: Callable[[str, object], str] = "{}={!r}".format) -> str:
+        """Text and suggestion; `form` writes a parameter and its value, by default as Python."""
+        return ": try ".join([self.text, *(form(*item) for item in self.suggestion.items())])
+
+    __str__ = line
+
+
 def _blocks(d: Tensor, side: int) -> Tensor:
-    """Square blocks (n, C, side, side) of d (C, h, w), that overlap by half at most; on CPU.
+    """Square blocks (n, C, side, side) of d (C, h, w), which overlap by half at most; on the CPU.
 
     They begin at multiples of 8 pixels, as those of JPEG do.
     """
@@ -41,48 +66,46 @@ def _blocks(d: Tensor, side: int) -> Tensor:
 def estimate_noise(d: Tensor, kernel: Tensor | None = None) -> float:
     """The standard deviation of the white noise in a blurred picture, rounding included.
 
-    As Donoho and Johnstone (1994): the median size of what a filter leaves that drops the picture
-    and keeps the noise, over 0.6745. Theirs is the finest diagonal wavelet. Here it is the filter
-    of 7 x 7 pixels that passes least of natural pictures once they are blurred: the last principal
-    component of their patches (as Pyatykh et al. 2013), where power falls with the square of
-    frequency. Where the darkest or brightest value is near, noise may be cut off, and is left out.
+    As Donoho and Johnstone (1994): a filter drops the picture and keeps the noise, whose median
+    size over 0.6745 is the estimate. Theirs is the finest diagonal wavelet. Here the filter of 7 x
+    7 pixels passes least of blurred natural pictures: it is the last principal component of their
+    patches (as Pyatykh et al. 2013), where power falls with the square of frequency. Pixels near
+    the darkest or brightest value are left out, as their noise may be cut off.
 
-    Of a picture that is not blurred it is too high: fine detail looks like noise.
+    For a picture that is not blurred it is too high: fine detail looks like noise.
 
     Args:
         d: the picture, (C, h, w).
-        kernel: (kh, kw), where it is known; the lower one of two estimates is then taken.
+        kernel: (kh, kw), if it is known; the result is then the lower one of two estimates.
 
     Returns:
         The estimate, on the scale of d's values; NaN for a picture of less than 7 pixels a side.
     """
     blocks = _blocks(d, min(BLOCK, *d.shape[1:]))
-    blurs = [kernels.gaussian(1.0), *([] if kernel is None else [kernel])]
-    return min(_noise_through(_least_filter(blur), blocks) for blur in blurs)
+    if min(blocks.shape[2:]) < FILTER:
+        return math.nan
+    low, high = (end(blocks, dim=(0, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
+    cut = ((blocks == low) | (blocks == high)).to(blocks.dtype)
+    whole = F.max_pool2d(cut.flatten(0, 1), FILTER, 1) == 0
+    estimates = []
+    for blur in (kernels.gaussian(1.0), *([] if kernel is None else [kernel])):
+        weights = _least_filter(blur).to(blocks)[None, None]
+        noise = F.conv2d(blocks.flatten(0, 1)[:, None], weights)[:, 0].abs()
+        if whole.double().mean() > 0.02:
+            noise = noise[whole]
+        estimates.append(noise.median().item() / 0.6745)
+    return min(estimates)
 
 
-def _least_filter(kernel: Tensor, size: int = 7) -> Tensor:
-    """The filter (size, size) of norm 1 that passes least of natural pictures after this blur."""
+def _least_filter(kernel: Tensor) -> Tensor:
+    """The filter of norm 1 that passes least of natural pictures after this blur."""
     n = max(2 * BLOCK, *kernel.shape)
     frequency = torch.fft.fftfreq(n, dtype=torch.float64)
     power = _gain(kernel.cpu(), n) / (frequency[:, None] ** 2 + frequency**2 + 1 / n**2)
     covariance = torch.fft.ifft2(power).real
-    apart = (torch.arange(size)[:, None] - torch.arange(size)) % n
-    patches = covariance[apart[:, None, :, None], apart[None, :, None, :]].reshape(size**2, -1)
-    return torch.linalg.eigh(patches).eigenvectors[:, 0].view(size, size)
-
-
-def _noise_through(kernel: Tensor, blocks: Tensor) -> float:
-    size = len(kernel)
-    if min(blocks.shape[2:]) < size:
-        return math.nan
-    low, high = (end(blocks, dim=(0, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
-    cut = ((blocks == low) | (blocks == high)).to(blocks.dtype)
-    whole = F.max_pool2d(cut.flatten(0, 1), size, 1) == 0
-    left = F.conv2d(blocks.flatten(0, 1)[:, None], kernel.to(blocks)[None, None])[:, 0].abs()
-    if whole.double().mean() > 0.02:
-        left = left[whole]
-    return left.median().item() / 0.6745
+    apart = (torch.arange(FILTER)[:, None] - torch.arange(FILTER)) % n
+    patches = covariance[apart[:, None, :, None], apart[None, :, None, :]].reshape(FILTER**2, -1)
+    return torch.linalg.eigh(patches).eigenvectors[:, 0].view(FILTER, FILTER)
 
 
 def _gain(kernel: Tensor, n: int) -> Tensor:
@@ -99,66 +122,69 @@ def contradictions(
     noise_std: float,
     restored: Tensor | None = None,
     border: str = "unknown",
-) -> list[str]:
-    """What in a picture contradicts its model: for each thing one line, which says what to try.
+) -> list[Warning]:
+    """What in a picture contradicts its model.
 
-    No line is no proof: a small, a smooth or a noisy picture shows little.
+    An empty list is no proof: a small, a smooth or a noisy picture shows little.
 
     Args:
         d: the picture, (C, h, w), values in [0, 1].
-        kernel: what it is said to be blurred by, (kh, kw), of sum 1.
-        noise_std: what its noise is said to be, or what `estimate_noise` says.
-        restored: what came of it, (C, H, W), if that is known.
+        kernel: the blur that it is assumed to have, (kh, kw), of sum 1.
+        noise_std: the noise that it is assumed to have, or what `estimate_noise` finds.
+        restored: the restored picture (C, H, W), if there is one.
         border: "unknown" or "black", as `operators.Blur` takes it.
     """
     kernel = kernel.cpu()
-    frame = _frame(d)
-    top, bottom, left, right = frame
+    top, bottom, left, right = frame = _frame(d)
     d = d[:, top:d.shape[1] - bottom, left:d.shape[2] - right]
-    lines = []
-    if any(frame):
-        lines.append(f"the picture has a frame ({top} pixels at the top, {bottom} at the bottom, "
-                     f"{left} left, {right} right), which no blur leaves so sharp: cut it off")
-    lines += [*_border_line(d, kernel, border), *_saturation_line(d)]
-    # One at a time: JPEG changes spectrum and noise, and fine detail passes for noise.
-    lines += _jpeg_line(d) or _kernel_line(d, kernel) or _noise_line(d, kernel, noise_std)
-    if restored is not None:
-        far = 1 - ((restored >= -0.1) & (restored <= 1.1)).sum().item() / restored.numel()
-        if far > 0.002:
-            lines.append(f"{far:.1%} of the restored values are far out of [0, 1], so the model "
-                         "is wrong: try another --kernel or --border, or a larger --noise-std")
-    return lines
+    found = [
+        _check_frame(frame), _check_border(d, kernel, border), _check_saturation(d),
+        # One at a time: JPEG changes spectrum and noise, and fine detail looks like noise.
+        _check_jpeg(d) or _check_kernel(d, kernel) or _check_noise(d, kernel, noise_std),
+        None if restored is None else _check_range(restored)]
+    return [warning for warning in found if warning]
 
 
-def _noise_line(d: Tensor, kernel: Tensor, noise_std: float) -> list[str]:
+def _check_noise(d: Tensor, kernel: Tensor, noise_std: float) -> Warning | None:
     estimate = estimate_noise(d, kernel)
     if estimate > 1.5 * noise_std + 0.001:
-        return [f"the picture's noise is near {estimate:.2g}, more than the {noise_std:.2g} told, "
-                "and would be amplified: leave --noise-std out, or raise it"]
-    if estimate < 0.5 * noise_std - 0.001:
-        return [f"the picture's noise is near {estimate:.2g}, less than the {noise_std:.2g} told, "
-                "and detail would be lost: leave --noise-std out, or lower it"]
-    return []
+        difference, effect = "more", "noise would be amplified"
+    elif estimate < 0.5 * noise_std - 0.001:
+        difference, effect = "less", "detail would be lost"
+    else:
+        return None
+    value = float(f"{max(estimate, ROUNDING):.2g}")
+    return Warning("noise", f"the picture's noise is near {estimate:.2g}, {difference} than the "
+                   f"given {noise_std:.2g}, so {effect}", {"noise_std": value})
 
 
-def _saturation_line(d: Tensor) -> list[str]:
+def _check_range(restored: Tensor) -> Warning | None:
+    far = 1 - ((restored >= -0.1) & (restored <= 1.1)).sum().item() / restored.numel()
+    if far <= 0.002:
+        return None
+    return Warning("range", f"{far:.1%} of the restored values are far out of [0, 1], so the model "
+                   "is wrong: try another kernel or border, or a larger noise level")
+
+
+def _check_saturation(d: Tensor) -> Warning | None:
     """Plateaus of the highest value: where a scene is as bright as that, its noise still shows."""
     blocks = _blocks(d, min(BLOCK, *d.shape[1:]))
     if blocks.shape[-1] < 7:
-        return []
+        return None
     below = (blocks < d.amax().cpu()).float().flatten(0, 1)
     share = (F.max_pool2d(below, 7, 1) == 0).double().mean().item()
     if share < 0.02:
-        return []
-    return [f"{share:.0%} of the picture is cut off at its highest value, as if overexposed, and "
-            "gets ripples around that: try a darker copy, or a larger --noise-std"]
+        return None
+    return Warning("saturation", f"{share:.0%} of the picture is cut off at its highest value, as "
+                   "if overexposed, and gets ripples around that: try a darker copy, or a larger "
+                   "noise level")
 
 
-def _jpeg_line(d: Tensor) -> list[str]:
+def _check_jpeg(d: Tensor) -> Warning | None:
     """Steps from one to the next of JPEG's blocks, over those beside them (Wang et al. 2000)."""
     grey = _blocks(d, min(BLOCK, *d.shape[1:])).double().mean(dim=1)
     if grey.shape[-1] < 32:
-        return []
+        return None
     for lines in (grey, grey.mT):
         steps = lines.diff().abs()
         excess = steps[..., 1:-1] - (steps[..., :-2] + steps[..., 2:]) / 2
@@ -167,12 +193,9 @@ def _jpeg_line(d: Tensor) -> list[str]:
         mean, phase = excess.mean(dim=0).max(dim=0)
         error = excess[:, phase].std() / math.sqrt(len(excess))
         if not mean > max(0.25 * steps.mean(), 10 * error):
-            return []
-    return ["the picture shows the blocks of strong JPEG compression, which get sharpened too: try "
-            "a better copy, or a larger --noise-std"]
-
-
-# --- contradictions: the borders ----------------------------------------------------------------
+            return None
+    return Warning("jpeg", "the picture shows the blocks of strong JPEG compression, which get "
+                   "sharpened too: try a better copy, or a larger noise level")
 
 
 def _sides(d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -195,7 +218,16 @@ def _frame(d: Tensor) -> list[int]:
     return widths if sum(width > 0 for width in widths) > 1 else [0, 0, 0, 0]
 
 
-def _border_line(d: Tensor, kernel: Tensor, border: str) -> list[str]:
+def _check_frame(frame: list[int]) -> Warning | None:
+    if not any(frame):
+        return None
+    top, bottom, left, right = frame
+    return Warning("frame", f"the picture has a frame ({top} pixels at the top, {bottom} at the "
+                   f"bottom, {left} left, {right} right), which no blur leaves so sharp: cut it "
+                   "off")
+
+
+def _check_border(d: Tensor, kernel: Tensor, border: str) -> Warning | None:
     """Whether the outermost rows are as dark as a black border makes them, on most of the sides."""
     darkening = []
     for side, seen in zip(_sides(d), _sides(kernel), strict=True):
@@ -205,44 +237,18 @@ def _border_line(d: Tensor, kernel: Tensor, border: str) -> list[str]:
         if lost > 0.1 and side.shape[1] > whole and side[:, whole].mean() > 0.05:
             darkening.append((1 - side[:, 0].mean() / side[:, whole].mean()).item() / lost)
     if len(darkening) < 3:
-        return []
+        return None
     black = sorted(darkening)[len(darkening) - 3] > 0.6
-    if black and border != "black":
-        return ["the picture darkens towards its border, as if all beyond it were black: try "
-                "--border black"]
-    if border == "black" and not black:
-        return ["the picture does not darken towards its border, as it would if all beyond it were "
-                "black: try --border unknown"]
-    return []
+    if black == (border == "black"):
+        return None
+    look = "darkens towards its border, as if" if black else (
+        "does not darken towards its border, as it would if")
+    return Warning("border", f"the picture {look} all beyond it were black",
+                   {"border": "black" if black else "unknown"})
 
 
-# --- contradictions: the kernel -----------------------------------------------------------------
-
-
-def _kernel_line(d: Tensor, kernel: Tensor) -> list[str]:
-    better = _better_kernel(d, kernel)
-    if better is None:
-        return []
-    told, other = (_widths(blur) for blur in (kernel, kernel_option.parse(better)))
-    if other.max() < 0.6:
-        return ["the picture has more detail than --kernel leaves, and is hardly blurred, if at "
-                "all: leave it as it is, or try a far narrower --kernel"]
-    kind = ("has more detail than --kernel leaves" if (other < told).all() else
-            "has less detail than --kernel leaves" if (other > told).all() else
-            "is blurred in other directions than --kernel says")
-    return [f"the picture {kind}: try --kernel {better}, which explains its spectrum better"]
-
-
-def _widths(kernel: Tensor) -> Tensor:
-    """A kernel's standard deviation along its narrowest and its widest direction, in pixels."""
-    rows, columns = (torch.arange(n, dtype=kernel.dtype) for n in kernel.shape)
-    at = torch.stack([rows[:, None].expand(kernel.shape), columns.expand(kernel.shape)])
-    at = at - (kernel * at).sum(dim=(1, 2), keepdim=True)
-    return torch.linalg.eigvalsh(torch.einsum("hw,ihw,jhw->ij", kernel, at, at)).clamp_min(0).sqrt()
-
-
-def _better_kernel(d: Tensor, kernel: Tensor) -> str | None:
-    """The name of another kernel that explains the picture's spectrum far better, if one does."""
+def _check_kernel(d: Tensor, kernel: Tensor) -> Warning | None:
+    """Whether another kernel explains the picture's spectrum far better."""
     side = BLOCK if max(kernel.shape) <= BLOCK // 2 else 2 * BLOCK
     if max(kernel.shape) > side // 2 or min(d.shape[1:]) < side:
         return None
@@ -252,12 +258,29 @@ def _better_kernel(d: Tensor, kernel: Tensor) -> str | None:
     if not len(grey):
         return None
     noise_std = max(estimate_noise(d.mean(dim=0, keepdim=True), kernel), 1e-4)
-    told, *others = _misfits(grey, noise_std, [kernel, *map(kernel_option.parse, OTHERS)]).tolist()
+    given, *others = _misfits(grey, noise_std, [kernel, *map(kernel_option.parse, OTHERS)]).tolist()
     best = min(others)
-    if told - best < 0.006 or told < 1.2 * best:
+    if given - best < 0.006 or given < 1.2 * best:
         return None
-    # The first of those that are as good as the best: they are in the order of complexity.
-    return next(name for name, misfit in zip(OTHERS, others, strict=True) if misfit < 1.05 * best)
+    # The simplest of those that are as good as the best.
+    name = next(name for name, misfit in zip(OTHERS, others, strict=True) if misfit < 1.05 * best)
+    width, other = _widths(kernel), _widths(kernel_option.parse(name))
+    if other.max() < 0.6:
+        return Warning("kernel", "the picture has more detail than the kernel leaves, and is "
+                       "hardly blurred, if at all: leave it as it is, or try a far narrower kernel")
+    difference = ("has more detail than the kernel leaves" if (other < width).all() else
+                  "has less detail than the kernel leaves" if (other > width).all() else
+                  "is blurred in other directions than the kernel says")
+    return Warning("kernel", f"the picture {difference}, and another explains its spectrum better",
+                   {"kernel": name})
+
+
+def _widths(kernel: Tensor) -> Tensor:
+    """A kernel's standard deviation along its narrowest and its widest direction, in pixels."""
+    rows, columns = (torch.arange(n, dtype=kernel.dtype) for n in kernel.shape)
+    at = torch.stack([rows[:, None].expand(kernel.shape), columns.expand(kernel.shape)])
+    at = at - (kernel * at).sum(dim=(1, 2), keepdim=True)
+    return torch.linalg.eigvalsh(torch.einsum("hw,ihw,jhw->ij", kernel, at, at)).clamp_min(0).sqrt()
 
 
 def _misfits(blocks: Tensor, noise_std: float, blurs: list[Tensor]) -> Tensor:

@@ -1,14 +1,14 @@
-"""Restore a photograph of any size, by tiles that overlap; its noise estimated, its model doubted.
+"""Restore a photograph of any size, by tiles that overlap.
 
-Each tile is a picture of its own, cut from a scene that goes on, so it is restored with an unknown
-border. What a border does reaches some pixels inwards: that much of each tile is thrown away, and
-over some more two neighbours are blended.
+Each tile is cut from a larger scene, so it is restored with an unknown border. A border has an
+effect some pixels inwards: that much of each tile is thrown away, and over some more two neighbours
+are blended.
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,29 +16,41 @@ from torch import Tensor
 from jfbnb.common import UserError
 from jfbnb.core.fixed_point import SolveInfo
 from jfbnb.core.models import Restorer
-from jfbnb.core.operators import Convolution, LinearOperator, scene_size
-from jfbnb.photo.model_check import contradictions, estimate_noise
+from jfbnb.core.operators import Convolution, scene_size
+from jfbnb.photo.model_check import ROUNDING, Warning, contradictions, estimate_noise
 
 TILE = 448  # pixels on a side at most, with all that overlaps
 THROWN, BLENDED = 16, 16  # of these at each side that has a neighbour
-ROUNDING = 1 / 255 / 12**0.5  # the noise that eight bits are, and the least that is taken for it
 
 
 @dataclass(frozen=True)
 class Restored:
-    """A restored picture (C, h, w), what was taken for its noise, and what the solver said.
+    """A restored picture.
 
     Args:
-        warnings: what of the picture contradicts the model, and what did not converge.
-        iterations, residual: the largest of all tiles; None for methods without a solver.
+        image: (C, h, w); from `jfbnb.deblur` of the type and layout that it was given.
+        noise_std: the noise that was assumed.
+        warnings: what of the picture contradicts the model, and whether tiles did not converge.
+        tiles: how many there were.
+        iterations, residual: the solver's, the largest of all tiles; None without a solver.
+        converged: whether every tile did; None without a solver.
     """
 
-    pixels: Tensor
+    image: Tensor = field(repr=False)
     noise_std: float
-    warnings: list[str]
+    warnings: list[Warning]
     tiles: int
     iterations: int | None = None
     residual: float | None = None
+    converged: bool | None = None
+
+
+def check_noise(noise_std: float) -> None:
+    """Raise UserError for a noise level that no image in [0, 1] has."""
+    # Below 1e-5 it would vanish in float32, of which the methods take the square.
+    if not 1e-5 <= noise_std <= 1:
+        raise UserError(f"noise std {noise_std}: give it on the scale of pixel values in [0, 1], "
+                        "e.g. 0.01")
 
 
 def restore(
@@ -52,7 +64,7 @@ def restore(
     """Restore a picture that was convolved with a kernel.
 
     Args:
-        restorer: of `methods.make_methods`.
+        restorer: of `restorers.make_methods`.
         d: (C, h, w) with C 1 or 3, in [0, 1], on the device to use. Grey is restored as three equal
             channels.
         kernel: (kh, kw), of sum 1; see `kernels`.
@@ -61,51 +73,48 @@ def restore(
         progress: called with how many tiles are done, and of how many.
 
     Raises:
-        UserError: if the kernel is larger than the picture, the method has no way with it, or what
-            comes out is not finite.
+        UserError: if the kernel is larger than the picture, the noise is none, the method cannot
+            use the kernel, or the result is not finite.
     """
     (_, h, w), (kh, kw) = d.shape, kernel.shape
     if kh > h or kw > w:
         raise UserError(f"a picture of {w} x {h} pixels is smaller than the {kw} x {kh} blur "
                         "kernel: use a larger picture or a smaller kernel")
-    noise = max(ROUNDING, estimate_noise(d, kernel)) if noise_std is None else noise_std
-    x, infos = _by_tiles(restorer, d, kernel, noise, border, progress)
+    if noise_std is None:
+        noise_std = max(ROUNDING, estimate_noise(d, kernel))
+    else:
+        check_noise(noise_std)
+    x, infos = _by_tiles(restorer, d, kernel, noise_std, border, progress)
     if not x.isfinite().all():
-        raise UserError("no finite picture comes out: try another --method, --kernel or "
-                        "--noise-std")
-    warnings = contradictions(d, kernel, noise, x, border)
+        raise UserError("no finite picture comes out: try another method, kernel or noise level")
+    warnings = contradictions(d, kernel, noise_std, x, border)
     if infos[0] is None:
-        return Restored(x, noise, warnings, len(infos))
-    worst = max(infos, key=lambda info: info.residual.item())
+        return Restored(x, noise_std, warnings, len(infos))
+    iterations = max(info.iterations.item() for info in infos)
+    residual = max(info.residual.item() for info in infos)
     if failed := sum(not info.converged.all() for info in infos):
-        most = max(info.iterations.item() for info in infos)
-        warnings.append(f"{failed} of {len(infos)} tiles did not converge in {most} iterations "
-                        f"(relative residual up to {worst.residual.item():.1e}): what is shown is "
-                        "no equilibrium there; try --method jfb-energy or total-variation")
-    return Restored(x, noise, warnings, len(infos), max(i.iterations.item() for i in infos),
-                    worst.residual.item())
+        warnings.append(Warning(
+            "unconverged", f"{failed} of {len(infos)} tiles did not converge in {iterations} "
+            f"iterations (relative residual up to {residual:.1e}): the result is no equilibrium "
+            "there", {"method": "jfb-energy"}))
+    return Restored(x, noise_std, warnings, len(infos), iterations, residual, not failed)
 
 
 def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, border: str,
               progress: Callable[[int, int], None]) -> tuple[Tensor, list[SolveInfo | None]]:
-    """The picture, and what the solver said of each tile."""
+    """The restored picture, and what the solver reports of each tile."""
     channels, *size = d.shape
     reach = max(kernel.shape) // 2
     tiles = list(itertools.product(*(
         list(_cut(n, n if border == "black" else TILE + 2 * reach, THROWN + reach))
         for n in size)))
-    x, weights = torch.zeros_like(d), d.new_zeros(size)
-    operators: dict[tuple[int, ...], LinearOperator] = {}
-    infos = []
+    tile_size = [len(weights) for _, weights in tiles[0]]  # all have the same
+    A = Convolution(scene_size(tile_size, kernel.shape, border), kernel, border).to(d.device)
+    x, weights, infos = torch.zeros_like(d), d.new_zeros(size), []
     for (rows, row_weights), (columns, column_weights) in tiles:
         progress(len(infos), len(tiles))
-        part = d[None, :, rows, columns].expand(1, 3, -1, -1)
-        shape = tuple(part.shape[2:])
-        if shape not in operators:
-            A = Convolution(scene_size(shape, kernel.shape, border), kernel, border)
-            operators[shape] = A.to(d.device)
-        y, info = restorer(operators[shape], part, noise_std)
-        y = operators[shape].visible(y)[0]
+        y, info = restorer(A, d[None, :, rows, columns].expand(1, 3, -1, -1), noise_std)
+        y = A.visible(y)[0]
         weight = (row_weights[:, None] * column_weights).to(d)
         x[:, rows, columns] += weight * (y if channels == 3 else y.mean(0, keepdim=True))
         weights[rows, columns] += weight
@@ -115,7 +124,7 @@ def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, b
 
 
 def _cut(n: int, most: int, thrown: int) -> Iterator[tuple[slice, Tensor]]:
-    """n pixels in pieces of equal length, at most so long, that overlap; and their weights."""
+    """Pieces of n pixels, which overlap, with weights; all of one length, `most` at most."""
     overlap = 2 * thrown + BLENDED
     count = max(1, math.ceil((n - overlap) / (most - overlap)))
     length = math.ceil((n + (count - 1) * overlap) / count)

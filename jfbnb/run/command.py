@@ -201,13 +201,6 @@ def _range(text: str) -> tuple[float, float]:
     return low, high
 
 
-def _check_noise(noise_std: float) -> None:
-    # Below 1e-5 it would vanish in float32, of which the methods take the square.
-    if not 1e-5 <= noise_std <= 1:
-        raise UserError(f"--noise-std {noise_std}: give it on the scale of pixel values in [0, 1], "
-                        "e.g. 0.01")
-
-
 def run_reproduce(args: argparse.Namespace) -> None:
     checkout.need_checkout()
     from jfbnb.run.reproduce import reproduce
@@ -299,7 +292,7 @@ def run_deblur(args: argparse.Namespace) -> None:
     kernel = kernel_option.parse(args.kernel)
     noise_std = None if args.noise_std == "auto" else args.noise_std
     if noise_std is not None:
-        _check_noise(noise_std)
+        restore.check_noise(noise_std)
     device = pick_device(args.device)
     restorer = restorers.make_methods([name], args.weights, device)[name]
 
@@ -311,22 +304,26 @@ def run_deblur(args: argparse.Namespace) -> None:
 
             found = restore.restore(restorer, picture.pixels.to(device), kernel,
                                         noise_std, args.border, progress)
-        for line in found.warnings:
-            _warn(f"warning: {path}: {line}")
+        for warning in found.warnings:
+            _warn(f"warning: {path}: {warning.line(_as_option)}")
         said = f"noise {found.noise_std:.2g}"
         if found.iterations is not None:
             said += (f", {found.iterations} iterations, relative residual "
                      f"{found.residual:.1e}")
-        return picture.with_pixels(found.pixels), said
+        return picture.with_pixels(found.image), said
 
     _each_picture(args, name, deblur)
+
+
+def _as_option(parameter: str, value: object) -> str:
+    return f"--{parameter.replace('_', '-')} {value}"
 
 
 @torch.no_grad()
 def run_blur(args: argparse.Namespace) -> None:
     kernel = kernel_option.parse(args.kernel)
     if args.noise_std:
-        _check_noise(args.noise_std)
+        restore.check_noise(args.noise_std)
 
     def blur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str]:
         x = picture.pixels

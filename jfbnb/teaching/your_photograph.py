@@ -8,7 +8,6 @@ import html
 import io
 import itertools
 import math
-import re
 import tempfile
 import threading
 import time
@@ -268,16 +267,17 @@ class PhotographExplorer(w.VBox):
             found.append(restore(self.loaded[name], page.pixels.to(device), kernel, noise_std,
                                  border, progress))
         first = found[0]
-        self.result = first.pixels.cpu()
+        self.result = first.image.cpu()
         if noise_std is None:
             self.noise.value = first.noise_std
         self.show()
         line = f"{METHODS[name].label}, kernel {text}, noise {first.noise_std:.2g}"
         if first.iterations is not None:
             line += f", {first.iterations} iterations, residual {first.residual:.1e}"
-        pages = [page.with_pixels(f.pixels) for page, f in zip(self.pages, found, strict=True)]
+        pages = [page.with_pixels(f.image) for page, f in zip(self.pages, found, strict=True)]
         link = self.offer(f"{Path(self.name).stem}-{name}{pages[0].suffix}", pages)
-        warnings = dict.fromkeys(itertools.chain(*(f.warnings for f in found)))  # each once
+        warnings = dict.fromkeys(warning.line(_as_control) for f in found  # each once
+                                 for warning in f.warnings)
         self.say(f"{line}, {time.perf_counter() - start:.1f} s", *warnings, link=link)
 
     def offer(self, name: str, pages: list[Picture]) -> str:
@@ -306,8 +306,6 @@ class PhotographExplorer(w.VBox):
 
     def say(self, line: str, *warnings: str, wrong: bool = False, link: str = "") -> None:
         """A line, in red if something is wrong, with a link; and warnings."""
-        # They are the command's: its options are controls here.
-        warnings = [re.sub("--(kernel|border|noise-std|method)", r"\1", text) for text in warnings]
         self.status.value = _line(line, link, wrong) + "".join(
             _line(text, wrong=True) for text in warnings)
 
@@ -340,3 +338,7 @@ def example() -> Picture:
     noise = torch.randn(blurred.shape, generator=torch.Generator().manual_seed(0))
     pixels = ((blurred + 0.01 * noise).clamp(0, 1) * 255).round() / 255
     return Picture(pixels.float(), np.dtype("uint8"), (0, 255), (0, 255))
+
+
+def _as_control(parameter: str, value: object) -> str:
+    return f"{parameter.replace('_', ' ')} {value}"

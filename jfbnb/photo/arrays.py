@@ -1,0 +1,171 @@
+"""Deblur an image that is an array: the package's function for Python."""
+
+import os
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jfbnb.common import UserError, pick_device
+from jfbnb.core.models import Restorer
+from jfbnb.photo import kernel_option
+from jfbnb.photo.model_check import Warning
+from jfbnb.photo.restore import Restored, restore
+from jfbnb.training.restorers import make_methods
+
+Image = np.ndarray | Tensor
+WHITE = {"uint8": 255, "uint16": 65535, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 1}
+
+
+def load(name: str = "jfb", weights: str | Path | None = None,
+         device: str | torch.device = "cpu") -> Restorer:
+    """A method, ready to use: for `deblur`, or with any operator as `method(A, d, noise_std)`.
+
+    It takes measurements d (B, ...) = A x + noise of images x (B, 3, H, W) in [0, 1], and returns
+    the restored images, and the solver's `SolveInfo`, or None for a method without a solver.
+
+    Args:
+        name: e.g. "jfb", "jfb-energy", "total-variation" or "tikhonov"; an unknown one is answered
+            with the list of all.
+        weights: a folder of trained networks; by default the released ones.
+        device: where to compute. For a GPU this turns TF32 off in all of the process's
+            convolutions, because it rounds too much for the solvers to converge.
+
+    Raises:
+        UserError: for an unknown name or device, or where weights are missing.
+
+    >>> import jfbnb, torch
+    >>> A = jfbnb.Inpainting(torch.arange(32) % 4 > 0)  # every fourth column is unknown
+    >>> x = torch.linspace(0, 1, 32).expand(1, 3, 32, 32)
+    >>> y, info = jfbnb.load("total-variation")(A, A(x), 0.01)
+    >>> y.shape, info.converged.item(), bool(jfbnb.psnr(y, x) > 40)
+    (torch.Size([1, 3, 32, 32]), True, True)
+    """
+    try:
+        device = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {device!r}: choose cpu or cuda") from error
+    if device.type != "cpu":
+        pick_device(device.type)
+    return make_methods([name], None if weights is None else Path(weights), device)[name]
+
+
+def deblur(
+    image: Image,
+    kernel: Image | str | Path,
+    noise_std: float | None = None,
+    method: str | Restorer = "jfb",
+    border: str = "unknown",
+    progress: Callable[[int, int], None] = lambda done, tiles: None,
+) -> Restored:
+    """Restore an image that was convolved with a known kernel; of any size, grey or colour.
+
+    Args:
+        image: a NumPy array or a tensor of shape (H, W), (H, W, C), (C, H, W), (B, C, H, W) or
+            (B, H, W, C) with C 1 or 3. Where both ends of (h, w, c) could be the channels, they are
+            the last axis of an array and the first of a tensor. uint8 and uint16 count from 0 to
+            255 and 65535; floats must be in about [0, 1].
+        kernel: (kh, kw), which is divided by its sum; or a text as the command takes it:
+            "gaussian:STD", "motion:LENGTH,ANGLE", "disk:RADIUS" in pixels and degrees, or a file.
+        noise_std: of the noise in the image, on the scale from 0 for black to 1 for white;
+            estimated if not given.
+        method: its name; or what `load` returned, which saves the loading, on the same device as
+            the image. An array is restored on the CPU, a tensor where it is.
+        border: "unknown" if the scene continues beyond the image, as a camera's does, or "black".
+        progress: called with the numbers of tiles that are done and of all, for each image.
+
+    Returns:
+        `Restored`, with the image in the type and the layout of the given one. It is computed in
+        float32; integers are rounded and clipped, floats are not. For a batch each of the other
+        fields is a list, with one entry for each image.
+
+    Raises:
+        UserError: for another image, kernel, method or border; for a kernel larger than the image.
+
+    >>> import jfbnb
+    >>> from scipy.ndimage import gaussian_filter
+    >>> from skimage.data import camera
+    >>> blurred = gaussian_filter(camera()[100:228, 200:328], 1.5)
+    >>> result = jfbnb.deblur(blurred, "gaussian:1", method="tikhonov")
+    >>> result.warnings[0].kind, result.warnings[0].suggestion
+    ('kernel', {'kernel': 'gaussian:1.4'})
+    >>> result = jfbnb.deblur(blurred, **result.warnings[0].suggestion, method="tikhonov")
+    >>> result.warnings, result.image.shape, result.image.dtype
+    ([], (128, 128), dtype('uint8'))
+    """
+    x, channels, white = _pixels(image)
+    kernel = _kernel(kernel)
+    if noise_std is not None:
+        try:
+            noise_std = float(noise_std)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"noise_std={noise_std!r}: give a number, or None to estimate it"
+                            ) from error
+    if not callable(method):
+        method = load(method, device=x.device)
+    results = [restore(method, one, kernel, noise_std, border, progress) for one in x]
+    y = torch.stack([result.image for result in results])
+    if white == 65535 and x.max() * white < 2**12:
+        for result in results:
+            result.warnings.append(Warning(
+                "range", "white is 65535 in an image of uint16, and this has no value over 4095: "
+                "divide it by what is white in it"))
+    whole = results[0] if image.ndim < 4 else Restored(
+        *([getattr(result, field.name) for result in results] for field in fields(Restored)))
+    return replace(whole, image=_as_given(y, image, channels, white))
+
+
+def _pixels(image: Image) -> tuple[Tensor, int | None, int]:
+    """The image as (B, C, H, W) in [0, 1]; which axis its channels were; what white was."""
+    if isinstance(image, np.ndarray):
+        kind, axes = image.dtype.name, (-1, -3)
+    elif isinstance(image, Tensor):
+        kind, axes = str(image.dtype).removeprefix("torch."), (-3, -1)
+    else:
+        raise UserError(f"an image of type {type(image).__name__}: give a NumPy array or a tensor")
+    if kind not in WHITE:
+        raise UserError(f"an image of {kind}: give uint8, uint16, or floats in about [0, 1]")
+    shape, white = tuple(image.shape), WHITE[kind]
+    channels = next((axis for axis in axes if len(shape) > 2 and shape[axis] in (1, 3)), None)
+    if 0 in shape or not 2 <= len(shape) <= 4 or (len(shape) > 2 and channels is None):
+        raise UserError(f"an image of shape {shape}: give (H, W), (H, W, C), (C, H, W), "
+                        "(B, C, H, W) or (B, H, W, C), with C 1 or 3; leave alpha out")
+    x = (image.detach().float() if isinstance(image, Tensor)
+         else torch.from_numpy(np.array(image, np.float32)))  # a copy: it may be read-only
+    low, high = x.min().item(), x.max().item()
+    if white == 1 and not (low >= -0.5 and high <= 1.5):  # nor NaN
+        raise UserError(f"an image of floats from {low:.4g} to {high:.4g}: give finite ones in "
+                        "about [0, 1], or uint8 or uint16")
+    x = x[None] if channels is None else x.movedim(channels, -3)
+    return (x if x.dim() == 4 else x[None]) / white, channels, white
+
+
+def _as_given(y: Tensor, image: Image, channels: int | None, white: int) -> Image:
+    """Images (B, C, H, W) in [0, 1] in the type and the layout of another."""
+    y = y if image.ndim == 4 else y[0]
+    y = y[0] if channels is None else y.movedim(-3, channels)
+    if white > 1:
+        y = (y * white).round().clamp(0, white)
+    if isinstance(image, Tensor):
+        return y.to(image.dtype).contiguous()
+    return np.ascontiguousarray(y.cpu().numpy().astype(image.dtype))
+
+
+def _kernel(kernel: Image | str | Path) -> Tensor:
+    """A kernel (kh, kw) of sum 1, in float64 on the CPU."""
+    if isinstance(kernel, str | os.PathLike):
+        return kernel_option.parse(os.fspath(kernel))
+    try:
+        values = kernel.detach().cpu() if isinstance(kernel, Tensor) else np.array(kernel, float)
+        values = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"a kernel of type {type(kernel).__name__}: give an array (kh, kw), a "
+                        "tensor, or a text such as 'disk:3'") from error
+    if not (values.dim() == 2 and values.isfinite().all()
+            and values.sum() > 1e-9 * values.abs().sum()):
+        raise UserError(f"a kernel of shape {tuple(values.shape)} and sum {values.sum():.3g}: give "
+                        "finite values (kh, kw) with a positive sum, or a text such as 'disk:3'")
+    return values / values.sum()
