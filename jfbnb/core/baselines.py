@@ -1,12 +1,11 @@
 """Methods without learning: direct inverse, Tikhonov regularisation, total variation."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from jfbnb.core.fixed_point import SolveInfo
-from jfbnb.core.operators import Blur, LinearOperator
+from jfbnb.core.fixed_point import Callback, Solved, SolveInfo
+from jfbnb.core.linear_operator import LinearOperator
+from jfbnb.core.operators import Blur
 
 
 def direct_inverse(A: LinearOperator, d: Tensor) -> Tensor:
@@ -23,14 +22,8 @@ def tikhonov(A: LinearOperator, d: Tensor, lam: float) -> Tensor:
 
 
 @torch.no_grad()
-def tikhonov_gradient_descent(
-    A: LinearOperator,
-    d: Tensor,
-    lam: float,
-    step: float,
-    iterations: int,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
+def tikhonov_gradient_descent(A: LinearOperator, d: Tensor, lam: float, step: float,
+                              iterations: int, callback: Callback | None = None) -> Tensor:
     """Gradient descent on Eq. 2 with R = |x|^2 / 2, from `A.guess(d)`, which is d for a blur.
 
     x <- x - step (A'(A x - d) + lam x). It converges to `tikhonov` for 0 < step < 2 / (1 + lam),
@@ -104,14 +97,8 @@ def _magnitude(p: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def total_variation(
-    A: LinearOperator,
-    d: Tensor,
-    weight: float,
-    tolerance: float = 1e-4,
-    max_iterations: int = 300,
-    step: float | None = None,
-) -> tuple[Tensor, SolveInfo]:
+def total_variation(A: LinearOperator, d: Tensor, weight: float, tolerance: float = 1e-4,
+                    max_iterations: int = 300, step: float | None = None) -> Solved:
     """Minimise |A x - d|^2 / 2 + weight TV(x), Eq. 2, by Chambolle and Pock (2011), Algorithm 1.
 
     TV is isotropic (Rudin, Osher and Fatemi 1992) and couples the channels: it sums, over the
@@ -149,12 +136,9 @@ def total_variation(
         residual = torch.where(active, torch.maximum(
             primal / b.flatten(1).norm(dim=1), dual / x_new.flatten(1).norm(dim=1)), residual)
         residuals.append(residual)
-        if active.all():
-            x_bar, x, p = 2 * x_new - x, x_new, p_new
-        else:
-            moves = active[:, None, None, None]
-            x_bar = torch.where(moves, 2 * x_new - x, x_bar)
-            x, p = torch.where(moves, x_new, x), torch.where(moves, p_new, p)
+        moves = active[:, None, None, None]
+        x_bar = torch.where(moves, 2 * x_new - x, x_bar)
+        x, p = torch.where(moves, x_new, x), torch.where(moves, p_new, p)
         if (residual <= tolerance).all():
             break
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))

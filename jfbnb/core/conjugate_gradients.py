@@ -7,14 +7,9 @@ import torch
 from torch import Tensor
 
 
-def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor],
-    b: Tensor,
-    tolerance: float = 1e-8,
-    max_iterations: int = 1000,
-    start: Tensor | None = None,
-    precondition: Callable[[Tensor], Tensor] = lambda r: r,
-) -> Tensor:
+def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, tolerance: float = 1e-8,
+                        max_iterations: int = 1000, start: Tensor | None = None,
+                        precondition: Callable[[Tensor], Tensor] = lambda r: r) -> Tensor:
     """Solve M x = b for each image of (B, ...) by conjugate gradients (Hestenes and Stiefel 1952).
 
     They stop when |P r| <= tolerance |P b| for the residual r of every image, with P the

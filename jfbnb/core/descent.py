@@ -7,6 +7,7 @@ from torch import Tensor
 
 from jfbnb.core.fixed_point import (
     Callback,
+    Solved,
     SolveInfo,
     anderson_step,
     norm,
@@ -20,14 +21,9 @@ CURVATURE = 1e-6  # least cosine of the angle between s and y of a pair that is 
 
 
 @torch.no_grad()
-def descent(
-    T: Callable[..., Tensor],
-    x0: Tensor,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
-    callback: Callback | None = None,
-    given: Tensor | None = None,
-) -> tuple[Tensor, SolveInfo]:
+def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
+            max_iterations: int = 100, callback: Callback | None = None,
+            given: Tensor | None = None) -> Solved:
     """Anderson's steps while they lower an energy E enough; from the first failure on L-BFGS.
 
     A step of length t along p is accepted if E falls by at least a tenth of t times the slope

@@ -47,17 +47,12 @@ class SolveInfo:
 # as the residuals are small.
 RIDGE = 1e-8
 Callback = Callable[[int, Tensor], None]
-Solver = Callable[..., tuple[Tensor, SolveInfo]]
+Solved = tuple[Tensor, SolveInfo]
+Solver = Callable[..., Solved]
 
 
-def picard(
-    T: Callable[..., Tensor],
-    x0: Tensor,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
-    callback: Callback | None = None,
-    given: Tensor | None = None,
-) -> tuple[Tensor, SolveInfo]:
+def picard(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4, max_iterations: int = 100,
+           callback: Callback | None = None, given: Tensor | None = None) -> Solved:
     """The iteration x <- T(x) of Eq. 4 (Picard 1890, Banach 1922).
 
     Args:
@@ -75,15 +70,9 @@ def picard(
     return _iterate(T, x0, lambda f, g: f, tolerance, max_iterations, callback, given)
 
 
-def anderson(
-    T: Callable[..., Tensor],
-    x0: Tensor,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
-    callback: Callback | None = None,
-    window: int = 5,
-    given: Tensor | None = None,
-) -> tuple[Tensor, SolveInfo]:
+def anderson(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
+             max_iterations: int = 100, callback: Callback | None = None, window: int = 5,
+             given: Tensor | None = None) -> Solved:
     """Anderson acceleration (1965) in the form of Walker and Ni (2011), Algorithm AA.
 
     The next iterate is the combination of the last `window` values T(x_i), with weights of sum 1,
@@ -136,15 +125,9 @@ def require_evaluation(max_iterations: int) -> None:
         raise ValueError(f"max_iterations is {max_iterations}: at least one evaluation is needed")
 
 
-def solve(
-    T: Callable[..., Tensor],
-    d: Tensor,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
-    solver: Solver | None = None,
-    start: Tensor | None = None,
-    callback: Callback | None = None,
-) -> tuple[Tensor, SolveInfo]:
+def solve(T: Callable[..., Tensor], d: Tensor, tolerance: float = 1e-4, max_iterations: int = 100,
+          solver: Solver | None = None, start: Tensor | None = None,
+          callback: Callback | None = None) -> Solved:
     """x* = T(x*; d), Eq. 3, without gradients. Images that are done leave the batch.
 
     Args:
@@ -171,7 +154,7 @@ def scale_of(T: Callable[..., Tensor]) -> float | Tensor:
 
 
 @torch.no_grad()
-def _iterate(T, x0, step, tolerance, max_iterations, callback, given) -> tuple[Tensor, SolveInfo]:
+def _iterate(T, x0, step, tolerance, max_iterations, callback, given) -> Solved:
     require_evaluation(max_iterations)
     batch = len(x0)
     shape = (batch,) + (1,) * (x0.dim() - 1)

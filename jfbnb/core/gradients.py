@@ -46,13 +46,8 @@ def neumann(T: Map, x_star: Tensor, terms: int) -> Tensor:
     return _attach(T, x_star, backward)
 
 
-def implicit(
-    T: Map,
-    x_star: Tensor,
-    tolerance: float = 1e-6,
-    max_iterations: int = 100,
-    report: Callable[[SolveInfo], None] | None = None,
-) -> Tensor:
+def implicit(T: Map, x_star: Tensor, tolerance: float = 1e-6, max_iterations: int = 100,
+             report: Callable[[SolveInfo], None] | None = None) -> Tensor:
     """Implicit differentiation, Eq. 5: the adjoint equation y = g + y J, solved iteratively.
 
     Args:
