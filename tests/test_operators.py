@@ -30,6 +30,7 @@ from jfbnb.core.baselines import (
 from jfbnb.core.conjugate_gradients import conjugate_gradients
 from jfbnb.core.kernels import gaussian_kernel
 from jfbnb.core.metrics import psnr
+from jfbnb.core.models import Restorer
 from jfbnb.core.operators import (
     MRI,
     Blur,
@@ -593,8 +594,12 @@ def test_an_operator_without_adjoint_or_inverse_says_so():
     (lambda: Blur(9, 5, 2.0).solve_normal(random(1, 1, 9, 8), 0.1), "an image of"),
     (lambda: Inpainting(mask_of(2, 9, 9))(random(1, 1, 9, 9)), r"an image of \(1, 9, 9\)"),
     (lambda: Blur(9, 5, 2.0)(np.ones((1, 1, 9, 9))),
-     r"Blur of a ndarray of float64: give a tensor of floats, such as torch.from_numpy"),
-    (lambda: Blur(9, 5, 2.0)(torch.ones(1, 1, 9, 9, dtype=torch.uint8)), "of torch.uint8: give"),
+     "a ndarray of float64: give a tensor of floats, such as torch.from_numpy"),
+    (lambda: Blur(9, 5, 2.0).adjoint(np.ones((1, 1, 9, 9))), "a ndarray of float64: give"),
+    (lambda: Inpainting(torch.ones(4, 4))(torch.ones(1, 1, 4, 4, dtype=torch.uint8)),
+     "a Tensor of torch.uint8: give"),
+    (lambda: Restorer(lambda A, d, noise_std: (d, None))(None, np.ones((1, 1, 9, 9)), 0.01),
+     "a ndarray of float64: give"),
     (lambda: Downsampling(9, 0), "factor 0: give a positive"),
     (lambda: Downsampling(9, 10), "smaller than the 10 x 10"),
     (lambda: Inpainting(torch.zeros(4, 4)), "a mask must be of 0 and 1, and not of 0 alone"),

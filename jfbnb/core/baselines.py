@@ -131,7 +131,7 @@ def total_variation(A: LinearOperator, d: Tensor, weight: float, tolerance: floa
         dx, dp = x - x_new, p - p_new
         primal = (dx / tau - image_gradient_adjoint(dp)).flatten(1).norm(dim=1)
         dual = (dp / sigma - image_gradient(dx)).transpose(0, 1).flatten(1).norm(dim=1)
-        active = residual > tolerance  # an image that is done stays as it is, whoever is with it
+        active = residual > tolerance  # images that are done stay as they are
         iterations += active
         residual = torch.where(active, torch.maximum(
             primal / b.flatten(1).norm(dim=1), dual / x_new.flatten(1).norm(dim=1)), residual)

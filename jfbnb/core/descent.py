@@ -27,9 +27,10 @@ def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
     """Anderson's steps while they lower an energy E enough; from the first failure on L-BFGS.
 
     A step of length t along p is accepted if E falls by at least a tenth of t times the slope
-    -<p, grad E> (Armijo 1966); else t is halved. Where E is bounded below and its gradient is
-    Lipschitz, the slopes converge to 0 from any start, up to rounding, whether or not T is a
-    contraction. Where rounding hides E's decrease, a smaller residual is accepted instead.
+    -<p, grad E> (Armijo 1966); else t is halved. An Anderson step has to meet the condition for
+    t = 1 and p = T(x) - x. Where E is bounded below and its gradient is Lipschitz, the slopes
+    converge to 0 from any start, up to rounding, whether or not T is a contraction. Where rounding
+    hides E's decrease, a smaller residual is accepted instead.
 
     Args:
         T: a map with C (x - T(x)) = grad E(x), C symmetric and positive definite, E half a sum of
@@ -92,9 +93,10 @@ def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
 
 
 def _lbfgs(window: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The two-loop recursion of L-BFGS (Nocedal 1980), with C^-1 times a scalar gamma to start.
+    """The two-loop recursion of L-BFGS (Nocedal 1980), with the initial matrix H0 = gamma C^-1.
 
-    The first loop updates q = -grad E and C^-1 q alongside, so no system with C is solved.
+    The first loop updates C^-1 q beside q, so no system with C is solved. gamma is that of Liu and
+    Nocedal (1989), s'y / y'C^-1 y of the latest pair.
     """
     pairs: list[tuple[Tensor, ...]] = []
     gamma: Tensor | float = 1.0

@@ -10,6 +10,14 @@ from jfbnb.common import UserError
 from jfbnb.core.conjugate_gradients import conjugate_gradients
 
 
+def require_floats(x: Tensor) -> None:
+    """Raise UserError unless x is a tensor of floats."""
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        raise UserError(f"an image or measurement that is a {type(x).__name__} of "
+                        f"{getattr(x, 'dtype', 'no type')}: give a tensor of floats, such as "
+                        "torch.from_numpy(x).float()")
+
+
 class LinearOperator(nn.Module):
     """A of Eq. 1, d = A x + noise: images (B, *domain) -> measurements (B, *range), one by one.
 
@@ -22,10 +30,7 @@ class LinearOperator(nn.Module):
     """
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not (isinstance(x, Tensor) and x.is_floating_point()):
-            raise UserError(f"{type(self).__name__} of a {type(x).__name__} of "
-                            f"{getattr(x, 'dtype', 'no type')}: give a tensor of floats, such as "
-                            "torch.from_numpy(x).float()")
+        require_floats(x)
         return super().__call__(x)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = False) -> None:

@@ -16,8 +16,8 @@ from jfbnb.core.baselines import tikhonov
 from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.fixed_point import SolveInfo, solve
 from jfbnb.core.gradients import unrolled
+from jfbnb.core.linear_operator import LinearOperator, require_floats
 from jfbnb.core.maps import ImplicitMap
-from jfbnb.core.operators import LinearOperator
 
 Result = tuple[Tensor, SolveInfo | None]
 
@@ -108,6 +108,8 @@ class Feedforward(Model):
 class Restorer:
     """A method, ready to use: (A, d, noise_std) -> (image, SolveInfo or None).
 
+    It raises UserError where d is no tensor of floats.
+
     Args:
         restore: the method, without its head if it has one.
         base: for a method with a head, the name of the method without it.
@@ -123,5 +125,6 @@ class Restorer:
 
     @torch.no_grad()
     def __call__(self, A: LinearOperator, d: Tensor, noise_std: float) -> Result:
+        require_floats(d)
         y, info = self.restore(A, d, noise_std)
         return (y if self.head is None else self.head(A, y, d, noise_std)), info

@@ -18,10 +18,11 @@ from torch.nn.functional import avg_pool2d
 
 from jfbnb.common import UserError
 from jfbnb.core.kernels import gaussian_kernel
-from jfbnb.core.linear_operator import LinearOperator
+from jfbnb.core.linear_operator import LinearOperator, require_floats
 
 
 def _require_size(x: Tensor, size: tuple[int, ...], kind: str = "an image") -> None:
+    require_floats(x)
     found = tuple(x.shape[-len(size):])
     if found != tuple(size):
         raise UserError(f"{kind} of {found} for an operator on {tuple(size)}: they need the same "
@@ -106,7 +107,7 @@ def _rows(kernel_size: int, n: int, border: str, stride: int) -> slice:
 
 def scene_size(measured: tuple[int, int], kernel_shape: tuple[int, int],
                border: str = "unknown") -> tuple[int, int]:
-    """(H, W) of the scene behind a picture of (h, w) pixels, for a kernel of that shape."""
+    """(H, W) of the scene that a picture of (h, w) pixels shows, for a kernel of that shape."""
     if border == "black":
         return tuple(measured)
     return tuple(n + k - 1 for n, k in zip(measured, kernel_shape, strict=True))
