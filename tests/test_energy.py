@@ -125,7 +125,7 @@ def test_the_data_step_is_the_splitting_maps_and_rounding_hurts_it_less():
 def test_a_fixed_point_is_a_stationary_point_of_the_energy():
     A = Blur(SIZE, 5, 1.0)
     T = make(A, network(0)).double()
-    d = measurements(A).double()[3:]
+    d = measurements(A).double()[4:]
     z, info = solve(T, d, 1e-8, 1000)
     assert info.converged.all()
     x = T.data_step(z, d).detach().requires_grad_()

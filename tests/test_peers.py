@@ -12,7 +12,7 @@ from conftest import MAPS, make_map
 
 from jfbnb.common import UserError
 from jfbnb.core import kernels
-from jfbnb.core.baselines import tikhonov, total_variation
+from jfbnb.core.baselines import tikhonov
 from jfbnb.core.fixed_point import solve
 from jfbnb.core.gradients import implicit, jfb
 from jfbnb.core.interop import DeepinvOperator, to_deepinv
@@ -171,12 +171,12 @@ def test_any_of_our_operators_can_be_deepinvs_and_come_back(A):
         assert physics.adjointness_test(x, num_samples=4) < 1e-10
         torch.testing.assert_close(physics(x).flatten(1), x.flatten(1) @ M.mT)
         torch.testing.assert_close(physics.A_adjoint(d).flatten(1), d.flatten(1) @ M)
-    prox = theirs.prox_l2(x, d, 20.0, max_iter=1000, tol=1e-12)
+    prox = theirs.prox_l2(x, d, 20.0, solver="lsqr", max_iter=1000, tol=1e-13)
     normal = M.mT @ M + torch.eye(72, dtype=torch.float64) / 20
     expected = torch.linalg.solve(normal, (d.flatten(1) @ M + x.flatten(1) / 20).mT).mT
     torch.testing.assert_close(prox.flatten(1), expected, rtol=0, atol=1e-8)
-    dagger = theirs.A_dagger(A(x), max_iter=1000, tol=1e-12)
-    torch.testing.assert_close(A(dagger), A(x), rtol=0, atol=1e-6)
+    dagger = theirs.A_dagger(A(x), solver="lsqr", max_iter=1000, tol=1e-13)
+    torch.testing.assert_close(A(dagger), A(x), rtol=0, atol=1e-4)
 
 
 def test_one_of_our_operators_moves_with_its_physics():
@@ -184,16 +184,7 @@ def test_one_of_our_operators_moves_with_its_physics():
     assert physics.A(torch.ones(1, 1, 8, 9, device="meta")).shape == (1, 1, 8, 9)
 
 
-# --- total variation, maps and gradients ----------------------------------------------------------
-
-
-def test_total_variation_is_deepinvs_on_denoising():
-    """With A = I, the kernel of one pixel, deblurring is denoising."""
-    y = images(1, 1, 12, 12)
-    ours, info = total_variation(Blur(12, 1, 1.0), y, 0.2, 1e-6, 5000, step=0.2)
-    assert info.converged.all()
-    theirs = deepinv.models.TVDenoiser(n_it_max=3000, crit=1e-8)(y, ths=0.2)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+# --- maps and gradients ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MAPS)

@@ -27,7 +27,7 @@ def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
     """Anderson's steps while they lower an energy E enough; from the first failure on L-BFGS.
 
     A step of length t along p is accepted if E falls by at least a tenth of t times the slope
-    -<p, grad E> (Armijo 1966); else t is halved. An Anderson step has to meet the condition for
+    -<p, grad E> (Armijo 1966); else t is halved. An Anderson step must satisfy this for
     t = 1 and p = T(x) - x. Where E is bounded below and its gradient is Lipschitz, the slopes
     converge to 0 from any start, up to rounding, whether or not T is a contraction. Where rounding
     hides E's decrease, a smaller residual is accepted instead.
@@ -53,7 +53,7 @@ def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
     x = trial = x0  # the accepted point, and the next one to try
     r = g = torch.zeros_like(x0)  # T(x) - x; and C r = -grad E, in the rows that L-BFGS has
     active = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
-    newton = ~active  # the rows that L-BFGS has
+    by_lbfgs = ~active  # the rows that L-BFGS has
     E = lowest = torch.full((len(x0),), float("inf"), dtype=torch.float64, device=x0.device)
     slope, t, residual = torch.zeros_like(E), torch.ones_like(E), E.to(x0.dtype)
     iterations, residuals = torch.zeros_like(active, dtype=torch.long), []
@@ -65,9 +65,9 @@ def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
         rounding = eps * (lowest.sqrt() + norm(x))
         hidden = (E_trial.sqrt() <= lowest.sqrt() + rounding) & (norm(r_trial) < norm(r))
         accepted = active & ((E_trial <= E - ARMIJO * t * slope) | hidden)
-        refused = active & ~accepted & ~newton
-        newton = newton | refused
-        g, g_trial = g + metric(refused, r), metric(newton & active, r_trial)
+        refused = active & ~accepted & ~by_lbfgs
+        by_lbfgs = by_lbfgs | refused
+        g, g_trial = g + metric(refused, r), metric(by_lbfgs & active, r_trial)
         s, Cinv_y, y, moved = trial - x, r - r_trial, g - g_trial, accepted.view(shape)
         x, r, g = (torch.where(moved, new, old)
                    for new, old in ((trial, x), (r_trial, r), (g_trial, g)))
@@ -83,12 +83,12 @@ def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
         if k == max_iterations or not active.any():
             break
         trial = anderson(f, r_trial)
-        if (newton & active).any():
+        if (by_lbfgs & active).any():
             p, curved = lbfgs(r, g, s, y, Cinv_y)
-            slope = torch.where(newton, _dot(p, g).flatten(), slope)
+            slope = torch.where(by_lbfgs, _dot(p, g).flatten(), slope)
             longer = torch.where(curved, 1.0, 2 * t)  # where E is not convex the step grows
-            t = torch.where(newton, torch.where(accepted, longer, t / 2), t)
-            trial = torch.where(newton.view(shape), x + t.view(shape).to(x.dtype) * p, trial)
+            t = torch.where(by_lbfgs, torch.where(accepted, longer, t / 2), t)
+            trial = torch.where(by_lbfgs.view(shape), x + t.view(shape).to(x.dtype) * p, trial)
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))
 
 
