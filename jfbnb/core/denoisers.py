@@ -154,7 +154,7 @@ class Denoiser(nn.Module):
     Shapes: (B, C, H, W) -> (B, C, H, W). sigma is fixed, on images in [0, 1].
 
     Raises:
-        UserError: for images of another type than the denoiser, or where the network's output has
+        UserError: for images of another type than the network's weights, or where its output has
             another shape than its input.
     """
 
@@ -166,9 +166,10 @@ class Denoiser(nn.Module):
 
     def residual(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
         """R(x; sigma), the noise in x, for the denoiser's own sigma or another."""
-        if x.dtype != self.sigma.dtype:
-            raise UserError(f"an image of {x.dtype} for a denoiser of {self.sigma.dtype}: convert "
-                            f"it, as in x.to({self.sigma.dtype})")
+        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        if x.dtype != dtype:
+            raise UserError(f"an image of {x.dtype} for a network of {dtype}: convert it, as in "
+                            f"x.to({dtype})")
         noise = self.network(x, self.sigma if sigma is None else sigma)
         if noise.shape != x.shape:
             raise UserError(f"{type(self.network).__name__} makes {tuple(noise.shape)} of images "
