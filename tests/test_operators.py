@@ -1,8 +1,8 @@
+"""Operators, conjugate gradients, baselines, measurements: against NumPy, SciPy, scikit-image."""
+
 import copy
 import math
 import pickle
-import warnings
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -14,7 +14,6 @@ import scipy.signal
 import skimage.data
 import skimage.restoration
 import torch
-from conftest import Contractive, make_map
 from torch.nn.functional import avg_pool2d
 
 from jfbnb.common import UserError
@@ -27,14 +26,11 @@ from jfbnb.core.baselines import (
     tikhonov,
     tikhonov_gradient_descent,
     total_variation,
-    total_variation_objective,
 )
 from jfbnb.core.conjugate_gradients import conjugate_gradients
-from jfbnb.core.denoisers import Denoiser, DnCNN
-from jfbnb.core.fixed_point import solve
 from jfbnb.core.kernels import gaussian_kernel
-from jfbnb.core.maps import PreconditionedMap, SplittingMap
 from jfbnb.core.metrics import psnr
+from jfbnb.core.models import Restorer
 from jfbnb.core.operators import (
     MRI,
     Blur,
@@ -47,7 +43,6 @@ from jfbnb.core.operators import (
     toeplitz,
 )
 from jfbnb.core.protocols import get_protocol, measure
-from jfbnb.training import restorers
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -74,18 +69,35 @@ def ramp(height: int, width: int) -> torch.Tensor:
             + torch.arange(width, dtype=torch.float64))[None, None]
 
 
+class Halves(LinearOperator):
+    """From images (B, C, H, W) to half as many rows, weighted sums of two each: M x."""
+
+    def __init__(self, rows: int, wrong: float = 0.0):
+        super().__init__()
+        M = torch.kron(torch.eye(rows // 2, dtype=torch.float64),
+                       torch.tensor([[0.7, 0.2]], dtype=torch.float64))
+        self.wrong = wrong  # added to the adjoint
+        self.register_buffer("M", M)
+
+    def forward(self, x):
+        return self.M.to(x.dtype) @ x
+
+    def adjoint(self, d):
+        return (self.M.to(d.dtype) + self.wrong).mT @ d
+
+
 # --- every operator, on small images --------------------------------------------------------------
 
-SIZE = (9, 8)
+SIZE = (10, 8)
 ODD_AND_EVEN = [(3, 3), (5, 3), (4, 4), (3, 2), (2, 5), (1, 4), (1, 1)]
-SYMMETRIC = [(M + M.mT) / 9 for M in (random(9, 9), random(8, 8))]
+SYMMETRIC = [(M + M.mT) / 9 for M in (random(10, 10), random(8, 8))]
 OPERATORS = {
-    "separable": partial(Separable, random(5, 9) / 4, random(11, 8) / 4),
+    "separable": partial(Separable, random(5, 10) / 4, random(11, 8) / 4),
     "separable, symmetric": partial(Separable, *SYMMETRIC),
     **{f"blur, {border}": partial(Blur, SIZE, 5, 2.0, border) for border in ("black", "unknown")},
     **{f"convolution, {shape}, {border}, stride {stride}":
        partial(Convolution, SIZE, kernel_of(*shape), border, stride)
-       for shape, stride in [*((shape, 1) for shape in ODD_AND_EVEN), ((3, 2), 2), ((4, 5), 3)]
+       for shape, stride in [*((shape, 1) for shape in ODD_AND_EVEN[::2]), ((3, 2), 2), ((4, 5), 3)]
        for border in ("black", "unknown")},
     "kernel of sum 0": partial(Convolution, SIZE, kernel_of(3, 3) - 1 / 9),
     **{f"downsampling by {factor}": partial(Downsampling, SIZE, factor) for factor in (1, 2, 3)},
@@ -94,6 +106,7 @@ OPERATORS = {
     "inpainting by channel": partial(Inpainting, mask_of(2, *SIZE)),
     "MRI": partial(MRI, mask_of(*SIZE)),
     "MRI with a phase": partial(MRI, mask_of(*SIZE), random(*SIZE)),
+    "forward and adjoint alone": partial(Halves, SIZE[0]),
 }
 
 
@@ -124,17 +137,20 @@ def test_solve_normal_is_a_dense_solve(A, dtype, tau, apart):
         assert (wrong[:2] <= apart * expected[:2].norm(dim=1)).all()
 
 
-def test_solve_normal_is_differentiable(A):
+def test_everything_is_differentiable(A):
+    x, d = random(2, 2, *SIZE), A(random(2, 2, *SIZE, seed=1))
+    for apply, transposed, u, v in ((A, A.adjoint, x, d), (A.adjoint, A, d, x)):
+        gradient, = torch.autograd.grad((apply(u.requires_grad_()) * v.detach()).sum(), u)
+        torch.testing.assert_close(gradient, transposed(v), rtol=0, atol=1e-12)
     r, tau = random(2, 2, *SIZE), torch.tensor(0.3, dtype=torch.float64)
     assert torch.autograd.gradcheck(A.solve_normal, (r.requires_grad_(), tau.requires_grad_()),
                                     fast_mode=True)
 
 
-def test_forward_and_adjoint_are_differentiable(A):
-    x, d = random(2, 2, *SIZE), A(random(2, 2, *SIZE, seed=1))
-    for apply, transposed, u, v in ((A, A.adjoint, x, d), (A.adjoint, A, d, x)):
-        gradient, = torch.autograd.grad((apply(u.requires_grad_()) * v.detach()).sum(), u)
-        torch.testing.assert_close(gradient, transposed(v), rtol=0, atol=1e-12)
+def test_conjugate_gradients_have_second_derivatives():
+    A, r = Halves(4), random(2, 1, 4, 2).requires_grad_()
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(A.solve_normal, (r, tau))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -147,13 +163,10 @@ def test_everything_keeps_shape_and_type(A, dtype):
     torch.testing.assert_close(d.double(), A(x.double()), rtol=0, atol=1e-5)
 
 
-def test_an_operator_is_no_weights_and_says_on_one_line_what_it_is(A):
-    assert A.state_dict() == {} and not list(A.parameters())
-    assert repr(A).startswith(f"{type(A).__name__}(") and "\n" not in repr(A)
-
-
 def test_an_operator_moves_with_its_digits(A):
     """The meta device computes shapes alone, and refuses what was left behind on the CPU."""
+    assert A.state_dict() == {} and not list(A.parameters())
+    assert repr(A).startswith(f"{type(A).__name__}(") and "\n" not in repr(A)
     x = random(2, 2, *SIZE)
     d, buffers = A(x), [b.dtype for b in A.buffers()]
     assert set(buffers) == {torch.float64}
@@ -201,19 +214,6 @@ def test_blur_is_the_convolution_with_scipys_gaussian(border):
     np.testing.assert_allclose(A(x)[0, 0], inner, atol=1e-12)
 
 
-@pytest.mark.parametrize("n", [97, 128])
-def test_the_length_of_an_fft_has_small_factors_and_changes_nothing(n):
-    kernel, x = kernel_of(4, 3), random(1, 1, n, 50)
-    A = Convolution((n, 50), kernel)
-    for length in A.grid:
-        for prime in (2, 3, 5, 7):
-            while length % prime == 0:
-                length //= prime
-        assert length == 1
-    np.testing.assert_allclose(
-        A(x)[0, 0], scipy.signal.convolve2d(x[0, 0], kernel, mode="valid"), atol=1e-12)
-
-
 @pytest.mark.parametrize("border", ["black", "unknown"])
 @pytest.mark.parametrize("kernel", [kernels.motion(5, 30), kernels.disk(2.2),
                                     kernels.gaussian(1.0, 5)[:, 1:-1]])
@@ -245,17 +245,6 @@ def test_a_pixel_of_less_resolution_is_the_mean_of_those_that_are_visible(factor
     torch.testing.assert_close(avg_pool2d(A.visible(A.guess(d)), factor), d, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("border", ["black", "unknown"])
-def test_a_pixel_of_less_resolution_lies_around_where_it_was_seen(border):
-    """Every third value: of the pixels beside it too, as far as the image goes."""
-    x = ramp(11, 9)
-    A = Convolution((11, 9), torch.ones(1, 1), border, stride=3)
-    rows, columns = (3 * ((torch.arange(n) + 1) // 3).clamp(max=(n - 1) // 3) for n in (11, 9))
-    assert torch.equal(A.guess(A(x)), x[..., rows, :][..., columns])
-    # The last column shown is beside the one at 6: that at 8 is not.
-    assert torch.equal(A.visible(x), x[..., :11, :8])
-
-
 @pytest.mark.parametrize("make", [
     lambda: Separable(random(5, 9), random(11, 8)), lambda: Blur((9, 8), 5, 2.0, "unknown"),
     lambda: Blur((9, 8), 5, 5**0.5), lambda: Downsampling((9, 8), 2),
@@ -267,56 +256,25 @@ def test_the_inverse_is_numpys(make):
     np.testing.assert_allclose(direct_inverse(A, d).flatten(1), expected, rtol=1e-7, atol=1e-7)
 
 
-def test_a_convolution_of_another_size_is_refused_and_not_cut():
-    A = Convolution((20, 22), kernel_of(3, 4))
-    for size in ((20, 23), (19, 22), (24, 26)):
-        with pytest.raises(UserError, match=r"operator on \(20, 22\)"):
-            A(random(1, 1, *size))
-
-
-def test_kernel_is_a_sampled_gaussian():
-    g = gaussian_kernel(5, 2.0).numpy()
-    expected = np.exp(-np.array([4, 1, 0, 1, 4]) / 8.0)
+def test_kernel_is_a_sampled_gaussian_and_toeplitz_is_scipys():
+    g, expected = gaussian_kernel(5, 2.0).numpy(), np.exp(-np.array([4, 1, 0, 1, 4]) / 8.0)
     np.testing.assert_allclose(g, expected / expected.sum(), rtol=1e-14)
+    np.testing.assert_array_equal(toeplitz(gaussian_kernel(5, 2.0), 7).numpy(),
+                                  scipy.linalg.toeplitz(np.r_[g[2:], np.zeros(4)]))
 
 
-def test_toeplitz_is_scipys():
-    g = gaussian_kernel(5, 1.5)
-    column = np.r_[g[2:].numpy(), np.zeros(4)]
-    np.testing.assert_array_equal(toeplitz(g, 7).numpy(), scipy.linalg.toeplitz(column))
-
-
-# --- a picture that is cut from a scene -----------------------------------------------------------
-
-
-def camera(kernel: torch.Tensor, n: int, noise_std: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A window of n x n from the middle of a photograph that SciPy blurred as a whole; and sharp.
-
-    To 8 bits, as a camera's.
-    """
-    scene = skimage.data.astronaut().transpose(2, 0, 1) / 255.0
-    blurred = np.stack([scipy.ndimage.convolve(channel, kernel.numpy()) for channel in scene])
-    blurred += noise_std * np.random.default_rng(0).standard_normal(blurred.shape)
-    middle = (..., *(slice(256 - n // 2, 256 + n // 2),) * 2)
-    return tuple(torch.from_numpy(image[middle].copy()).float()[None]
-                 for image in ((255 * blurred).round().clip(0, 255) / 255, scene))
-
-
-@pytest.mark.parametrize(("method", "kernel"), [
-    ("tikhonov", kernels.gaussian(5**0.5, 5)), ("tikhonov", kernels.motion(9, 30)),
-    ("jfb-head", kernels.gaussian(5**0.5, 5))], ids=["tikhonov", "motion", "jfb-head"])
-def test_an_unknown_border_restores_what_a_black_one_spoils(method, kernel):
-    d, x = camera(kernel, 96, 0.01)
-    restorer = restorers.make_methods([method], restorers.RELEASED, torch.device("cpu"))[method]
+@pytest.mark.parametrize("kernel", [kernels.gaussian(5**0.5, 5), kernels.motion(9, 30)])
+def test_an_unknown_border_restores_a_cut_picture_that_a_black_one_spoils(kernel):
+    scene = skimage.data.camera() / 255.0
+    blurred = scipy.ndimage.convolve(scene, kernel.numpy())
+    blurred += 0.01 * np.random.default_rng(0).standard_normal(blurred.shape)
+    d, x = (torch.from_numpy(image[None, None, 208:304, 208:304].copy())
+            for image in (blurred, scene))
     reached = {}
     for border in ("black", "unknown"):
-        A = Convolution(scene_size(d.shape[2:], kernel.shape, border), kernel, border)
-        y, info = restorer(A, d, 0.01)
-        reached[border] = psnr(A.visible(y), x).item()
-        assert border == "black" or info is None or info.converged.all()
-    before = psnr(d, x).item()
-    assert reached["unknown"] > before + (3.5 if method == "jfb-head" else 1.5)
-    assert reached["black"] < before - 2
+        A = Convolution(scene_size((96, 96), kernel.shape, border), kernel, border)
+        reached[border] = psnr(A.visible(tikhonov(A, d, 0.01)), x).item()
+    assert reached["black"] < psnr(d, x).item() - 2 < psnr(d, x).item() + 1.5 < reached["unknown"]
 
 
 # --- conjugate gradients --------------------------------------------------------------------------
@@ -332,13 +290,6 @@ class Counting(Convolution):
     def forward(self, x):
         self.calls += 1
         return super().forward(x)
-
-
-class Forgetful(Counting):
-    """One that starts every solve from zero."""
-
-    def solve_normal(self, r, tau, start=None):
-        return super().solve_normal(r, tau)
 
 
 def test_a_start_and_a_preconditioner_save_iterations_and_change_nothing():
@@ -370,44 +321,9 @@ def test_the_preconditioner_is_symmetric_positive_definite_and_about_the_inverse
     assert torch.linalg.eigvalsh(P).min() > 0
     spread = torch.linalg.eigvals(P @ M).real.sort().values
     plain = torch.linalg.eigvalsh(M)
-    assert (spread[66] / plain[66] - 1).abs() > 0  # not the identity
     assert 0.3 < spread.median() < 3
     if stride == 1:
         assert spread[-1] / spread[0] < 0.5 * plain[-1] / plain[0]
-
-
-def test_a_fixed_point_needs_fewer_iterations_from_its_own_state():
-    torch.manual_seed(0)
-    D = Denoiser(Contractive(3, 8), 0.05)
-    found, calls = [], []
-    for A in (Forgetful(48, 48), Counting(48, 48)):
-        T = SplittingMap(A, D, 0.003)
-        d = A(torch.rand(1, 3, 48, 48, generator=torch.manual_seed(1)))
-        A.calls = 0
-        x, info = solve(T, d, 1e-4)
-        assert info.converged.all()
-        found.append(x)
-        calls.append(A.calls)
-    assert (found[1] - found[0]).norm() < 2e-4 * found[0].norm()
-    assert calls[1] < calls[0]
-
-
-def test_what_was_solved_before_changes_no_bit():
-    torch.manual_seed(0)
-    T = SplittingMap(Convolution((40, 44), kernels.motion(9, 30)),
-                     Denoiser(Contractive(3, 8), 0.05), 0.01)
-    d = T.A(torch.rand(2, 3, 40, 44, generator=torch.manual_seed(1)))
-
-    def restored() -> torch.Tensor:
-        return T.data_step(solve(T, d, 1e-4)[0], d)
-
-    first = restored()
-    solve(T, -d.flip(2), 1e-2)
-    T.A.solve_normal(torch.full((1, 3, 40, 44), math.nan), 0.05)
-    assert torch.equal(restored(), first)
-    with ThreadPoolExecutor(2) as threads:
-        assert all(torch.equal(found.result(), first)
-                   for found in [threads.submit(restored) for _ in range(4)])
 
 
 @pytest.mark.filterwarnings("error")
@@ -431,24 +347,16 @@ def test_conjugate_gradients_that_do_not_arrive_say_how_far_they_are():
     assert x[0].any() and not x[1].any()
 
 
-def test_few_iterations_do_not_pass_for_a_solution():
-    """With next to no noise the residual soon is small, where the image is still far off."""
-    A, tau = Convolution((40, 40), kernels.disk(3)), 1e-5
-    x = torch.from_numpy(skimage.data.camera()[200:240, 200:240] / 255.0)[None, None]
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("make", "tau", "apart"), [
+    (lambda: Convolution((40, 40), kernels.disk(3)), 1e-5, 0.02),
+    (lambda: Blur((40, 40), 5, 5**0.5, "unknown"), 5e-4, 1e-3)], ids=["iterative", "closed form"])
+def test_float32_is_enough_at_low_noise(make, tau, apart):
+    """At a small tau the residual soon is small, where the image is still far off."""
+    A, x = make(), torch.from_numpy(skimage.data.camera()[200:240, 200:240] / 255.0)[None, None]
     r = A.adjoint(A(x)) + tau * x
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        found = A.solve_normal(r.float(), tau).double()
-    assert (A.visible(found) - A.visible(A.solve_normal(r, tau))).abs().max() < 0.02
-
-
-def test_float32_is_enough_for_the_closed_form():
-    """At the weight of the prior that goes with a noise of 0.001."""
-    A, tau = Blur((100, 100), 5, 5**0.5, "unknown"), 5e-4
-    x = torch.from_numpy(skimage.data.camera()[200:300, 200:300] / 255.0)[None, None]
-    r = A.adjoint(A(x)) + tau * x
-    torch.testing.assert_close(A.solve_normal(r.float(), tau).double(), A.solve_normal(r, tau),
-                               rtol=0, atol=1e-3)
+    found, exact = A.solve_normal(r.float(), tau).double(), A.solve_normal(r, tau)
+    assert (A.visible(found) - A.visible(exact)).abs().max() < apart
 
 
 # --- MRI and inpainting ---------------------------------------------------------------------------
@@ -468,12 +376,6 @@ def test_mri_is_numpys_transform_of_lines_with_the_origin_in_the_middle(size):
                                / math.prod(size) ** 0.5)
 
 
-def test_with_all_lines_and_the_right_phase_the_adjoint_is_the_inverse():
-    x, phase = random(2, 1, 9, 8), 3 * random(9, 8)
-    A = MRI(torch.ones(9, 8), phase)
-    torch.testing.assert_close(A.adjoint(A(x)), x, rtol=0, atol=1e-12)
-
-
 def test_inpainting_starts_from_known_pixels_and_their_neighbours():
     mask = torch.zeros(5, 9)
     mask[2, 1] = mask[2, 7] = 1
@@ -484,6 +386,16 @@ def test_inpainting_starts_from_known_pixels_and_their_neighbours():
     torch.testing.assert_close(x, expected)
     known = Inpainting(torch.ones(5, 9))
     assert torch.equal(known.guess(d), d)
+
+
+def test_inpainting_fills_a_channel_without_known_pixels_with_the_mean_of_the_others():
+    mask = mask_of(3, *SIZE)
+    mask[1] = 0
+    A, others = Inpainting(mask), Inpainting(mask[[0, 2]])
+    d = A(random(2, 3, *SIZE))
+    expected = others.guess(d[:, [0, 2]])
+    torch.testing.assert_close(A.guess(d)[:, [0, 2]], expected, rtol=0, atol=0)
+    torch.testing.assert_close(A.guess(d)[:, 1], expected.mean(1), rtol=0, atol=1e-12)
 
 
 # --- baselines ------------------------------------------------------------------------------------
@@ -503,20 +415,11 @@ def test_inverse_tikhonov_and_spectrum_against_dense():
                                atol=1e-13)
 
 
-def test_gradient_descent_and_conjugate_gradients_reach_the_closed_form():
-    A, d, lam = Blur(16, 5, 2.0), random(2, 3, 16, 16), 0.05
-    exact = tikhonov(A, d, lam)
-    torch.testing.assert_close(tikhonov_gradient_descent(A, d, lam, 1.0, 1000), exact,
-                               rtol=0, atol=1e-10)
-    solved = conjugate_gradients(lambda x: A.adjoint(A(x)) + lam * x, A.adjoint(d), 1e-12)
-    torch.testing.assert_close(solved, exact, rtol=0, atol=1e-10)
-
-
-def test_gradient_descent_calls_back_with_every_iterate():
-    A, d = Blur(16, 5, 2.0), random(1, 3, 16, 16)
-    seen = []
-    last = tikhonov_gradient_descent(A, d, 0.1, 1.0, 3, lambda k, x: seen.append((k, x)))
-    assert [k for k, _ in seen] == [0, 1, 2, 3]
+def test_gradient_descent_reaches_the_closed_form_and_calls_back_with_every_iterate():
+    A, d, seen = Blur(16, 5, 2.0), random(2, 3, 16, 16), []
+    last = tikhonov_gradient_descent(A, d, 0.05, 1.0, 1000, lambda k, x: seen.append((k, x)))
+    torch.testing.assert_close(last, tikhonov(A, d, 0.05), rtol=0, atol=1e-10)
+    assert [k for k, _ in seen] == list(range(1001))
     assert torch.equal(seen[0][1], d) and torch.equal(seen[-1][1], last)
 
 
@@ -544,6 +447,13 @@ def test_image_gradient_and_its_adjoint():
     assert 7 < v.norm() < 8
 
 
+def objective(A: LinearOperator, x: torch.Tensor, d: torch.Tensor, weight: float,
+              rounded: float = 0.0) -> torch.Tensor:
+    """What total variation minimises, its norm rounded off near 0."""
+    lengths = (image_gradient(x).square().sum((0, 2)) + rounded).sqrt()
+    return 0.5 * (A(x) - d).square().sum() + weight * lengths.sum()
+
+
 def test_total_variation_denoises_like_scikit_image():
     identity = Blur(24, 1, 1.0)  # a kernel of one pixel: denoising
     d = random(1, 1, 24, 24) * 0.2 + 0.5
@@ -552,8 +462,7 @@ def test_total_variation_denoises_like_scikit_image():
     theirs = torch.from_numpy(skimage.restoration.denoise_tv_chambolle(
         d[0, 0].numpy(), weight=0.1, eps=1e-10, max_num_iter=5000))[None, None]
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
-    ours, theirs = (total_variation_objective(identity, x, d, 0.1) for x in (ours, theirs))
-    assert ours <= theirs * (1 + 1e-5)
+    assert objective(identity, ours, d, 0.1) <= objective(identity, theirs, d, 0.1) * (1 + 1e-5)
 
 
 def test_total_variation_deblurs_to_the_minimum():
@@ -565,17 +474,14 @@ def test_total_variation_deblurs_to_the_minimum():
 
     def smoothed(values):
         x = torch.from_numpy(values).view_as(d).requires_grad_()
-        lengths = (image_gradient(x).square().sum((0, 2)) + 1e-9).sqrt()
-        value = 0.5 * (A(x) - d).square().sum() + weight * lengths.sum()
+        value = objective(A, x, d, weight, 1e-9)
         value.backward()
         return value.item(), x.grad.numpy().ravel()
 
     found = scipy.optimize.minimize(smoothed, ours.numpy().ravel() + 0.01, jac=True,
                                     method="L-BFGS-B", options={"maxiter": 4000, "ftol": 1e-14,
                                                                 "maxfun": 50_000})
-    objective = total_variation_objective(A, ours, d, weight).item()
-    assert objective <= found.fun
-    assert objective == pytest.approx(found.fun, rel=1e-3)
+    assert 0.999 * found.fun <= objective(A, ours, d, weight).item() <= found.fun
 
 
 def test_total_variation_of_an_image_does_not_depend_on_its_batch():
@@ -588,13 +494,9 @@ def test_total_variation_of_an_image_does_not_depend_on_its_batch():
         alone, same = total_variation(A, d[i:i + 1], 0.01)
         assert same.iterations.item() == info.iterations[i].item()
         torch.testing.assert_close(together[i:i + 1], alone, rtol=0, atol=1e-5)
-
-
-def test_total_variation_reports_what_has_not_converged():
-    A, d = Blur(16, 5, 2.0), random(2, 3, 16, 16)
     _, info = total_variation(A, d, 0.01, 1e-12, 5)
-    assert info.iterations.tolist() == [5, 5] and not info.converged.any()
-    assert info.residuals.shape == (5, 2)
+    assert info.iterations.tolist() == [5] * 3 and not info.converged.any()
+    assert info.residuals.shape == (5, 3)
 
 
 def test_noise_depends_on_seed_and_index_alone():
@@ -604,14 +506,10 @@ def test_noise_depends_on_seed_and_index_alone():
     alone = measure(A, x[2:3], 0.01, 7, [2])
     torch.testing.assert_close(together[2:3], alone, rtol=0, atol=1e-6)
     assert not torch.allclose(measure(A, x[2:3], 0.01, 8, [2]), alone, atol=1e-3)
+    noise = measure(Halves(16), x.double(), 0.01, 0, range(4)) - Halves(16)(x.double())
+    assert noise.shape == (4, 3, 8, 16) and noise.std().item() == pytest.approx(0.01, rel=0.05)
     with pytest.raises(ValueError, match="4 images but 1 indices"):
         measure(A, x, 0.01, 7, [0])
-
-
-def test_noise_has_the_protocols_strength():
-    A = Blur(128, 5, 2.0)
-    x = torch.zeros(4, 3, 128, 128)
-    assert measure(A, x, 0.01, 0, [0, 1, 2, 3]).std().item() == pytest.approx(0.01, rel=0.01)
 
 
 def test_protocols():
@@ -620,72 +518,13 @@ def test_protocols():
     assert get_protocol("code").operator().cond == pytest.approx(4e4, rel=0.2)
 
 
-# --- an operator that has forward and adjoint alone ---------------------------------------------
-
-
-class Halves(LinearOperator):
-    """From images (B, C, H, W) to half as many rows, weighted sums of two each: M x."""
-
-    def __init__(self, rows: int, wrong: float = 0.0):
-        super().__init__()
-        M = torch.kron(torch.eye(rows // 2, dtype=torch.float64),
-                       torch.tensor([[0.7, 0.2]], dtype=torch.float64))
-        self.wrong = wrong  # what is added to the adjoint
-        self.register_buffer("M", M)
-
-    def forward(self, x):
-        return self.M.to(x.dtype) @ x
-
-    def adjoint(self, d):
-        return (self.M.to(d.dtype) + self.wrong).mT @ d
-
-
-def test_conjugate_gradients_solve_what_a_dense_solve_does():
-    A, r, tau = Halves(6), random(2, 3, 6, 5), 0.05
-    normal = A.M.T @ A.M + tau * torch.eye(6, dtype=torch.float64)
-    assert A(r).shape == (2, 3, 3, 5)
-    torch.testing.assert_close(A.solve_normal(r, tau), torch.linalg.solve(normal, r),
-                               rtol=1e-9, atol=1e-10)
-    mixed = r * torch.tensor([1.0, 1e-6]).view(2, 1, 1, 1)  # each image to its own size
-    torch.testing.assert_close(A.solve_normal(mixed, tau), torch.linalg.solve(normal, mixed),
-                               rtol=1e-7, atol=1e-13)
-    assert torch.equal(A.solve_normal(torch.zeros_like(r), tau), torch.zeros_like(r))
-
-
-def test_derivatives_of_that_solve_are_those_of_finite_differences():
-    A, r = Halves(4), random(2, 1, 4, 2).requires_grad_()
-    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(A.solve_normal, (r, tau))
-    assert torch.autograd.gradgradcheck(A.solve_normal, (r, tau))
-
-
-def test_a_blur_solves_the_same_by_conjugate_gradients(problem):
-    """And a map of the general way has the gradients of one of the fast one."""
-    A, D, d = problem
-    torch.testing.assert_close(LinearOperator.solve_normal(A, d, 0.02), A.solve_normal(d, 0.02),
-                               rtol=0, atol=1e-9)
-
-    class Slow(Blur):
-        solve_normal = LinearOperator.solve_normal
-
-    gradients = []
-    for operator in (A, Slow(16, 5, 1.0)):
-        T = make_map(PreconditionedMap, operator, D)
-        T(d, d).square().sum().backward()
-        gradients.append(T.log_tau.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=0)
+# --- refusals -------------------------------------------------------------------------------------
 
 
 def test_a_wrong_adjoint_is_found_and_said_how_wrong():
-    assert Halves(6).check_adjoint(3, 6, 5) < 1e-12
-    assert Blur((20, 33), 5, 2.0).check_adjoint(3, 20, 33) < 1e-12
-    with pytest.raises(UserError, match="Halves.adjoint is not the adjoint of its forward: "
-                                        r"<A u, v> = .* apart by \d\.\de-0\d of") as caught:
+    with pytest.raises(UserError, match="Halves.adjoint is not the adjoint of its forward: <A u, v>"
+                                        r" = \S+ and <u, A' v> = \S+, apart by \d\.\de-0\d"):
         Halves(6, wrong=0.1).check_adjoint(3, 6, 5)
-    said = str(caught.value)
-    left, right = (float(said.split(f"{name} = ")[1].split()[0].rstrip(","))
-                   for name in ("<A u, v>", "<u, A' v>"))
-    assert abs(left - right) > 0.01 * max(abs(left), abs(right))
     with pytest.raises(UserError, match="apart by nan"):
         Halves(6, wrong=float("nan")).check_adjoint(3, 6, 5)
 
@@ -697,24 +536,6 @@ def test_an_operator_without_adjoint_or_inverse_says_so():
 
     with pytest.raises(NotImplementedError, match="Forward has no adjoint: write one"):
         Forward().guess(torch.zeros(1))
-    with pytest.raises(UserError, match="Halves has no known inverse"):
-        direct_inverse(Halves(6), random(1, 3, 3, 5))
-
-
-def test_operators_have_no_entries_among_the_weights():
-    assert Halves(6).state_dict() == {}
-    T = make_map(PreconditionedMap, Halves(6), Denoiser(DnCNN(2, 4), 0.1))
-    names = set(T.state_dict())
-    assert "log_tau" in names and not any(name.startswith("A.") for name in names)
-    assert len(list(T.A.buffers())) == 1 and T.A.double().M.dtype == torch.float64
-
-
-def test_noise_has_the_shape_of_what_is_measured():
-    A, x = Halves(6), random(2, 3, 6, 5)
-    d = measure(A, x, 0.1, 0, [4, 7])
-    assert d.shape == (2, 3, 3, 5) and d.dtype == x.dtype
-    assert torch.equal(measure(A, x[1:], 0.1, 0, [7]), d[1:])
-    assert 0.05 < (d - A(x)).std() < 0.15
 
 
 @pytest.mark.parametrize(("make", "message"), [
@@ -723,30 +544,36 @@ def test_noise_has_the_shape_of_what_is_measured():
     (lambda: Blur(9, 4, 2.0), "kernel size 4: choose an odd"),
     (lambda: gaussian_kernel(-1, 2.0), "odd"),
     (lambda: gaussian_kernel(5, 0.0), "kernel std 0.0: choose a positive"),
-    (lambda: gaussian_kernel(5, math.nan), "positive"),
     (lambda: gaussian_kernel(5, math.inf), "positive"),
     (lambda: Blur(9, 5, 2.0, border="x"), "border 'x': choose unknown or black"),
     (lambda: Convolution(9, np.zeros((3, 3))), "a kernel of zeros"),
     (lambda: Convolution(9, torch.tensor([[1.0, math.nan]])), "not finite"),
-    (lambda: Convolution(9, [[1.0, math.inf]]), "not finite"),
     (lambda: Convolution(9, torch.ones(3)), r"a kernel of shape \(3,\)"),
-    (lambda: Convolution(9, torch.ones(3, 3, 3)), r"a kernel of shape \(3, 3, 3\)"),
     (lambda: Convolution(9, torch.ones(0, 3)), r"a kernel of shape \(0, 3\)"),
-    (lambda: Convolution(9, kernel_of(3, 3)).inverse(torch.ones(1, 1, 7, 7)),
+    (lambda: direct_inverse(Convolution(9, kernel_of(3, 3)), torch.ones(1, 1, 7, 7)),
      "Convolution has no known inverse"),
+    (lambda: Convolution((20, 22), kernel_of(3, 4))(random(1, 1, 20, 23)),
+     r"an image of \(20, 23\) for an operator on \(20, 22\): they need the same height and width"),
+    (lambda: Blur(9, 5, 2.0)(random(1, 1, 9, 8)), r"an image of \(9, 8\) for an operator on"),
+    (lambda: Blur(9, 5, 2.0, "unknown").adjoint(random(1, 1, 9, 9)), "a measurement of"),
+    (lambda: Blur(9, 5, 2.0).solve_normal(random(1, 1, 9, 8), 0.1), "an image of"),
+    (lambda: Inpainting(mask_of(2, 9, 9))(random(1, 1, 9, 9)), r"an image of \(1, 9, 9\)"),
+    (lambda: Blur(9, 5, 2.0)(np.ones((1, 1, 9, 9))),
+     "a ndarray of float64: give a tensor of floats, such as torch.from_numpy"),
+    (lambda: Blur(9, 5, 2.0).adjoint(np.ones((1, 1, 9, 9))), "a ndarray of float64: give"),
+    (lambda: Inpainting(torch.ones(4, 4))(torch.ones(1, 1, 4, 4, dtype=torch.uint8)),
+     "a Tensor of torch.uint8: give"),
+    (lambda: Restorer(lambda A, d, noise_std: (d, None))(None, np.ones((1, 1, 9, 9)), 0.01),
+     "a ndarray of float64: give"),
     (lambda: Downsampling(9, 0), "factor 0: give a positive"),
-    (lambda: Downsampling(9, -2), "factor -2"),
     (lambda: Downsampling(9, 10), "smaller than the 10 x 10"),
     (lambda: Inpainting(torch.zeros(4, 4)), "a mask must be of 0 and 1, and not of 0 alone"),
     (lambda: Inpainting(np.full((4, 4), 255)), "a mask must be of 0 and 1"),
-    (lambda: MRI(torch.zeros(4, 4)), "a mask must be of 0 and 1"),
-    (lambda: MRI(torch.full((4, 4), 0.5)), "a mask must be of 0 and 1"),
     (lambda: MRI(torch.full((4, 4), math.nan)), "a mask must be of 0 and 1"),
     (lambda: MRI(torch.ones(4, 4), torch.zeros(4, 5)), r"a phase of shape \(4, 5\)"),
     (lambda: MRI(torch.ones(4, 4), torch.full((4, 4), math.nan)), "give finite values"),
     (lambda: MRI(torch.ones(4, 4))(torch.ones(1, 1, 4, 5)), "the same height and width"),
-    (lambda: MRI(torch.ones(4, 4)).adjoint(torch.ones(1, 1, 4, 5, 2)), "a k-space of shape"),
-    (lambda: MRI(torch.ones(4, 4)).adjoint(torch.ones(1, 1, 4, 4)), "a k-space of shape"),
+    (lambda: MRI(torch.ones(4, 4)).adjoint(torch.ones(1, 1, 4, 4)), "a k-space of"),
     (lambda: get_protocol("papr"), "unknown protocol 'papr': choose one of paper, code, camera"),
 ])
 def test_bad_input(make, message):

@@ -1,4 +1,4 @@
-"""Against the peers' own implementations: torchdeq's, deepinv's and scikit-image's."""
+"""Against other implementations: torchdeq's, deepinv's and scikit-image's."""
 
 import copy
 from collections.abc import Iterator
@@ -12,10 +12,10 @@ from conftest import MAPS, make_map
 
 from jfbnb.common import UserError
 from jfbnb.core import kernels
-from jfbnb.core.baselines import tikhonov, total_variation
+from jfbnb.core.baselines import tikhonov
 from jfbnb.core.fixed_point import solve
 from jfbnb.core.gradients import implicit, jfb
-from jfbnb.core.interop import DeepinvOperator
+from jfbnb.core.interop import DeepinvOperator, to_deepinv
 from jfbnb.core.maps import ProximalMap
 from jfbnb.core.operators import MRI, Blur, Convolution, Downsampling, Inpainting
 
@@ -32,15 +32,6 @@ def gradient(T, output: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).norm() / theirs.norm()).item()
-
-
-@pytest.fixture
-def physics():
-    """deepinv's view of our blur: A, its adjoint, and nothing else."""
-    def make(A):
-        return deepinv.physics.LinearPhysics(A=lambda x, **_: A(x),
-                                             A_adjoint=lambda y, **_: A.adjoint(y))
-    return make
 
 
 # --- operators ------------------------------------------------------------------------------------
@@ -110,7 +101,7 @@ def test_mri_is_deepinvs_on_complex_images(phase):
 
 
 def theirs_alone() -> Iterator:
-    """Operators of deepinv's that are none of ours, and the images they are for."""
+    """Operators of deepinv that we do not have, and the shapes of their images."""
     p, kernel = deepinv.physics, KERNELS["even"][None, None]
     for name, make, domain in (
             ("circular blur", lambda: p.BlurFFT((3, *SIZE), filter=kernel.float()), (3, *SIZE)),
@@ -128,17 +119,17 @@ def theirs_alone() -> Iterator:
 
 
 @pytest.mark.parametrize(("make", "domain"), list(theirs_alone()))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_any_of_deepinvs_operators_can_be_ours(make, domain, dtype):
-    theirs = make()
+def test_any_of_deepinvs_operators_can_be_ours(make, domain):
+    theirs, dtype = make(), torch.float32
     A, x = DeepinvOperator(theirs), images(2, *domain).to(dtype)
     assert A.check_adjoint(*domain) < 1e-6
     d = A(x)
     assert d.dtype == dtype and A.guess(d).shape == x.shape
     assert torch.equal(A(x), d) and torch.equal(copy.deepcopy(A)(x), d)  # without noise
-    torch.testing.assert_close(d, theirs.A(x.float()).to(dtype))
-    prox = theirs.prox_l2(0.0, d.float(), 10.0, max_iter=1000, tol=1e-7)
-    torch.testing.assert_close(tikhonov(A, d, 0.1), prox.to(dtype), rtol=0, atol=1e-4)
+    torch.testing.assert_close(d, theirs.A(x))
+    torch.testing.assert_close(A(x.double()), theirs.A(x).double())
+    prox = theirs.prox_l2(0.0, d, 10.0, max_iter=1000, tol=1e-7)
+    torch.testing.assert_close(tikhonov(A, d, 0.1), prox, rtol=0, atol=1e-4)
     assert A.state_dict() == {} and not list(A.parameters()) and repr(A).count("\n") == 0
     assert set(theirs.state_dict()) == set(make().state_dict())  # theirs is as it was
 
@@ -168,16 +159,32 @@ def test_what_is_not_linear_cannot_be_ours():
         DeepinvOperator(deepinv.physics.Haze())
 
 
-# --- total variation, maps and gradients ----------------------------------------------------------
+@pytest.mark.parametrize("A", [
+    Convolution((8, 9), KERNELS["even"]), Downsampling((8, 9), 2), Blur((8, 9), 5, 2.0),
+    Inpainting(MASK[:8, :9]), MRI(MASK[:8, :9], images(8, 9))], ids=lambda A: type(A).__name__)
+def test_any_of_our_operators_can_be_deepinvs_and_come_back(A):
+    """Against the dense matrix of A."""
+    M = A(torch.eye(72, dtype=torch.float64).view(72, 1, 8, 9)).flatten(1).mT
+    x, d = images(2, 1, 8, 9), torch.rand_like(A(images(2, 1, 8, 9)))
+    theirs = to_deepinv(A)
+    for physics in (theirs, copy.deepcopy(theirs), to_deepinv(DeepinvOperator(theirs))):
+        assert physics.adjointness_test(x, num_samples=4) < 1e-10
+        torch.testing.assert_close(physics(x).flatten(1), x.flatten(1) @ M.mT)
+        torch.testing.assert_close(physics.A_adjoint(d).flatten(1), d.flatten(1) @ M)
+    prox = theirs.prox_l2(x, d, 20.0, solver="lsqr", max_iter=1000, tol=1e-13)
+    normal = M.mT @ M + torch.eye(72, dtype=torch.float64) / 20
+    expected = torch.linalg.solve(normal, (d.flatten(1) @ M + x.flatten(1) / 20).mT).mT
+    torch.testing.assert_close(prox.flatten(1), expected, rtol=0, atol=1e-8)
+    dagger = theirs.A_dagger(A(x), solver="lsqr", max_iter=1000, tol=1e-13)
+    torch.testing.assert_close(A(dagger), A(x), rtol=0, atol=1e-4)
 
 
-def test_total_variation_is_deepinvs_on_denoising():
-    """With A = I, the kernel of one pixel, deblurring is denoising."""
-    y = torch.rand(1, 1, 24, 24, dtype=torch.float64, generator=torch.manual_seed(0))
-    ours, info = total_variation(Blur(24, 1, 1.0), y, 0.2, 1e-6, 20000, step=0.2)
-    assert info.converged.all()
-    theirs = deepinv.models.TVDenoiser(n_it_max=20000, crit=1e-9)(y, ths=0.2)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+def test_one_of_our_operators_moves_with_its_physics():
+    physics = to_deepinv(Blur((8, 9), 5, 2.0)).to("meta")
+    assert physics.A(torch.ones(1, 1, 8, 9, device="meta")).shape == (1, 1, 8, 9)
+
+
+# --- maps and gradients ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", MAPS)
@@ -199,7 +206,7 @@ def test_gradients_are_torchdeqs(problem, kind, ift):
 
 
 @pytest.mark.parametrize("jacobian_free", [True, False], ids=["jfb", "implicit"])
-def test_proximal_map_and_gradients_are_deepinvs(problem, physics, jacobian_free):
+def test_proximal_map_and_gradients_are_deepinvs(problem, jacobian_free):
     """DE-PROX is deepinv's plug-and-play proximal gradient, made a deep equilibrium model."""
     A, D, d = problem
     eta = 0.7
@@ -214,7 +221,7 @@ def test_proximal_map_and_gradients_are_deepinvs(problem, physics, jacobian_free
         data_fidelity=deepinv.optim.L2(), prior=deepinv.optim.PnP(Theirs()), stepsize=eta,
         sigma_denoiser=0.05, max_iter=3000, early_stop=True, thres_conv=1e-13, crit_conv="residual",
         unfold=True, DEQ=DEQConfig(jacobian_free=jacobian_free, max_iter_backward=3000))
-    theirs = model(d, physics(A))
+    theirs = model(d, to_deepinv(A))
     T = ProximalMap(A, D, eta)
     x_star, info = solve(T, d, 1e-12, 5000)
     assert info.converged.all()

@@ -1,16 +1,18 @@
-"""What there was before learning: direct inverse, Tikhonov regularisation, total variation."""
-
-from collections.abc import Callable
+"""Methods without learning: direct inverse, Tikhonov regularisation, total variation."""
 
 import torch
 from torch import Tensor
 
-from jfbnb.core.fixed_point import SolveInfo
-from jfbnb.core.operators import Blur, LinearOperator
+from jfbnb.core.fixed_point import Callback, Solved, SolveInfo
+from jfbnb.core.linear_operator import LinearOperator
+from jfbnb.core.operators import Blur
 
 
 def direct_inverse(A: LinearOperator, d: Tensor) -> Tensor:
-    """Section 2.2: x = A^-1 d = x_true + A^-1 noise. Unbounded; shapes (B, C, H, W)."""
+    """Section 2.2: x = A^-1 d = x_true + A^-1 noise, (B, *range) -> (B, C, H, W), not clipped.
+
+    Raises UserError where A has no known inverse.
+    """
     return A.inverse(d)
 
 
@@ -20,21 +22,16 @@ def tikhonov(A: LinearOperator, d: Tensor, lam: float) -> Tensor:
 
 
 @torch.no_grad()
-def tikhonov_gradient_descent(
-    A: LinearOperator,
-    d: Tensor,
-    lam: float,
-    step: float,
-    iterations: int,
-    callback: Callable[[int, Tensor], None] | None = None,
-) -> Tensor:
-    """Gradient descent on Eq. 2 with R = |x|^2 / 2, from A's first guess, for a blur x = d.
+def tikhonov_gradient_descent(A: LinearOperator, d: Tensor, lam: float, step: float,
+                              iterations: int, callback: Callback | None = None) -> Tensor:
+    """Gradient descent on Eq. 2 with R = |x|^2 / 2, from `A.guess(d)`, which is d for a blur.
 
     x <- x - step (A'(A x - d) + lam x). It converges to `tikhonov` for 0 < step < 2 / (1 + lam),
-    as |A| <= 1. Stopped early it regularises by itself, also with lam = 0: the directions that A
-    hardly sees, where the noise is, have not moved yet.
+    if |A| <= 1. Early stopping regularises too, even with lam = 0: along singular vectors with
+    small singular values, where the inverse amplifies noise, x has hardly moved.
 
     Args:
+        lam: weight of R, >= 0.
         iterations: number of steps.
         callback: called with (k, x) for k = 0 .. iterations.
     """
@@ -48,24 +45,27 @@ def tikhonov_gradient_descent(
 
 
 def gradient_descent_iterate(A: Blur, d: Tensor, lam: float, step: float, k: int) -> Tensor:
-    """Iterate k of `tikhonov_gradient_descent` in closed form, whatever k costs otherwise.
+    """Iterate k of `tikhonov_gradient_descent` in closed form, at the same cost for every k.
 
     In the eigenbasis of A every coefficient follows a geometric sequence towards its limit, with
     ratio 1 - step (s^2 + lam) for the eigenvalue s.
+
+    Args:
+        A: a blur with a black border, symmetric.
     """
     s = A.spectrum
     limit = s / (s**2 + lam)
-    return A.filter(d, limit + (1 - step * (s**2 + lam)) ** k * (1 - limit))
+    return A.factors.filter(d, limit + (1 - step * (s**2 + lam)) ** k * (1 - limit))
 
 
 def discrepancy_lambda(A: LinearOperator, d: Tensor, noise_std: float, lams: Tensor) -> float:
-    """Morozov's discrepancy principle: the largest lam whose misfit is that of the noise.
+    """Morozov's discrepancy principle (1966): the largest lam whose misfit is that of the noise.
 
-    That is, with |A x_lam - d|^2 at most noise_std^2 times the number of values in d. It needs
-    the noise level, but no ground truth.
+    That is, with |A x_lam - d|^2 at most noise_std^2 times the number of values in d; the smallest
+    candidate if there is none. It needs the noise level, but no ground truth.
 
     Args:
-        lams: candidates, any order.
+        lams: candidates, in any order.
     """
     for lam in sorted(lams.tolist(), reverse=True):
         if (A(tikhonov(A, d, lam)) - d).square().mean() <= noise_std**2:
@@ -96,37 +96,25 @@ def _magnitude(p: Tensor) -> Tensor:
     return p.square().sum(dim=(0, 2)).sqrt()[:, None]
 
 
-def total_variation_objective(A: LinearOperator, x: Tensor, d: Tensor, weight: float) -> Tensor:
-    """|A x - d|^2 / 2 + weight TV(x), per image (B,); TV is isotropic and couples the channels."""
-    misfit = 0.5 * (A(x) - d).square().flatten(1).sum(dim=1)
-    return misfit + weight * _magnitude(image_gradient(x)).flatten(1).sum(dim=1)
-
-
 @torch.no_grad()
-def total_variation(
-    A: LinearOperator,
-    d: Tensor,
-    weight: float,
-    tolerance: float = 1e-4,
-    max_iterations: int = 300,
-    step: float | None = None,
-) -> tuple[Tensor, SolveInfo]:
-    """Eq. 2 with R = TV, by the primal-dual method of Chambolle and Pock (2011), Algorithm 1.
+def total_variation(A: LinearOperator, d: Tensor, weight: float, tolerance: float = 1e-4,
+                    max_iterations: int = 300, step: float | None = None) -> Solved:
+    """Minimise |A x - d|^2 / 2 + weight TV(x), Eq. 2, by Chambolle and Pock (2011), Algorithm 1.
 
-    Total variation of Rudin, Osher and Fatemi (1992), in colour as in Blomgren and Chan (1998).
-    The data term's proximal map is exact, so the method converges for any `step` > 0.
+    TV is isotropic (Rudin, Osher and Fatemi 1992) and couples the channels: it sums, over the
+    pixels, the norm of the image gradient over both directions and all channels. The data term's
+    proximal map is exact, so the method converges for any `step` > 0.
 
     Args:
         weight: of TV, > 0.
         tolerance: on the primal-dual residuals of Goldstein et al. (2013), relative to |A'd|
             and |x|, whichever is larger.
-        step: tau; sigma = 1 / (8 tau), as the squared norm of the image gradient is below 8. None
-            is 0.018 / weight: the dual variable is at most `weight` large and its steps go with it.
-            That takes 50 to 150 iterations at weights of 1e-4 to 2e-2; a fixed tau takes most of
-            them to their end.
+        step: tau; sigma = 1 / (8 tau), as the squared norm of the image gradient is below 8. The
+            default, 0.018 / weight, follows the dual variable, whose size is at most `weight`. It
+            takes 50 to 150 iterations at weights of 1e-4 to 2e-2; a fixed tau takes many more.
 
     Returns:
-        x, and iterations, residual and converged per image.
+        x (B, C, H, W), and `SolveInfo` per image.
     """
     tau = 0.018 / weight if step is None else step
     sigma = 1 / (8 * tau)
@@ -143,17 +131,14 @@ def total_variation(
         dx, dp = x - x_new, p - p_new
         primal = (dx / tau - image_gradient_adjoint(dp)).flatten(1).norm(dim=1)
         dual = (dp / sigma - image_gradient(dx)).transpose(0, 1).flatten(1).norm(dim=1)
-        active = residual > tolerance  # an image that is done stays as it is, whoever is with it
+        active = residual > tolerance  # images that are done stay as they are
         iterations += active
         residual = torch.where(active, torch.maximum(
             primal / b.flatten(1).norm(dim=1), dual / x_new.flatten(1).norm(dim=1)), residual)
         residuals.append(residual)
-        if active.all():
-            x_bar, x, p = 2 * x_new - x, x_new, p_new
-        else:
-            moves = active[:, None, None, None]
-            x_bar = torch.where(moves, 2 * x_new - x, x_bar)
-            x, p = torch.where(moves, x_new, x), torch.where(moves, p_new, p)
+        moves = active[:, None, None, None]
+        x_bar = torch.where(moves, 2 * x_new - x, x_bar)
+        x, p = torch.where(moves, x_new, x), torch.where(moves, p_new, p)
         if (residual <= tolerance).all():
             break
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))

@@ -1,4 +1,4 @@
-"""Conjugate gradients (Hestenes and Stiefel 1952), for many images at once."""
+"""Conjugate gradients for many images at once."""
 
 import warnings
 from collections.abc import Callable
@@ -7,24 +7,20 @@ import torch
 from torch import Tensor
 
 
-def conjugate_gradients(
-    apply: Callable[[Tensor], Tensor],
-    b: Tensor,
-    tolerance: float = 1e-8,
-    max_iterations: int = 1000,
-    start: Tensor | None = None,
-    precondition: Callable[[Tensor], Tensor] = lambda r: r,
-) -> Tensor:
-    """Solve `apply(x) = b` for a symmetric positive definite linear map, image by image.
+def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, tolerance: float = 1e-8,
+                        max_iterations: int = 1000, start: Tensor | None = None,
+                        precondition: Callable[[Tensor], Tensor] = lambda r: r) -> Tensor:
+    """Solve M x = b for each image of (B, ...) by conjugate gradients (Hestenes and Stiefel 1952).
 
-    Hestenes and Stiefel (1952). With P for `precondition`, stops when |P r| is below `tolerance`
-    |P b| for every image's residual r: P r is about what is wrong with x. What is not finite
-    stays so.
+    They stop when |P r| <= tolerance |P b| for the residual r of every image, with P the
+    preconditioner: P r is about the error of x. They warn if max_iterations do not suffice. An
+    image that is not finite stays so, and does not disturb the others.
 
     Args:
-        apply: x -> M x on (B, ...), e.g. `lambda x: A.adjoint(A(x)) + tau * x`.
-        start: where to start, for each image where that is nearer than 0.
-        precondition: r -> about M^-1 r, linear, symmetric and positive definite.
+        apply: x -> M x, symmetric and positive definite, e.g. A.adjoint(A(x)) + tau * x.
+        b: (B, ...).
+        start: (B, ...), used for each image where it is nearer than 0.
+        precondition: r -> P r, about M^-1 r; linear, symmetric and positive definite.
     """
     def dot(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).flatten(1).sum(dim=1).view(-1, *(1,) * (b.dim() - 1))
@@ -34,11 +30,11 @@ def conjugate_gradients(
     goal = tolerance**2 * dot(z, z)
     x = 0 * goal * b
     if start is not None:
-        left = b - apply(start)
-        wrong = precondition(left)
-        nearer = dot(wrong, wrong) < dot(z, z)
+        r_start = b - apply(start)
+        z_start = precondition(r_start)
+        nearer = dot(z_start, z_start) < dot(z, z)
         x, r, z = (torch.where(nearer, new, old)
-                   for new, old in ((start, x), (left, r), (wrong, z)))
+                   for new, old in ((start, x), (r_start, r), (z_start, z)))
     p, rz = z, dot(r, z)
     for _ in range(max_iterations):
         if not (dot(z, z) > goal).any():  # NaN is never over it

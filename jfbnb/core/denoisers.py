@@ -1,8 +1,8 @@
-"""The networks: DnCNN, and the denoiser D made of one. They know no operator.
+"""The networks R, and the denoiser D(x) = x - R(x; sigma).
 
-Any module called as `network(x, sigma)` will do in the place of DnCNN: it predicts the noise in x,
-given the noise level sigma. To be saved it keeps each argument of its constructor under the same
-name; to be loaded its class must be among `NETWORKS`, or be given.
+R is any module called as `network(x, sigma)` that predicts the noise in x, given the noise level
+sigma. Weight files need that it keeps each argument of its constructor under the same name, and
+that its class is among `NETWORKS`, or given.
 """
 
 from itertools import pairwise
@@ -13,14 +13,22 @@ from torch.nn.functional import pad
 
 from jfbnb.common import UserError
 
+LARGEST = 4096  # the largest number among the constructor arguments in a weight file
+
+
+def _with_level(x: Tensor, sigma: float | Tensor) -> Tensor:
+    """x with one more channel, which is sigma everywhere: (B, C, H, W) -> (B, C + 1, H, W)."""
+    level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
+    return torch.cat([x, level.expand(len(x), 1, *x.shape[2:])], dim=1)
+
 
 class DnCNN(nn.Module):
     """The residual denoiser of Zhang et al. (2017): R(x; sigma) estimates the noise in x.
 
     `depth` 3 x 3 convolutions of `width` channels with ReLU between; the receptive field is
-    2 depth + 1 pixels wide. The noise level sigma is told to it as one more input channel, as in
-    FFDNet (Zhang et al. 2018). No batch normalisation: its running statistics would change at
-    every application of T, and a map that changes has no fixed point.
+    2 depth + 1 pixels wide. The noise level is one more input channel, as in FFDNet (Zhang et al.
+    2018). There is no batch normalisation: its running statistics would change at every
+    application of T, and a map that changes has no fixed point.
 
     Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W).
     The attribute `bf16` runs the convolutions in bfloat16; see `precision`.
@@ -44,33 +52,28 @@ class DnCNN(nn.Module):
         nn.init.zeros_(self.layers[-1].bias)
         self.to(memory_format=torch.channels_last)  # the faster layout, on CPUs and GPUs
 
-    def extra_repr(self) -> str:
-        return f"{self.depth} x {self.width}"
-
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
-        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        told = torch.cat([x, level.expand(len(x), 1, *x.shape[2:])], dim=1)
+        z = _with_level(x, sigma).contiguous(memory_format=torch.channels_last)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            noise = self.layers(told.contiguous(memory_format=torch.channels_last))
+            noise = self.layers(z)
         return noise.to(x.dtype).contiguous()
 
 
 class UNet(nn.Module):
-    """A residual denoiser that sees far: R(x; sigma) by a U-Net (Ronneberger et al. 2015).
+    """A residual denoiser with a large receptive field, a U-Net (Ronneberger et al. 2015).
 
     Of its `depth` levels, l = 0, 1, ..., each has 2^l times `width` channels at 2^-l of the
     resolution, and a residual block of two 3 x 3 convolutions on the way down and one on the way
     up, the last level two in a row, as in DRUNet (Zhang et al. 2021). Strided 2 x 2 convolutions
-    lead down, transposed ones up, and what was on a level is added to what comes up to it. The
-    noise level sigma is told to it as in `DnCNN`, and no layer normalises, for the reason given
-    there.
+    lead down, transposed ones up, and skip connections add. The noise level is an input, and there
+    is no normalisation, as in `DnCNN`.
 
-    Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W). Other
-    sizes than multiples of the coarsest step, 2^(depth - 1) pixels, are extended to one by their
-    border values, and cut again. The attribute `bf16` runs it in bfloat16; see `precision`.
+    Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W). H and W
+    are padded to multiples of 2^(depth - 1) by the border values, and cropped again. The attribute
+    `bf16` runs it in bfloat16; see `precision`.
 
     Raises:
-        ValueError: where its last level would have more than `LARGEST` channels.
+        ValueError: if its last level would have more than `LARGEST` channels.
     """
 
     smooth = True
@@ -96,17 +99,12 @@ class UNet(nn.Module):
         nn.init.zeros_(self.last.bias)
         self.to(memory_format=torch.channels_last)
 
-    def extra_repr(self) -> str:
-        return f"{self.depth} x {self.width}"
-
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         height, width = x.shape[2:]
         step = 2 ** (self.depth - 1)
-        level = torch.as_tensor(sigma, dtype=x.dtype, device=x.device)
-        told = torch.cat([x, level.expand(len(x), 1, height, width)], dim=1)
-        told = pad(told, (0, -width % step, 0, -height % step), mode="replicate")
+        z = pad(_with_level(x, sigma), (0, -width % step, 0, -height % step), mode="replicate")
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            z, skipped = self.first(told.contiguous(memory_format=torch.channels_last)), []
+            z, skipped = self.first(z.contiguous(memory_format=torch.channels_last)), []
             for before, down in zip(self.before, self.down, strict=True):
                 skipped.append(before(z))
                 z = down(skipped[-1])
@@ -130,14 +128,14 @@ class ResidualBlock(nn.Module):
         return z + self.layers(z)
 
 
-NETWORKS: list[type[nn.Module]] = [DnCNN, UNet]  # the classes that a weights file may name
+NETWORKS: list[type[nn.Module]] = [DnCNN, UNet]  # the classes that a weight file may name
 
 
 def make_network(name: str, depth: int, width: int) -> nn.Module:
-    """One of `NETWORKS`, by the name of its class, untrained.
+    """An untrained network of one of `NETWORKS`, by the name of its class.
 
     Raises:
-        UserError: for a name that is none of theirs, or a size that makes no network.
+        UserError: for an unknown name, or an impossible size.
     """
     known = {kind.__name__: kind for kind in NETWORKS}
     if name not in known:
@@ -151,12 +149,13 @@ def make_network(name: str, depth: int, width: int) -> nn.Module:
 
 
 class Denoiser(nn.Module):
-    """D(x) = x - R(x; sigma), with R a residual network that is told the noise level sigma.
+    """D(x) = x - R(x; sigma), with R a residual network and sigma its noise level.
 
     Shapes: (B, C, H, W) -> (B, C, H, W). sigma is fixed, on images in [0, 1].
 
     Raises:
-        UserError: where the network's output has another shape than its input.
+        UserError: for images of another type than the network's weights, or where its output has
+            another shape than its input.
     """
 
     def __init__(self, network: nn.Module, sigma: float | Tensor):
@@ -167,6 +166,10 @@ class Denoiser(nn.Module):
 
     def residual(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
         """R(x; sigma), the noise in x, for the denoiser's own sigma or another."""
+        dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
+        if x.dtype != dtype:
+            raise UserError(f"an image of {x.dtype} for a network of {dtype}: convert it, as in "
+                            f"x.to({dtype})")
         noise = self.network(x, self.sigma if sigma is None else sigma)
         if noise.shape != x.shape:
             raise UserError(f"{type(self.network).__name__} makes {tuple(noise.shape)} of images "
@@ -178,12 +181,9 @@ class Denoiser(nn.Module):
 
 
 def matched_sigma(noise_std: float, tau: float) -> float:
-    """The denoiser's noise level that goes with tau: noise_std / sqrt(tau).
+    """The denoiser's noise level for a weight tau: noise_std / sqrt(tau).
 
-    In half-quadratic splitting (Zhang et al. 2017) the data term weighs 1 / noise_std^2 and the
-    denoiser's 1 / sigma^2; tau is the ratio of the two.
+    In half-quadratic splitting (Zhang et al. 2017) the data term has the weight 1 / noise_std^2
+    and the denoiser's 1 / sigma^2; tau is the ratio of the two.
     """
     return noise_std / tau**0.5
-
-
-LARGEST = 4096  # of the numbers that a weights file gives a constructor

@@ -1,4 +1,4 @@
-"""Descent on an energy: L-BFGS with a line search, for maps that are gradient steps."""
+"""Minimise an energy whose gradient step is the map T: L-BFGS with Armijo's line search."""
 
 from collections.abc import Callable
 
@@ -6,79 +6,75 @@ import torch
 from torch import Tensor
 
 from jfbnb.core.fixed_point import (
-    RIDGE,
     Callback,
+    Solved,
     SolveInfo,
-    _check,
-    _dot,
-    _mixing,
-    _norm,
-    _residual,
+    anderson_step,
+    norm,
+    relative_residual,
+    require_evaluation,
 )
 
-WINDOW = 10  # of the points that a descent remembers: with 5 it stagnates
-SUFFICIENT = 0.1  # of the fall of the energy that its slope promises, to accept a step
-CURVED = 1e-6  # least cosine of a step and the gradient's change along it, to learn from the two
+WINDOW = 10  # points that Anderson and pairs that L-BFGS remember: with 5 it stagnates
+ARMIJO = 0.1  # share of the decrease predicted by the slope that a step must reach
+CURVATURE = 1e-6  # least cosine of the angle between s and y of a pair that is used
 
 
 @torch.no_grad()
-def descent(
-    T: Callable[..., Tensor],
-    x0: Tensor,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
-    callback: Callback | None = None,
-    given: Tensor | None = None,
-) -> tuple[Tensor, SolveInfo]:
-    """Anderson's steps as long as each lowers an energy enough; from then on those of L-BFGS.
+def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
+            max_iterations: int = 100, callback: Callback | None = None,
+            given: Tensor | None = None) -> Solved:
+    """Anderson's steps while they lower an energy E enough; from the first failure on L-BFGS.
 
-    A step is accepted if the energy E falls by a share of what its slope promises (Armijo 1966);
-    else L-BFGS goes on, with half the step after each that is refused. E is bounded below and its
-    gradient is to be Lipschitz, so the slopes go to 0 from any start, as far as rounding allows: no
-    map needs to be a contraction for it. Where E's own rounding hides its fall, the residual has to
-    fall instead.
+    A step of length t along p is accepted if E falls by at least a tenth of t times the slope
+    -<p, grad E> (Armijo 1966); else t is halved. An Anderson step must satisfy this for
+    t = 1 and p = T(x) - x. Where E is bounded below and its gradient is Lipschitz, the slopes
+    converge to 0 from any start, up to rounding, whether or not T is a contraction. Where rounding
+    hides E's decrease, a smaller residual is accepted instead.
 
     Args:
-        T: a map that descends: C (x - T(x)) is the gradient of an energy E, half a sum of squares,
-            with C symmetric and positive definite. `T.metric(v)` is C v, and `T.energy(x, given)`
-            is T(x), E(x) and, of r = T(x) - x, at most r'C r: the rate at which E falls along r.
+        T: a map with C (x - T(x)) = grad E(x), C symmetric and positive definite, E half a sum of
+            squares. `T.metric(v)` is C v. `T.energy(x, given)` is T(x), E(x) and a lower bound
+            on r'C r with r = T(x) - x: the slope of E along r.
 
-    Other arguments as in `anderson`. An evaluation is one of T and E together.
+    The other arguments and errors are those of `picard`. One evaluation is one of `T.energy`.
     """
-    _check(max_iterations)
-    mix, bend = _mixing(x0, min(WINDOW, max_iterations), RIDGE), _bending(WINDOW)
+    require_evaluation(max_iterations)
+    anderson, lbfgs = anderson_step(x0, min(WINDOW, max_iterations)), _lbfgs(WINDOW)
     eps, shape = torch.finfo(x0.dtype).eps, (len(x0),) + (1,) * (x0.dim() - 1)
 
     def metric(rows: Tensor, v: Tensor) -> Tensor:
-        """C v in some rows, and 0 in others."""
+        """C v in some rows, and 0 in the others."""
         Cv = torch.zeros_like(v)
         if rows.any():
             Cv[rows] = T.metric(v[rows])
         return Cv
 
-    x = y = x0  # the point reached, and the next to try
-    r = g = torch.zeros_like(x0)  # T(x) - x; where it is needed, C times that, which E falls along
+    x = trial = x0  # the accepted point, and the next one to try
+    r = g = torch.zeros_like(x0)  # T(x) - x; and C r = -grad E, in the rows that L-BFGS has
     active = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
-    bent = ~active  # left to L-BFGS
+    by_lbfgs = ~active  # the rows that L-BFGS has
     E = lowest = torch.full((len(x0),), float("inf"), dtype=torch.float64, device=x0.device)
     slope, t, residual = torch.zeros_like(E), torch.ones_like(E), E.to(x0.dtype)
     iterations, residuals = torch.zeros_like(active, dtype=torch.long), []
     for k in range(1, max_iterations + 1):
-        f, E_y, slope_y = y.clone(), E.clone(), slope.clone()
-        f[active], E_y[active], slope_y[active] = T.energy(
-            y[active], None if given is None else given[active])
-        r_y = f - y
-        rounding = eps * (lowest.sqrt() + _norm(x))
-        hidden = (E_y.sqrt() <= lowest.sqrt() + rounding) & (_norm(r_y) < _norm(r))
-        lower = active & ((E_y <= E - SUFFICIENT * t * slope) | hidden)
-        refused = active & ~lower & ~bent
-        bent = bent | refused
-        g, g_y = g + metric(refused, r), metric(bent & active, r_y)
-        step, fell, change, moved = y - x, r - r_y, g - g_y, lower.view(shape)
-        x, r, g = (torch.where(moved, new, old) for new, old in ((y, x), (r_y, r), (g_y, g)))
-        E, slope = torch.where(lower, E_y, E), torch.where(lower, slope_y, slope)
+        f, E_trial, slope_trial = trial.clone(), E.clone(), slope.clone()
+        f[active], E_trial[active], slope_trial[active] = T.energy(
+            trial[active], None if given is None else given[active])
+        r_trial = f - trial
+        rounding = eps * (lowest.sqrt() + norm(x))
+        hidden = (E_trial.sqrt() <= lowest.sqrt() + rounding) & (norm(r_trial) < norm(r))
+        accepted = active & ((E_trial <= E - ARMIJO * t * slope) | hidden)
+        refused = active & ~accepted & ~by_lbfgs
+        by_lbfgs = by_lbfgs | refused
+        g, g_trial = g + metric(refused, r), metric(by_lbfgs & active, r_trial)
+        s, Cinv_y, y, moved = trial - x, r - r_trial, g - g_trial, accepted.view(shape)
+        x, r, g = (torch.where(moved, new, old)
+                   for new, old in ((trial, x), (r_trial, r), (g_trial, g)))
+        E, slope = (torch.where(accepted, new, old)
+                    for new, old in ((E_trial, E), (slope_trial, slope)))
         lowest = torch.minimum(lowest, E)
-        residual = torch.where(lower, _residual(r, x), residual)
+        residual = torch.where(accepted, relative_residual(r, x), residual)
         iterations = iterations + active
         residuals.append(residual)
         if callback is not None:
@@ -86,44 +82,50 @@ def descent(
         active = active & (residual > tolerance) & residual.isfinite()
         if k == max_iterations or not active.any():
             break
-        y = mix(f, r_y)
-        if (bent & active).any():
-            p, curved = bend(r, g, step, fell, change)
-            slope = torch.where(bent, _dot(p, g).flatten(), slope)
-            longer = torch.where(curved, 1.0, 2 * t)  # over a plain the step grows
-            t = torch.where(bent, torch.where(lower, longer, t / 2), t)
-            y = torch.where(bent.view(shape), x + t.view(shape).to(x.dtype) * p, y)
+        trial = anderson(f, r_trial)
+        if (by_lbfgs & active).any():
+            p, curved = lbfgs(r, g, s, y, Cinv_y)
+            slope = torch.where(by_lbfgs, _dot(p, g).flatten(), slope)
+            longer = torch.where(curved, 1.0, 2 * t)  # where E is not convex the step grows
+            t = torch.where(by_lbfgs, torch.where(accepted, longer, t / 2), t)
+            trial = torch.where(by_lbfgs.view(shape), x + t.view(shape).to(x.dtype) * p, trial)
     return x, SolveInfo(iterations, residual, residual <= tolerance, torch.stack(residuals))
 
 
-def _bending(window: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """L-BFGS's next step (Nocedal 1980): T(x) - x, bent by what steps so far say of E's curvature.
+def _lbfgs(window: int) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The two-loop recursion of L-BFGS (Nocedal 1980), with the initial matrix H0 = gamma C^-1.
 
-    Its matrix, before it has learned anything, is a multiple of C^-1.
+    The first loop updates C^-1 q beside q, so no system with C is solved. gamma is that of Liu and
+    Nocedal (1989), s'y / y'C^-1 y of the latest pair.
     """
     pairs: list[tuple[Tensor, ...]] = []
-    scale: Tensor | float = 1.0
+    gamma: Tensor | float = 1.0
 
-    def bend(r: Tensor, g: Tensor, step: Tensor, fell: Tensor,
-             change: Tensor) -> tuple[Tensor, Tensor]:
-        """The step from where T(x) - x is r and C r is g, and whether E curved upwards before.
+    def direction(r: Tensor, g: Tensor, s: Tensor, y: Tensor,
+                  Cinv_y: Tensor) -> tuple[Tensor, Tensor]:
+        """The direction p at a point with g = -grad E and r = C^-1 g, and where s'y > 0.
 
-        Along the step before, accepted or not, the two fell by `fell` and `change`.
+        s is the latest step, accepted or not, and y the change of grad E along it.
         """
-        nonlocal scale
-        curvature = _dot(step, change)
-        curved = curvature > CURVED * _dot(step, step).sqrt() * _dot(change, change).sqrt()
-        pairs.append(tuple(torch.where(curved, v, 0) for v in (
-            step, fell, change, 1 / curvature)))
+        nonlocal gamma
+        sy = _dot(s, y)
+        curved = sy > CURVATURE * _dot(s, s).sqrt() * _dot(y, y).sqrt()
+        pairs.append(tuple(torch.where(curved, v, 0) for v in (s, y, Cinv_y, 1 / sy)))
         del pairs[:-window]
-        scale = torch.where(curved, curvature / _dot(fell, change), scale)
-        p, q, shares = r, g, []
-        for step, fell, change, inverse in reversed(pairs):
-            shares.append(inverse * _dot(step, q))
-            p, q = p - shares[-1] * fell, q - shares[-1] * change
-        p = scale * p
-        for (step, _, change, inverse), share in zip(pairs, reversed(shares), strict=True):
-            p = p + (share - inverse * _dot(change, p)) * step
+        gamma = torch.where(curved, sy / _dot(Cinv_y, y), gamma)
+        p, q, alphas = r, g, []
+        for s, y, Cinv_y, rho in reversed(pairs):
+            alphas.append(rho * _dot(s, q))
+            p, q = p - alphas[-1] * Cinv_y, q - alphas[-1] * y
+        p = gamma * p
+        for (s, y, _, rho), alpha in zip(pairs, reversed(alphas), strict=True):
+            beta = rho * _dot(y, p)
+            p = p + (alpha - beta) * s
         return torch.where(_dot(p, g) > 0, p, r), curved.flatten()  # rounding may turn it uphill
 
-    return bend
+    return direction
+
+
+def _dot(u: Tensor, v: Tensor) -> Tensor:
+    """<u, v> of each row: (B, ...) twice -> (B, 1, ...)."""
+    return (u * v).sum(dim=tuple(range(1, u.dim())), keepdim=True)

@@ -1,4 +1,4 @@
-"""What the theory asks of a map and of a gradient, and what a gradient costs; measured."""
+"""Measurements on a map at its fixed point: its Jacobians, and gradients in the weights."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,13 +15,14 @@ Gradient = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 def parameter_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
                        gradient: Gradient) -> Tensor:
-    """The gradient of the mean squared error in all of Theta, as one vector.
+    """The gradient of the mean squared error with respect to all of Theta, as one vector.
+
+    The parameters' `.grad` stays as it is.
 
     Args:
-        state: the solved fixed point; d, truth: measurement and original (B, C, H, W).
+        state: the solved fixed point.
+        d, truth: the measurement (B, *range), and the true image (B, C, H, W).
         gradient: (T, x*) -> tracked output, as in `jfbnb.core.gradients`.
-
-    Leaves the parameters' own `.grad` alone.
     """
     output = T.image(gradient(lambda z: T(z, d), state))
     parts = torch.autograd.grad((output - truth).square().mean(), list(T.parameters()))
@@ -41,7 +42,7 @@ def neumann_cosines(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor, ter
 
 def exact_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
                    tolerance: float = 1e-6, max_iterations: int = 200) -> tuple[Tensor, SolveInfo]:
-    """The implicit gradient (Eq. 5), and what the solver of the adjoint equation reports."""
+    """The implicit gradient (Eq. 5), and the report of the adjoint equation's solver."""
     reports: list[SolveInfo] = []
     gradient = parameter_gradient(T, state, d, truth, partial(
         implicit, tolerance=tolerance, max_iterations=max_iterations, report=reports.append))
@@ -49,7 +50,7 @@ def exact_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
 
 
 class Jacobian:
-    """J = dT/dx at x*, as products with vectors: J v and u J; image by image (B, ...)."""
+    """J = dT/dx at x*, as products with vectors, J v and J' u, for each image of (B, ...)."""
 
     def __init__(self, T: Callable[[Tensor], Tensor], x_star: Tensor):
         self.x = x_star.detach().requires_grad_()
@@ -70,11 +71,12 @@ class Jacobian:
 
 def spectral_radius(T: Callable[[Tensor], Tensor], x_star: Tensor, iterations: int = 50,
                     generator: torch.Generator | None = None) -> Tensor:
-    """The modulus of the largest eigenvalue of J = dT/dx at x*, per image (B,), by power iteration.
+    """An estimate of the spectral radius of J = dT/dx at x*, per image (B,), by power iteration.
 
-    Below 1 the fixed point is locally stable: small deviations die out in the end. Returned is the
-    mean growth over the last half of the iterations: a complex pair of eigenvalues makes single
-    steps oscillate.
+    If the spectral radius is below 1, x* is locally stable: small deviations decay in the end. The
+    estimate is the mean growth of a random vector over the last half of the iterations, as single
+    steps oscillate for a complex pair of eigenvalues. The radius is at least about this: it is
+    larger where the start has too little of its eigenvector. Below 1 it proves nothing.
     """
     J = Jacobian(T, x_star)
     growths = _power_iteration(J.times, x_star, iterations, generator)
@@ -83,10 +85,10 @@ def spectral_radius(T: Callable[[Tensor], Tensor], x_star: Tensor, iterations: i
 
 def jacobian_norm(T: Callable[[Tensor], Tensor], x_star: Tensor, iterations: int = 50,
                   generator: torch.Generator | None = None) -> Tensor:
-    """The largest singular value of J at x*, per image (B,): power iteration on J'J.
+    """A lower bound on the largest singular value of J at x*, per image (B,).
 
-    Below 1 every small deviation shrinks at every step: near x* T is a contraction in the Euclidean
-    norm. It is an estimate from below, like every power iteration.
+    By power iteration on J'J: the norm is at least this, and the bound is sharp in the limit. Above
+    1, T is no contraction near x* in the Euclidean norm. Below 1 proves nothing.
     """
     J = Jacobian(T, x_star)
     growths = _power_iteration(lambda v: J.transposed_times(J.times(v)), x_star, iterations,
@@ -107,12 +109,12 @@ def _power_iteration(apply: Callable[[Tensor], Tensor], like: Tensor, iterations
 
 
 def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
-    """M = dT/dTheta at a fixed point, a matrix (values in the state, parameters).
+    """M = dT/dTheta at a fixed point, as a dense matrix (values in the state, parameters).
 
-    For networks small enough. For JFB to descend the paper's section 4 asks that T is a contraction
-    with a factor gamma and continuously differentiable in Theta, that M has full column rank, and
-    that cond(M'M) is at most 1 / gamma. A ReLU network meets neither the second nor the third: it
-    has kinks, and to scale what enters a channel up and what leaves it down changes nothing.
+    For small networks. The paper's section 4 proves that JFB descends if T is a contraction with
+    factor gamma and continuously differentiable in Theta, M has full column rank, and cond(M'M) is
+    at most 1 / gamma. A ReLU network violates the second and the third: it has kinks, and weights
+    scaled up before a channel and down after it give the same T.
     """
     parameters = dict(T.named_parameters())
 
@@ -122,5 +124,3 @@ def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
     columns = torch.func.jacrev(apply)(parameters)
     return torch.cat([columns[name].reshape(state.numel(), -1) for name in parameters], dim=1)
 
-
-Step = Callable[[ImplicitMap, Tensor, Tensor, int], Tensor]

@@ -1,10 +1,10 @@
-"""Solve x = T(x), image by image: Picard, Anderson, descent. They know nothing of images.
+"""Solve x = T(x), each row of a batch by itself: Picard's iteration, Anderson acceleration.
 
-All return `(x, info)`; x is the last iterate whose residual was measured, so that what `info`
-says is true of x itself. The residual is `|T(x) - x| / |x|`, one number per image.
+Both return `(x, info)`. x is the last iterate whose residual was measured, so `info` describes x
+itself. The residual is `|T(x) - x| / |x|`, one number per row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,83 +13,77 @@ from torch import Tensor
 
 @dataclass
 class SolveInfo:
-    """What a solve did, per image (B,), and the residual at each evaluation of T (k, B)."""
+    """What a solve did, per image (B,): evaluations of T, last residual, whether it converged.
+
+    `residuals` (k, B) holds the residual at each evaluation.
+    """
 
     iterations: Tensor
     residual: Tensor
     converged: Tensor
     residuals: Tensor
 
-    def complaint(self, names: Sequence[str] | None = None, most: int = 4) -> str:
-        """One line on the images that did not converge, by name or number; "" if all did."""
+    def complaint(self) -> str:
+        """One line on the images that did not converge, the first four by number; "" if all did."""
         failed = (~self.converged).nonzero().flatten().tolist()
         if not failed:
             return ""
         lines = []
-        for i in failed[:most]:
+        for i in failed[:4]:
             trend = "still falling"
             if not self.residual[i].isfinite():
                 trend = "diverged"
             elif self.residual[i] > 0.9 * self.residuals[len(self.residuals) // 2, i]:
                 trend = "no longer falling"
-            lines.append(f"{names[i] if names else f'image {i}'} (relative residual "
-                         f"{self.residual[i].item():.1e}, {trend})")
-        more = f" and {len(failed) - most} more" if len(failed) > most else ""
+            lines.append(f"image {i} (relative residual {self.residual[i].item():.1e}, {trend})")
+        more = f" and {len(failed) - 4} more" if len(failed) > 4 else ""
         return (f"{len(failed)} of {len(self.converged)} did not converge in "
-                f"{self.iterations.max().item()} iterations: {', '.join(lines)}{more}; where the "
-                "residual still falls more iterations help, elsewhere the map is not stable: "
+                f"{self.iterations.max().item()} iterations: {', '.join(lines)}{more}; more "
+                "iterations help where the residual still falls; elsewhere the map is not stable: "
                 "check the blur and the noise level")
 
 
-RIDGE = 1e-8  # of Anderson's small system, relative to its Gram matrix
+# Of Anderson's small system, relative to its Gram matrix: an absolute one would dominate as soon
+# as the residuals are small.
+RIDGE = 1e-8
 Callback = Callable[[int, Tensor], None]
-Solver = Callable[..., tuple[Tensor, SolveInfo]]
+Solved = tuple[Tensor, SolveInfo]
+Solver = Callable[..., Solved]
 
 
-def picard(
-    T: Callable[..., Tensor],
-    x0: Tensor,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
-    callback: Callback | None = None,
-    given: Tensor | None = None,
-) -> tuple[Tensor, SolveInfo]:
+def picard(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4, max_iterations: int = 100,
+           callback: Callback | None = None, given: Tensor | None = None) -> Solved:
     """The iteration x <- T(x) of Eq. 4 (Picard 1890, Banach 1922).
 
     Args:
         T: the map, (B, ...) -> (B, ...), acting on each image on its own.
         x0: where to start, (B, ...).
         tolerance: an image is done when its relative residual is at most this.
-        max_iterations: evaluations of T at most.
+        max_iterations: the largest number of evaluations of T, at least 1.
         callback: called with (k, x) at each evaluation.
-        given: what T is told of each image, (B, ...). T is then called as T(x, given), and the
-            images that are done are left out.
+        given: a second argument of T, (B, ...), such as d. T is then called as T(x, given), on
+            the images that are not yet done.
+
+    Raises:
+        ValueError: if max_iterations is below 1.
     """
     return _iterate(T, x0, lambda f, g: f, tolerance, max_iterations, callback, given)
 
 
-def anderson(
-    T: Callable[..., Tensor],
-    x0: Tensor,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
-    callback: Callback | None = None,
-    window: int = 5,
-    ridge: float = RIDGE,
-    given: Tensor | None = None,
-) -> tuple[Tensor, SolveInfo]:
+def anderson(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
+             max_iterations: int = 100, callback: Callback | None = None, window: int = 5,
+             given: Tensor | None = None) -> Solved:
     """Anderson acceleration (1965) in the form of Walker and Ni (2011), Algorithm AA.
 
     The next iterate is the combination of the last `window` values T(x_i), with weights of sum 1,
-    whose combined residual is smallest. `ridge` is relative to the residuals' Gram matrix: an
-    absolute one would dominate as soon as the residuals are small. Other arguments as in `picard`.
+    whose combined residual is smallest. The other arguments and errors are those of `picard`.
     """
-    return _iterate(T, x0, _mixing(x0, min(window, max_iterations), ridge), tolerance,
+    return _iterate(T, x0, anderson_step(x0, min(window, max_iterations)), tolerance,
                     max_iterations, callback, given)
 
 
-def _mixing(x0: Tensor, window: int, ridge: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Anderson's next iterate, of T(x) and T(x) - x at the points so far."""
+def anderson_step(x0: Tensor, window: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Anderson's next iterate as a function of T(x) and T(x) - x; it remembers earlier ones."""
     # The last values T(x) and residuals T(x) - x, one row each, the oldest overwritten first.
     F = x0.new_empty(len(x0), window, x0.flatten(1).shape[1])
     G = torch.empty_like(F)
@@ -102,7 +96,7 @@ def _mixing(x0: Tensor, window: int, ridge: float) -> Callable[[Tensor, Tensor],
         F[:, row], G[:, row] = f.flatten(1), g.flatten(1)
         gram = (G[:, :m] @ G[:, :m].mT).double()  # (B, m, m)
         scale = gram.diagonal(dim1=1, dim2=2).mean(dim=1).clamp_min(1e-300)
-        gram = gram / scale[:, None, None] + ridge * torch.eye(m, device=f.device)
+        gram = gram / scale[:, None, None] + RIDGE * torch.eye(m, device=f.device)
         weights, failed = torch.linalg.solve_ex(gram, gram.new_ones(len(f), m))
         weights = weights / weights.sum(dim=1, keepdim=True)
         # Where the small system is singular, fall back on the plain step.
@@ -115,41 +109,35 @@ def _mixing(x0: Tensor, window: int, ridge: float) -> Callable[[Tensor, Tensor],
     return step
 
 
-def _dot(u: Tensor, v: Tensor) -> Tensor:
-    return (u * v).sum(dim=tuple(range(1, u.dim())), keepdim=True)
-
-
-def _norm(x: Tensor) -> Tensor:
+def norm(x: Tensor) -> Tensor:
+    """|x| of each row: (B, ...) -> (B,)."""
     return x.flatten(1).norm(dim=1)
 
 
-def _residual(g: Tensor, x: Tensor) -> Tensor:
-    return _norm(g) / _norm(x).clamp_min(torch.finfo(x.dtype).tiny)
+def relative_residual(g: Tensor, x: Tensor) -> Tensor:
+    """|g| / |x| of each row, with g = T(x) - x: (B, ...) twice -> (B,)."""
+    return norm(g) / norm(x).clamp_min(torch.finfo(x.dtype).tiny)
 
 
-def _check(max_iterations: int) -> None:
+def require_evaluation(max_iterations: int) -> None:
+    """Raise ValueError if max_iterations is below 1."""
     if max_iterations < 1:
         raise ValueError(f"max_iterations is {max_iterations}: at least one evaluation is needed")
 
 
-def solve(
-    T: Callable[..., Tensor],
-    d: Tensor,
-    tolerance: float = 1e-4,
-    max_iterations: int = 100,
-    solver: Solver | None = None,
-    start: Tensor | None = None,
-    callback: Callback | None = None,
-) -> tuple[Tensor, SolveInfo]:
-    """x* = T(x*; d), Eq. 3. Nothing is tracked, and images that are done leave the batch.
+def solve(T: Callable[..., Tensor], d: Tensor, tolerance: float = 1e-4, max_iterations: int = 100,
+          solver: Solver | None = None, start: Tensor | None = None,
+          callback: Callback | None = None) -> Solved:
+    """x* = T(x*; d), Eq. 3, without gradients. Images that are done leave the batch.
 
     Args:
-        T: the map, called as T(x, d); its `start(d)` is where to start, unless `start` is given.
+        T: the map, called as T(x, d).
         d: the measurements, (B, ...).
-        tolerance: multiplied by `T.scale`, where the map has one: how small its steps are wherever
-            it is. So it means the same distance from x* for every map.
-        solver: one of those above, by default the map's own, else `anderson`; other arguments as
-            there.
+        tolerance: of the residual, in units of `scale_of(T)`, so that it means the same distance
+            from x* for every map.
+        solver: `picard`, `anderson` or `descent`; by default `T.solver`, else `anderson`. The
+            other arguments and errors are the solver's.
+        start: where to start, by default `T.start(d)`.
     """
     x0 = T.start(d) if start is None else start
     chosen = solver or getattr(T, "solver", anderson)
@@ -157,16 +145,17 @@ def solve(
 
 
 def scale_of(T: Callable[..., Tensor]) -> float | Tensor:
-    """How small a map's steps are wherever it is, on the scale of one whose steps are not: 1.
+    """`T.scale`, the unit in which T(x) - x counts as small; 1 for a map without one.
 
-    What is called small of T(x) - x, or near 1 of its growth, is so in this unit.
+    A map with small steps, such as gradient descent with a small step size, has small residuals
+    far from its fixed point too.
     """
     return getattr(T, "scale", 1.0)
 
 
 @torch.no_grad()
-def _iterate(T, x0, step, tolerance, max_iterations, callback, given) -> tuple[Tensor, SolveInfo]:
-    _check(max_iterations)
+def _iterate(T, x0, step, tolerance, max_iterations, callback, given) -> Solved:
+    require_evaluation(max_iterations)
     batch = len(x0)
     shape = (batch,) + (1,) * (x0.dim() - 1)
     x = x0
@@ -183,7 +172,7 @@ def _iterate(T, x0, step, tolerance, max_iterations, callback, given) -> tuple[T
             f = x.clone()
             f[active] = T(x[active], given[active])
         g = f - x
-        residual = torch.where(active, _residual(g, x), residual)
+        residual = torch.where(active, relative_residual(g, x), residual)
         iterations = iterations + active
         residuals.append(residual)
         if callback is not None:

@@ -2,8 +2,8 @@
 
 A gradient method takes T and a solved x* and returns a tensor with T(x*)'s value, whose
 `.backward()` leaves that method's gradient in Theta. With J = dT/dx at x* and the loss's gradient
-g, the exact one is `g (I - J)^-1 dT/dTheta` (Eq. 5); the methods differ in what they put in the
-place of the inverse.
+g, the exact one is `g (I - J)^-1 dT/dTheta` (Eq. 5). The methods differ in what replaces the
+inverse.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 def jfb(T: Map, x_star: Tensor) -> Tensor:
-    """Jacobian-free backpropagation, Eq. 6: the inverse becomes I.
+    """Jacobian-free backpropagation, Eq. 6: I replaces the inverse.
 
     One tracked application of T at the solution. Memory and time do not depend on how x* was
     found.
@@ -29,6 +29,9 @@ def neumann(T: Map, x_star: Tensor, terms: int) -> Tensor:
     """The first `terms` terms of the Neumann series, Eq. 7: I + J + ... + J^(terms - 1).
 
     One term is JFB; each further one costs a vector-Jacobian product.
+
+    Raises:
+        ValueError: if terms is below 1.
     """
     if terms < 1:
         raise ValueError(f"terms is {terms}: at least the first is needed")
@@ -43,18 +46,13 @@ def neumann(T: Map, x_star: Tensor, terms: int) -> Tensor:
     return _attach(T, x_star, backward)
 
 
-def implicit(
-    T: Map,
-    x_star: Tensor,
-    tolerance: float = 1e-6,
-    max_iterations: int = 100,
-    report: Callable[[SolveInfo], None] | None = None,
-) -> Tensor:
+def implicit(T: Map, x_star: Tensor, tolerance: float = 1e-6, max_iterations: int = 100,
+             report: Callable[[SolveInfo], None] | None = None) -> Tensor:
     """Implicit differentiation, Eq. 5: the adjoint equation y = g + y J, solved iteratively.
 
     Args:
         tolerance, max_iterations: of that solve, by Anderson acceleration.
-        report: called in the backward pass with what the solver reports, residuals included.
+        report: called in the backward pass with the solver's report.
     """
 
     def backward(g: Tensor, vjp: Map) -> Tensor:

@@ -1,4 +1,4 @@
-"""Operators of other libraries."""
+"""Linear operators of deepinv (Tachella et al. 2025) as ours, and ours as deepinv's."""
 
 import copy
 from collections.abc import Callable
@@ -6,13 +6,11 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from jfbnb.common import UserError
-from jfbnb.core.operators import LinearOperator
-
-# --- other people's -----------------------------------------------------------------------------
+from jfbnb.core.linear_operator import LinearOperator
 
 
 class DeepinvOperator(LinearOperator):
-    """Any linear operator of deepinv (Tachella et al. 2025), by its A and A_adjoint, without noise.
+    """A linear operator of deepinv, by its A and A_adjoint, without its noise.
 
     Args:
         physics: a `deepinv.physics.LinearPhysics`. It is copied, and computes in its own type.
@@ -26,7 +24,7 @@ class DeepinvOperator(LinearOperator):
         if not hasattr(physics, "A_adjoint"):
             raise UserError(f"{type(physics).__name__} has no A_adjoint: give a linear operator")
         self.physics = copy.deepcopy(physics)
-        for module in self.physics.modules():  # given, not learned: as our own buffers
+        for module in self.physics.modules():  # constants, not weights: as our own buffers
             for name, tensor in [*module.named_parameters(recurse=False),
                                  *module.named_buffers(recurse=False)]:
                 delattr(module, name)
@@ -45,3 +43,25 @@ class DeepinvOperator(LinearOperator):
 
     def adjoint(self, d: Tensor) -> Tensor:
         return self._in_its_type(self.physics.A_adjoint, d)
+
+
+def to_deepinv(A: LinearOperator) -> nn.Module:
+    """A as a `deepinv.physics.LinearPhysics` without noise, to use with deepinv's algorithms.
+
+    A and A_adjoint are A's own; `A_dagger` and `prox_l2` are deepinv's iterative solvers with
+    these. The physics shares A, and moves it when it is moved to a device. It cannot be pickled.
+    """
+    from deepinv.physics import LinearPhysics
+
+    class Physics(LinearPhysics):
+        def __init__(self) -> None:
+            super().__init__()
+            self.operator = A
+
+        def A(self, x: Tensor, **_: object) -> Tensor:
+            return self.operator(x)
+
+        def A_adjoint(self, y: Tensor, **_: object) -> Tensor:
+            return self.operator.adjoint(y)
+
+    return Physics()

@@ -1,7 +1,4 @@
-"""Kernels (PSFs), made or read: float64 tensors (kh, kw) of sum 1, for `operators.Convolution`.
-
-Angles are in degrees, anticlockwise from the right, as one sees the picture.
-"""
+"""Kernels (PSFs) for `operators.Convolution`: float64 tensors (kh, kw) of sum 1."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +8,8 @@ from torch import Tensor
 
 from jfbnb.common import UserError
 
-# --- convolutions -------------------------------------------------------------------------------
+FINE = 15  # sample points along each side of a pixel, to measure how much of it a shape covers
+MOST = 501  # the largest number of rows or columns of a kernel
 
 
 def gaussian_kernel(size: int, std: float) -> Tensor:
@@ -29,15 +27,13 @@ def gaussian_kernel(size: int, std: float) -> Tensor:
     return kernel / kernel.sum()
 
 
-FINE = 15  # points on each side of a pixel, to measure how much of it a shape covers
-MOST = 501  # rows and columns of a kernel
-
-
 def gaussian(std: float, size: int | None = None) -> Tensor:
-    """A sampled Gaussian with a standard deviation in pixels; by default it reaches three of them.
+    """A sampled Gaussian, (size, size), with a standard deviation in pixels.
+
+    By default it reaches three standard deviations each way.
 
     Raises:
-        UserError: for a std that is not positive and finite, or a size that is not odd.
+        UserError: for a std that is not positive or too large, or a size that is not odd.
     """
     if size is None:
         size = 2 * math.ceil(3 * _length("std", std)) + 1
@@ -46,12 +42,16 @@ def gaussian(std: float, size: int | None = None) -> Tensor:
 
 
 def motion(length: float, angle: float) -> Tensor:
-    """A camera that moved evenly along a straight line: its length in pixels, its angle in degrees.
+    """The blur of a camera that moved along a straight line at constant speed.
 
-    The line is one pixel wide. Each value is the share of a pixel that it covers.
+    The line is one pixel wide; each value is in proportion to the share of a pixel that it covers.
+
+    Args:
+        length: in pixels, from 1 to 83.
+        angle: in degrees, anticlockwise from the right, as one sees the picture.
 
     Raises:
-        UserError: for a length below one pixel, or values that are not finite.
+        UserError: for another length, or an angle that is not finite.
     """
     if _length("motion length", length) < 1 or not math.isfinite(angle):
         raise UserError(f"motion of {length} pixels at {angle} degrees: give at least 1 pixel, as "
@@ -67,10 +67,13 @@ def motion(length: float, angle: float) -> Tensor:
 
 
 def disk(radius: float) -> Tensor:
-    """A lens out of focus: a disk, its radius in pixels. Values are shares of covered pixels.
+    """The blur of a lens out of focus: a disk, whose values are shares of covered pixels.
+
+    Args:
+        radius: in pixels, over 0, up to 83.
 
     Raises:
-        UserError: for a radius that is not positive and finite.
+        UserError: for another radius.
     """
     _length("disk radius", radius)
     return _covered(lambda x, y: x**2 + y**2 <= radius**2, radius)

@@ -1,9 +1,11 @@
-"""The maps T_Theta(x; d) whose fixed point is the reconstruction (Eq. 3). They join A and D.
+"""The maps T_Theta(x; d), whose fixed point is the reconstruction (Eq. 3), made of A and D.
 
-`GradientMap` and `PreconditionedMap` have the same fixed points x*, where
-A'(A x - d) + tau (x - D(x)) = 0. `SplittingMap` is the latter read elsewhere: its fixed point is
-z* = D(x*). `ProximalMap` and `ADMMMap` share theirs, where x = D(x - eta A'(A x - d)): the same
-condition if D were the proximal map of a regulariser, a different one for a denoiser in general.
+`GradientMap` and `PreconditionedMap` have the same fixed points x*, with
+A'(A x - d) + tau (x - D(x)) = 0. `SplittingMap` is the latter with its two halves swapped: its
+fixed point is z* = D(x*). `ProximalMap` and `ADMMMap` share theirs, x = D(x - eta A'(A x - d)).
+That is the same condition if D is the proximal map of a regulariser; for a denoiser it is not.
+
+Shapes, unless a map says otherwise: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
 """
 
 import copy
@@ -15,35 +17,37 @@ from torch import Tensor, nn
 from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.descent import descent
 from jfbnb.core.fixed_point import Solver, anderson
-from jfbnb.core.operators import LinearOperator
+from jfbnb.core.linear_operator import LinearOperator
 from jfbnb.core.precision import precision
 
 
 class ImplicitMap(nn.Module):
-    """What the maps share. A map acts on a state, which is the image for all but ADMM.
+    """The base of the maps. A map acts on a state, which is the image for all but ADMM.
 
     A subclass has a `name` and a `colour`, the same in every figure, and `forward(state, d)`.
+
+    Args:
+        A: None where `on` will set the operator.
     """
 
     name: str
     colour: str
     solver: Solver = staticmethod(anderson)
-    scale: float | Tensor = 1.0  # of its steps: a solver's tolerance is multiplied by it
+    scale: float | Tensor = 1.0  # unit of the solver's tolerance, see `fixed_point.scale_of`
 
     def __init__(self, A: LinearOperator | None, D: Denoiser):
         super().__init__()
-        self.register_module("A", A)  # None where the operator is told later, by `on`
+        self.register_module("A", A)
         self.D = D
         self.prior_scale = 1.0
 
     def on(self, A: LinearOperator, prior_scale: float = 1.0) -> Self:
         """The same map, with the same weights, for another operator.
 
-        It shares all but the operator: copy it deeply before you change its type or device.
+        It shares everything but the operator: deepcopy it before you change its type or device.
 
         Args:
-            ratio: how many times as much the prior weighs; where the map has a tau, it is
-                multiplied by this.
+            prior_scale: factor of the prior's weight tau, in a map that has one.
         """
         other = copy.copy(self)
         other._modules = {**self._modules, "A": A}
@@ -59,16 +63,16 @@ class ImplicitMap(nn.Module):
         return state
 
     def head_input(self, image: Tensor, d: Tensor) -> Tensor:
-        """What a head behind the map is given: the image, or what D was given last."""
+        """The input of a head after the map, by default the image."""
         return image
 
 
 class WeightedMap(ImplicitMap):
-    """A map whose denoiser weighs tau > 0 against the data.
+    """A map with a weight tau > 0 of the denoiser against the data.
 
-    tau is learned, as its logarithm; and so is how it follows the noise, with the power `follow` of
-    the ratio that `on` is told. The denoiser is told the noise level that goes with it, as
-    `networks.matched_sigma` has it: with a power of 1 that is the same for every noise.
+    Two scalars are learned: log tau, and the exponent with which tau follows the `prior_scale` of
+    `on`. The denoiser's noise level follows as in `denoisers.matched_sigma`; with an exponent of 1
+    it is the same for every `prior_scale`.
     """
 
     def __init__(self, A: LinearOperator, D: Denoiser, tau: float):
@@ -82,7 +86,7 @@ class WeightedMap(ImplicitMap):
 
     @property
     def sigma(self) -> Tensor:
-        """What the denoiser is told."""
+        """The denoiser's noise level."""
         return self.D.sigma * self.prior_scale ** ((1 - self.noise_exponent) / 2)
 
     def data_step(self, z: Tensor, d: Tensor) -> Tensor:
@@ -93,12 +97,11 @@ class WeightedMap(ImplicitMap):
 class GradientMap(WeightedMap):
     """Eq. 4 (DE-GRAD): T(x; d) = x - eta (A'(A x - d) + S(x)), with S(x) = tau (x - D(x)).
 
-    The paper writes the gradient of |A x - d|^2, whose factor 2 is taken up by eta and S here.
-    If |A| <= 1 and D has a Lipschitz constant L < 1, then 0 < eta < 2 / (1 + tau (1 + L)) suffices
-    for a contraction. For |A| = 1 no larger bound does: D may be -L where A keeps an image as it
-    is. On what A hardly sees the error may shrink by 1 - eta tau (1 - L) alone, next to 1.
-
-    Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
+    The paper writes the gradient of |A x - d|^2; its factor 2 is in eta and S here.
+    If |A| <= 1 and D has a Lipschitz constant L < 1, T is a contraction for
+    0 < eta < 2 / (1 + tau (1 + L)). For |A| = 1 the bound is sharp: D may act as -L on an image
+    that A preserves. On the null space of A the error may shrink by no more than
+    1 - eta tau (1 - L), close to 1.
     """
 
     name, colour = "Eq. 4", "#C51B7D"
@@ -107,12 +110,9 @@ class GradientMap(WeightedMap):
         super().__init__(A, D, tau)
         self.eta = eta
 
-    def extra_repr(self) -> str:
-        return f"eta={self.eta}"
-
     @property
     def scale(self) -> Tensor:
-        """eta tau: on what A hardly sees its steps are so many times the preconditioned map's."""
+        """eta tau: the size of its steps on A's null space, relative to `PreconditionedMap`'s."""
         return self.eta * self.tau.detach()
 
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
@@ -121,13 +121,11 @@ class GradientMap(WeightedMap):
 
 
 class PreconditionedMap(WeightedMap):
-    """T(x; d) = (A'A + tau I)^-1 (A'd + tau D(x)): one Newton step on the data, D elsewhere.
+    """T(x; d) = (A'A + tau I)^-1 (A'd + tau D(x)): Eq. 4 with a Newton step on the data term.
 
-    It has the fixed points of Eq. 4. If D has a Lipschitz constant L < 1 it is a contraction by L
-    or better, however badly A is conditioned: the preconditioner's norm times tau is at most 1. If
-    D has none, as networks mostly do not, nothing of the kind is sure.
-
-    Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
+    It has the fixed points of Eq. 4. If D has a Lipschitz constant L < 1, T contracts by L or
+    better, however badly A is conditioned, as |tau (A'A + tau I)^-1| <= 1. Most trained networks
+    have no such L, and then nothing is guaranteed.
     """
 
     name, colour = "preconditioned", "#661100"
@@ -140,11 +138,9 @@ class SplittingMap(WeightedMap):
     """T(z; d) = D(x), x = (A'A + tau I)^-1 (A'd + tau z): half-quadratic splitting.
 
     Geman and Yang (1995), with a network for the denoising half as in Zhang et al. (2017). The two
-    halves are `PreconditionedMap`'s in the other order. So the equilibrium is the same, x* solves
-    Eq. 4 and z* = D(x*), and so is the spectral radius of the Jacobian there; but the image comes
-    out of the denoiser, and nothing stands between D and the loss when it is differentiated.
-
-    Shapes: z (B, C, H, W), d (B, *range) -> (B, C, H, W).
+    halves are `PreconditionedMap`'s in the other order. So x* solves Eq. 4, z* = D(x*), and the
+    Jacobian's spectral radius is the same; but the image is the denoiser's output, so nothing
+    stands between D and the loss when it is differentiated.
     """
 
     name, colour = "splitting", "#0072B2"
@@ -153,27 +149,28 @@ class SplittingMap(WeightedMap):
         return self.D(self.data_step(z, d), self.sigma)
 
     def head_input(self, image: Tensor, d: Tensor) -> Tensor:
-        """x*, so that a head stands where the map has D, free to do what would not be stable."""
+        """x*, D's input, so that a head replaces the last D but need not keep T stable."""
         return self.data_step(image, d)
 
 
 class EnergyMap(SplittingMap):
-    """The splitting map of a denoiser that is a gradient step: D(x) = x - grad g(x).
+    """The splitting map of a gradient-step denoiser (Hurault et al. 2022), D(x) = x - grad g(x).
 
-    The gradient-step denoiser of Hurault et al. (2022), with g(x) = |R(x)|^2 / 2 of the network R,
-    so D(x) = x - J_R(x)' R(x). Then x* is a stationary point of the energy
-    E(x) = |A x - d|^2 / 2 + tau g(x), and T goes downhill: x moves by -(A'A + tau I)^-1 grad E(x).
-    So `descent` arrives in the end, whatever the image, the operator and the weights, with a
-    network whose derivative is continuous: `UNet`'s is, `DnCNN`'s jumps where a ReLU switches, and
-    E may have a minimum in such a kink, where no gradient is small. An evaluation costs a forward
-    and a backward pass of the network.
+    g(x) = |R(x)|^2 / 2 for the network R, so D(x) = x - J_R(x)' R(x). Then x* is a stationary point
+    of E(x) = |A x - d|^2 / 2 + tau g(x), and T moves x by -(A'A + tau I)^-1 grad E(x). So `descent`
+    converges for every image, operator and weights, if R's derivative is continuous. `UNet`'s is;
+    `DnCNN`'s jumps where a ReLU switches, and E may have a minimum at such a kink, where no
+    gradient is small. An evaluation costs a forward and a backward pass of the network.
     """
 
     name, colour = "energy", "#882255"
     solver = staticmethod(descent)
 
     def data_step(self, z: Tensor, d: Tensor) -> Tensor:
-        """The same, from z or from 0, whichever is nearer: rounding counts |A|^2 / tau times."""
+        """`SplittingMap.data_step`, as a step from z or from 0, whichever is nearer.
+
+        Its rounding errors, which |A|^2 / tau amplifies, are then small.
+        """
         from_z, from_0 = self.A.adjoint(d - self.A(z)), self.A.adjoint(d) + self.tau * z
         near = (_square(from_z) < _square(from_0)).view(-1, 1, 1, 1)
         x = self.A.solve_normal(torch.where(near, from_z, from_0), self.tau)
@@ -184,33 +181,33 @@ class EnergyMap(SplittingMap):
         return x - self.prior(x)[1]
 
     def energy(self, z: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """T(z), E at the x of the data step, and a rate at which E falls towards T(z) at least.
+        """T(z), E at the data step's x, and a lower bound on the slope of E towards T(z).
 
-        With r = T(z) - z and M = A'A + tau I the rate is tau^2 r'M^-1 r, and by Cauchy and Schwarz
-        that is at least tau^2 |r|^4 / r'M r, for any A. In float32 whatever T is in: E's
-        differences would drown in bfloat16's rounding.
+        With r = T(z) - z and M = A'A + tau I the slope is tau^2 r'M^-1 r, by Cauchy and Schwarz at
+        least tau^2 |r|^4 / r'M r. Networks compute in float32 here: in bfloat16 rounding would
+        exceed the differences of E.
         """
         with precision(self, False):
             x = self.data_step(z, d)
-            g, slope = self.prior(x)
-        f, tau = x - slope, self.tau.double()
+            g, gradient = self.prior(x)
+        f, tau = x - gradient, self.tau.double()
         r = f - z
-        size = _square(r)
-        bent = (_square(self.A(r)) + tau * size).clamp_min(torch.finfo(tau.dtype).tiny)
-        return f, _square(self.A(x) - d) / 2 + tau * g, (tau * size) ** 2 / bent
+        rr = _square(r)
+        rMr = (_square(self.A(r)) + tau * rr).clamp_min(torch.finfo(tau.dtype).tiny)
+        return f, _square(self.A(x) - d) / 2 + tau * g, (tau * rr) ** 2 / rMr
 
     def metric(self, v: Tensor) -> Tensor:
-        """tau^2 (A'A + tau I)^-1 v: of z - T(z) it is E's gradient in z."""
+        """tau^2 (A'A + tau I)^-1 v, which for v = z - T(z) is the gradient of E in z."""
         return self.tau**2 * self.A.solve_normal(v, self.tau)
 
     def prior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """g(x), (B,) in float64, and its gradient; the gradient is tracked where x would be."""
+        """g(x), (B,) in float64, and its gradient, which is tracked where x would be."""
         tracked = torch.is_grad_enabled()
         with torch.enable_grad():
             x = x if tracked and x.requires_grad else x.detach().requires_grad_()
             g = _square(self.D.residual(x, self.sigma)) / 2
-            (slope,) = torch.autograd.grad(g.sum(), x, create_graph=tracked)
-        return g, slope
+            (gradient,) = torch.autograd.grad(g.sum(), x, create_graph=tracked)
+        return g, gradient
 
 
 def _square(v: Tensor) -> Tensor:
@@ -221,9 +218,8 @@ def _square(v: Tensor) -> Tensor:
 class ProximalMap(ImplicitMap):
     """Section 3.3 ii (DE-PROX): T(x; d) = D(x - eta A'(A x - d)), for 0 < eta <= 2 / |A'A|.
 
-    The paper writes S_Theta for the network that stands in for the proximal map; here that is D.
-    With such an eta the gradient step stretches nothing, so T is as stable as D makes it.
-    Shapes: x (B, C, H, W), d (B, *range) -> (B, C, H, W).
+    D is the paper's S_Theta, the network in the place of the proximal map. The gradient step is
+    nonexpansive for such an eta, so T contracts if D does.
     """
 
     name, colour = "proximal", "#4D9221"
@@ -231,9 +227,6 @@ class ProximalMap(ImplicitMap):
     def __init__(self, A: LinearOperator, D: Denoiser, eta: float = 1.0):
         super().__init__(A, D)
         self.eta = eta
-
-    def extra_repr(self) -> str:
-        return f"eta={self.eta}"
 
     def forward(self, x: Tensor, d: Tensor) -> Tensor:
         return self.D(x - self.eta * self.A.adjoint(self.A(x) - d))

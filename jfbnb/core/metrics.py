@@ -1,4 +1,4 @@
-"""How near an image is to the truth: PSNR and SSIM, one number per image."""
+"""The quality of an image against the true one: PSNR and SSIM, one number per image."""
 
 import torch
 from skimage.metrics import structural_similarity
@@ -15,7 +15,10 @@ def psnr(x: Tensor, truth: Tensor, data_range: float = 1.0) -> Tensor:
 
 
 def ssim(x: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004), scikit-image's with Gaussian weights, (B,)."""
+    """Structural similarity (Wang et al. 2004), scikit-image's with Gaussian weights.
+
+    Shapes: (B, C, H, W) twice, float32 or float64 in [0, 1] -> (B,), float64.
+    """
     values = [structural_similarity(a, b, channel_axis=0, data_range=1.0, gaussian_weights=True,
                                     sigma=1.5, use_sample_covariance=False)
               for a, b in zip(x.cpu().numpy(), truth.cpu().numpy(), strict=True)]

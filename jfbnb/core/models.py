@@ -1,7 +1,7 @@
-"""What can be trained: models from a measurement to an image. `model(d)` is (image, info or None).
+"""Trainable models, from a measurement to an image: `model(d)` is (image, SolveInfo or None).
 
-`Equilibrium` is the implicit network of Eq. 3. Its rivals, `Unrolled` and `Feedforward`, are
-explicit: a fixed number of layers from d to the image.
+`Equilibrium` is the implicit network of Eq. 3. `Unrolled` and `Feedforward` are explicit, with a
+fixed number of layers. `Restorer` is any method, trained or not, for any operator.
 """
 
 import copy
@@ -16,20 +16,20 @@ from jfbnb.core.baselines import tikhonov
 from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.fixed_point import SolveInfo, solve
 from jfbnb.core.gradients import unrolled
+from jfbnb.core.linear_operator import LinearOperator, require_floats
 from jfbnb.core.maps import ImplicitMap
-from jfbnb.core.operators import LinearOperator
 
 Result = tuple[Tensor, SolveInfo | None]
 
 
 class Model(nn.Module):
-    """A map T and what is done with it; perhaps a head behind it.
+    """A model made of a map T, and optionally a head H, another denoiser after it.
 
-    A head H, another denoiser, makes the paper's prediction equation a network too. It acts on the
-    solution alone, so the iteration and its contraction know nothing of it.
+    The head makes the paper's prediction equation a network too. It acts on the solution alone, so
+    it does not affect the iteration.
     """
 
-    tolerance, max_iterations = 1e-4, 100  # of the solver, where there is one
+    tolerance, max_iterations = 1e-4, 100  # of the solver, if the model has one
 
     def __init__(self, T: ImplicitMap):
         super().__init__()
@@ -37,24 +37,24 @@ class Model(nn.Module):
         self.register_module("H", None)
 
     def on(self, A: LinearOperator, prior_scale: float = 1.0) -> Self:
-        """The same model, with the same weights, for another operator; `ratio` as in the maps."""
+        """The same model, with the same weights, for another operator; see `ImplicitMap.on`."""
         other = copy.copy(self)
         other._modules = {**self._modules, "T": self.T.on(A, prior_scale)}
         return other
 
     @property
     def head_sigma(self) -> float | Tensor:
-        """The noise level that a head is told."""
+        """The noise level that the head receives."""
         return self.T.D.sigma
 
     def add_head(self, network: nn.Module | None = None) -> Self:
-        """Give it a head made of a network, by default a copy of its own; return the model."""
+        """Add a head made of a network, by default a copy of the model's own; return the model."""
         self.H = Denoiser(network or copy.deepcopy(self.T.D.network), self.head_sigma)
         self.H.to(self.T.D.sigma.device)
         return self
 
     def apply_head(self, image: Tensor, d: Tensor) -> Tensor:
-        """H's image, made of the model's own."""
+        """The head's image, computed from the model's."""
         return self.H(self.T.head_input(image, d))
 
 
@@ -81,45 +81,41 @@ class Unrolled(Model):
         return self.T.image(state), None
 
 
-class Feedforward(Unrolled):
+class Feedforward(Model):
     """Section 1's "standard deep neural network": D(d), or D of the Tikhonov solution.
 
     The second is the learned post-processing of Jin et al. (2017): an inverse first, in closed
-    form, then a network that removes its artefacts. A head is told that no noise is left.
+    form, then a network that removes its artefacts. A head receives noise level 0.
 
     Args:
-        lam: weight of Tikhonov's regulariser; None applies D to A's first guess, for a blur d.
+        lam: weight of Tikhonov's regulariser; None applies D to `A.guess(d)`, which is d for a
+            blur.
     """
 
     head_sigma = 0.0
 
     def __init__(self, A: LinearOperator, D: Denoiser, lam: float | None = None):
-        super().__init__(_Once(A, D, lam), 1)
-
-
-class _Once(ImplicitMap):
-    """A map that does not look at its state: what `Feedforward` applies, once."""
-
-    def __init__(self, A: LinearOperator, D: Denoiser, lam: float | None):
-        super().__init__(A, D)
+        super().__init__(ImplicitMap(A, D))
         self.lam = lam
 
-    def forward(self, state: Tensor, d: Tensor) -> Tensor:
-        if self.lam is None:
-            return self.D(state)
-        return self.D(tikhonov(self.A, d, self.prior_scale * self.lam))
-
-
-# --- restoring ----------------------------------------------------------------------------------
+    def forward(self, d: Tensor) -> Result:
+        A, lam = self.T.A, self.lam
+        x = A.guess(d) if lam is None else tikhonov(A, d, self.T.prior_scale * lam)
+        return self.T.D(x), None
 
 
 @dataclass(frozen=True)
 class Restorer:
-    """A method, ready to use: (A, d, noise_std) -> (image, what its solver says or None).
+    """A method, ready to use: (A, d, noise_std) -> (image, SolveInfo or None).
 
-    One with a head is the method `base` and what the head makes of its image, (A, y, d, noise_std)
-    -> image. Whoever has the first's image already need not solve for it again. One without a head
-    that has a network has its `model` too, (A, noise_std) -> `Model`, to be solved in another way.
+    It raises UserError where d is no tensor of floats.
+
+    Args:
+        restore: the method, without its head if it has one.
+        base: for a method with a head, the name of the method without it.
+        head: (A, image, d, noise_std) -> image. Apply it alone where `base`'s image is known.
+        model: (A, noise_std) -> `Model`, for a method with a network and without a head, to solve
+            it in another way.
     """
 
     restore: Callable[[LinearOperator, Tensor, float], Result]
@@ -129,5 +125,6 @@ class Restorer:
 
     @torch.no_grad()
     def __call__(self, A: LinearOperator, d: Tensor, noise_std: float) -> Result:
+        require_floats(d)
         y, info = self.restore(A, d, noise_std)
         return (y if self.head is None else self.head(A, y, d, noise_std)), info

@@ -1,150 +1,41 @@
-"""The forward model d = A x + noise (Eq. 1): linear operators, and the measurement.
+"""The operators A of Eq. 1, d = A x + noise: convolutions, masks, MRI.
 
-A `LinearOperator` needs A and its adjoint, nothing else; the rest follows by conjugate gradients.
-The operators here know more where there is more to know:
-
-- `Separable`: A X = V_h X V_w' per channel. Two small eigendecompositions make (A'A + tau I)^-1
-  four matrix products, exactly; nothing is approximated at the border.
+- `Separable`: A X = V_h X V_w' per channel. Two small eigendecompositions turn (A'A + tau I)^-1
+  into four matrix products, exactly; nothing is approximated at the border.
 - `Convolution` with any kernel (PSF): `Separable` where the kernel is an outer product, else by
-  FFT. `Blur` is the Gaussian one, `Downsampling` leaves out rows and columns after it.
-- `Inpainting` and `MRI`: diagonal, one in the image and the other in k-space.
+  FFT. `Blur` is the Gaussian one; `Downsampling` then drops rows and columns.
+- `Inpainting` and `MRI` are diagonal, one in the image and the other in k-space.
 
-With `border="black"` a picture is as large as the scene, which is black beyond its border: the
-paper's model. With `border="unknown"` a camera took a scene that goes on: it is larger than the
-picture by the kernel's reach, and nothing is assumed of what lies there.
+`border` says what lies beyond the picture. With "black", the paper's model, the scene is as large
+as the picture and zero beyond it. With "unknown" the scene is larger than the picture by the
+kernel's reach, as for a camera, and nothing is assumed about what lies there.
 """
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from jfbnb.common import UserError
-from jfbnb.core.conjugate_gradients import conjugate_gradients
 from jfbnb.core.kernels import gaussian_kernel
+from jfbnb.core.linear_operator import LinearOperator, require_floats
 
 
-class LinearOperator(nn.Module):
-    """A of Eq. 1, from images (B, *domain) to measurements (B, *range), the same for each image.
-
-    A subclass writes `forward`, A x, and `adjoint`, A' d, in the type of what they are given. What
-    follows from these two is here; a class that knows a faster way overrides it. Buffers hold what
-    an operator is made of. They are given, not learned, so they are in no `state_dict`.
-    """
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = False) -> None:
-        super().register_buffer(name, tensor, persistent)
-
-    def adjoint(self, d: Tensor) -> Tensor:
-        """A' d, with <A x, d> = <x, A' d>: (B, *range) -> (B, *domain)."""
-        raise NotImplementedError(f"{type(self).__name__} has no adjoint: write one")
-
-    def guess(self, d: Tensor) -> Tensor:
-        """An image to start an iteration from: A' d, where nothing better is known."""
-        return self.adjoint(d)
-
-    def inverse(self, d: Tensor) -> Tensor:
-        """A^-1 d. Raises UserError where no inverse is known."""
-        raise UserError(f"{type(self).__name__} has no known inverse: leave the direct inverse out")
-
-    def visible(self, x: Tensor) -> Tensor:
-        """The part of images (B, *domain) that the measurement shows, and by which to judge them.
-
-        All, unless the scene goes on beyond the border of its picture.
-        """
-        return x
-
-    def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
-        """(A'A + tau I)^-1 r for tau > 0, by conjugate gradients; differentiable in r and tau.
-
-        Args:
-            start: an image near the solution, if one is known. Conjugate gradients start there
-                where it is nearer than zero; a closed form has no use for it.
-        """
-        tau = torch.as_tensor(tau, dtype=r.dtype, device=r.device)
-        return _SolveNormal.apply(r, tau, self, None if start is None else start.detach())
-
-    def precondition(self, r: Tensor, tau: float | Tensor) -> Tensor:
-        """About (A'A + tau I)^-1 r, symmetric and positive definite, to need fewer iterations."""
-        return r
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.extra_repr()})"
-
-    def check_adjoint(self, *domain: int, tolerance: float = 1e-6) -> float:
-        """How far <A u, v> and <u, A' v> are apart, relative to |A u| |v|, for random u and v.
-
-        Args:
-            domain: the shape of an image, e.g. 3, 32, 32.
-
-        Raises:
-            UserError: if that is over the tolerance.
-        """
-        generator = torch.Generator().manual_seed(0)
-        device = next(self.buffers(), torch.empty(())).device
-        u = torch.randn(2, *domain, dtype=torch.float64, generator=generator).to(device)
-        Au = self(u)
-        v = torch.randn(Au.shape, dtype=torch.float64, generator=generator).to(device)
-        left, right = (Au * v).sum().item(), (u * self.adjoint(v)).sum().item()
-        apart = abs(left - right) / (Au.norm() * v.norm()).item()
-        if not apart <= tolerance:
-            raise UserError(f"{type(self).__name__}.adjoint is not the adjoint of its forward: "
-                            f"<A u, v> = {left:.6g} and <u, A' v> = {right:.6g}, apart by "
-                            f"{apart:.1e} of |A u| |v|")
-        return apart
+def _require_size(x: Tensor, size: tuple[int, ...], kind: str = "an image") -> None:
+    require_floats(x)
+    found = tuple(x.shape[-len(size):])
+    if found != tuple(size):
+        raise UserError(f"{kind} of {found} for an operator on {tuple(size)}: they need the same "
+                        "height and width")
 
 
-class _SolveNormal(torch.autograd.Function):
-    """x = (A'A + tau I)^-1 r. Its derivatives are solves with the same symmetric matrix."""
-
-    @staticmethod
-    def forward(ctx, r: Tensor, tau: Tensor, A: LinearOperator, start: Tensor | None) -> Tensor:
-        x = conjugate_gradients(lambda v: A.adjoint(A(v)) + tau * v, r,
-                                torch.finfo(r.dtype).eps ** 0.75, start=start,
-                                precondition=lambda v: A.precondition(v, tau))
-        ctx.save_for_backward(x, tau)
-        ctx.A = A
-        return x
-
-    @staticmethod
-    def backward(ctx, g: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, tau = ctx.saved_tensors
-        v = _SolveNormal.apply(g, tau, ctx.A, None)
-        return v, -(v * x).sum(), None, None
-
-
-def toeplitz(kernel: Tensor, n: int, border: str = "black", stride: int = 1) -> Tensor:
-    """The matrix K with `K x = kernel * x`, the convolution of n values, each stride-th row of it.
-
-    With zeros beyond the border of x it is (n, n); with border="unknown" the rows are left out that
-    need what lies beyond.
-    """
-    centre = len(kernel) // 2
-    offsets = torch.arange(n)[:, None] - torch.arange(n)[None, :] + centre
-    inside = (offsets >= 0) & (offsets < len(kernel))
-    K = torch.where(inside, kernel[offsets.clamp(0, len(kernel) - 1)], 0.0)
-    return K[_rows(len(kernel), n, border, stride)]
-
-
-def _rows(kernel_size: int, n: int, border: str, stride: int) -> slice:
-    """Which of the n values of a convolution are measured."""
-    if border == "black":
-        return slice(0, n, stride)
-    return slice(kernel_size - 1 - kernel_size // 2, n - kernel_size // 2, stride)
-
-
-def scene_size(measured: tuple[int, int], kernel_shape: tuple[int, int],
-               border: str = "unknown") -> tuple[int, int]:
-    """(H, W) of the scene that a picture of h x w pixels, convolved by such a kernel, shows."""
-    if border == "black":
-        return tuple(measured)
-    return tuple(n + k - 1 for n, k in zip(measured, kernel_shape, strict=True))
+# --- separable operators --------------------------------------------------------------------------
 
 
 class Separable(LinearOperator):
     """A X = V_h X V_w' on each channel of images (B, C, H, W), for any V_h (h, H) and V_w (w, W).
 
-    A'A is the Kronecker product of V_h'V_h and V_w'V_w: what diagonalises them diagonalises it.
+    A'A is the Kronecker product of V_h'V_h and V_w'V_w, so their eigenvectors diagonalise it.
     """
 
     def __init__(self, V_h: Tensor, V_w: Tensor):
@@ -168,12 +59,12 @@ class Separable(LinearOperator):
         return self.V_h.to(d.dtype).mT @ d @ self.V_w.to(d.dtype)
 
     def filter(self, x: Tensor, response: Tensor) -> Tensor:
-        """Multiply x by `response` (H, W) in the eigenbasis of A'A, and come back."""
+        """Multiply x by `response` (H, W) in the eigenbasis of A'A."""
         Q_h, Q_w = self.Q_h.to(x.dtype), self.Q_w.to(x.dtype)
         return Q_h @ (response.to(x.dtype) * (Q_h.mT @ x @ Q_w)) @ Q_w.mT
 
     def inverse(self, d: Tensor) -> Tensor:
-        """A^-1 d, exactly, or of all x with A x = d the smallest; computed in float64."""
+        """A^-1 d, or the smallest x with A x = d if there are many; computed in float64."""
         V_h, V_w = (torch.linalg.pinv(V, rtol=1e-12) for V in (self.V_h, self.V_w))
         return (V_h @ d.double() @ V_w.mT).to(d.dtype)
 
@@ -191,21 +82,53 @@ def _eigen(V: Tensor) -> tuple[Tensor, Tensor]:
     return squares.clamp_min(0).sqrt(), Q
 
 
+# --- convolutions ---------------------------------------------------------------------------------
+
+
+def toeplitz(kernel: Tensor, n: int, border: str = "black", stride: int = 1) -> Tensor:
+    """The matrix K with K x = kernel * x, a convolution of n values, each stride-th row of it.
+
+    K is (n, n) for zeros beyond x. With border="unknown" it has no row that needs values from
+    beyond.
+    """
+    centre = len(kernel) // 2
+    offsets = torch.arange(n)[:, None] - torch.arange(n)[None, :] + centre
+    inside = (offsets >= 0) & (offsets < len(kernel))
+    K = torch.where(inside, kernel[offsets.clamp(0, len(kernel) - 1)], 0.0)
+    return K[_rows(len(kernel), n, border, stride)]
+
+
+def _rows(kernel_size: int, n: int, border: str, stride: int) -> slice:
+    """Which of the n values of a convolution are measured."""
+    if border == "black":
+        return slice(0, n, stride)
+    return slice(kernel_size - 1 - kernel_size // 2, n - kernel_size // 2, stride)
+
+
+def scene_size(measured: tuple[int, int], kernel_shape: tuple[int, int],
+               border: str = "unknown") -> tuple[int, int]:
+    """(H, W) of the scene that a picture of (h, w) pixels shows, for a kernel of that shape."""
+    if border == "black":
+        return tuple(measured)
+    return tuple(n + k - 1 for n, k in zip(measured, kernel_shape, strict=True))
+
+
 class Convolution(LinearOperator):
     """A x = k * x on each channel of images (B, C, H, W), true convolution with any kernel k.
 
     The centre of a kernel of n rows is its row n // 2, as in SciPy. A kernel that is an outer
-    product is `Separable`. Any other is applied by FFT, and `solve_normal` takes conjugate
+    product is `Separable`. Any other is applied by FFT, and `solve_normal` uses conjugate
     gradients with a circulant preconditioner (Chan 1988): right inside, not near the border.
 
     Args:
         image_size: of the scene, (H, W) or one side, in pixels.
         kernel: (kh, kw), a tensor or array.
         border: "unknown", which measures (H - kh + 1, W - kw + 1), or "black", (H, W).
-        stride: one of so many rows and columns of that is measured.
+        stride: every stride-th row and column of these is measured.
 
     Raises:
-        UserError: for a kernel that is no kernel, or larger than the scene, or another border.
+        UserError: for an invalid kernel, or one larger than the scene; for another border; from
+            A(x) and adjoint(d), for another height or width.
     """
 
     def __init__(self, image_size: int | tuple[int, int], kernel: Tensor | np.ndarray,
@@ -226,14 +149,15 @@ class Convolution(LinearOperator):
                             "kernel: use a larger image or a smaller kernel")
         self.border, self.stride = border, stride
         self.rows, self.columns = _rows(kh, H, border, stride), _rows(kw, W, border, stride)
+        self.measured_size = len(range(H)[self.rows]), len(range(W)[self.columns])
         factors = _factors(kernel)
         if factors:
             self.factors = Separable(*(toeplitz(k, n, border, stride)
                                        for k, n in zip(factors, (H, W), strict=True)))
             return
         self.factors = None
-        # Room for all that a convolution gives: an unknown border needs none of it, but the
-        # preconditioner is then so much nearer that conjugate gradients take half the iterations.
+        # Room for the whole convolution. An unknown border needs less, but the preconditioner is
+        # then so much nearer that conjugate gradients take half the iterations.
         self.grid = (_fast_length(H + kh - 1), _fast_length(W + kw - 1))
         on_grid = torch.zeros(self.grid, dtype=torch.float64)
         on_grid[:kh, :kw] = kernel
@@ -246,21 +170,20 @@ class Convolution(LinearOperator):
         return f"{H} x {W}, border {self.border}" + f", stride {self.stride}" * (self.stride > 1)
 
     def _circulant(self, x: Tensor, response: Tensor) -> Tensor:
-        """Multiply x, with zeros around it, by a response on the grid's frequencies; cut back."""
-        H, W = x.shape[-2:]
-        if self.image_size != (H, W):
-            raise UserError(f"an image of {(H, W)} for an operator on {self.image_size}: they need "
-                            "the same height and width")
+        """Pad x with zeros, multiply it by a response on the grid's frequencies, and crop."""
+        H, W = self.image_size
         response = response.to(_complex(x.dtype) if response.is_complex() else x.dtype)
         return torch.fft.irfft2(torch.fft.rfft2(x, self.grid) * response, self.grid)[..., :H, :W]
 
     def forward(self, x: Tensor) -> Tensor:
+        _require_size(x, self.image_size)
         if self.factors:
             return self.factors(x)
         transfer = torch.view_as_complex(self.transfer)
         return self._circulant(x, transfer)[..., self.rows, self.columns]
 
     def adjoint(self, d: Tensor) -> Tensor:
+        _require_size(d, self.measured_size, "a measurement")
         if self.factors:
             return self.factors.adjoint(d)
         x = d.new_zeros(*d.shape[:-2], *self.image_size)
@@ -272,28 +195,27 @@ class Convolution(LinearOperator):
         return x[..., max(top, 0):bottom, max(left, 0):right]
 
     def guess(self, d: Tensor) -> Tensor:
-        """d, each pixel `stride` wide, its border values going on beyond it."""
+        """d, with pixels `stride` wide, continued beyond the border by its outermost values."""
         for dim, ((first, end), n) in enumerate(zip(self._window(), self.image_size,
                                                     strict=True), -2):
             at = (torch.arange(n, device=d.device) - first).clamp(0, end - first - 1)
             d = d.index_select(dim, at // self.stride)
         return d
 
-    def _window(self) -> tuple[tuple[int, int], ...]:
-        """For rows and columns: the first that the picture shows, and the first after them.
+    def _window(self) -> list[tuple[int, int]]:
+        """For rows and for columns: the first that the picture shows, and the first after it.
 
-        A pixel is `stride` wide around what was measured, so the outer ones may reach beyond.
+        A pixel is `stride` wide around its sample, so the outer ones may reach beyond the scene.
         """
-        found = []
-        for where, n in zip((self.rows, self.columns), self.image_size, strict=True):
-            first = where.start - (self.stride - 1) // 2
-            found.append((first, min(first + len(range(n)[where]) * self.stride, n)))
-        return tuple(found)
+        starts = [where.start - (self.stride - 1) // 2 for where in (self.rows, self.columns)]
+        return [(first, min(first + m * self.stride, n)) for first, m, n in
+                zip(starts, self.measured_size, self.image_size, strict=True)]
 
     def inverse(self, d: Tensor) -> Tensor:
         return self.factors.inverse(d) if self.factors else super().inverse(d)
 
     def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
+        _require_size(r, self.image_size)
         if self.factors:
             return self.factors.solve_normal(r, tau)
         return super().solve_normal(r, tau, start)
@@ -307,14 +229,15 @@ class Convolution(LinearOperator):
 
 
 def _fast_length(n: int) -> int:
-    """The first length from n on without a prime factor over 7: FFTs of others are slow."""
+    """The least length from n on without a prime factor over 7: FFTs of others are slow."""
     while pow(210, 64, n):
         n += 1
     return n
 
 
 def _factors(kernel: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(a, b) with kernel = a b', to what float32 rounds, or None: no such pair, or a sum of 0."""
+    """(a, b) with kernel = a b', up to float32's rounding; None if there is none, or it sums to 0.
+    """
     a, b = kernel.sum(1), kernel.sum(0) / kernel.sum()
     outer = torch.outer(a, b)
     return (a, b) if (outer - kernel).abs().sum() <= 1e-7 * kernel.abs().sum() else None
@@ -352,7 +275,7 @@ class Blur(Convolution):
 
     @property
     def K_w(self) -> Tensor:
-        """The factor that blurs rows."""
+        """The factor that blurs rows, (W, W) with a black border."""
         return self.factors.V_w
 
     @property
@@ -366,17 +289,16 @@ class Blur(Convolution):
         singular_values = self.spectrum.abs()
         return (singular_values.max() / singular_values.min()).item()
 
-    def filter(self, x: Tensor, response: Tensor) -> Tensor:
-        """Multiply x by `response` (H, W) in the eigenbasis of A, and come back."""
-        return self.factors.filter(x, response)
-
 
 class Downsampling(Convolution):
-    """A picture with one of `factor` pixels each way: a convolution, then every factor-th value.
+    """A picture with 1 / factor of the pixels each way: convolve, then keep every factor-th value.
 
     Args:
         image_size: of the sharp image, as in `Convolution`.
         kernel: of the convolution; by default each pixel is the mean of factor x factor.
+
+    Raises:
+        UserError: for a factor below 1, and as `Convolution`.
     """
 
     def __init__(self, image_size: int | tuple[int, int], factor: int,
@@ -387,17 +309,24 @@ class Downsampling(Convolution):
         super().__init__(image_size, box if kernel is None else kernel, border, factor)
 
 
-# --- masks --------------------------------------------------------------------------------------
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def _checked(mask: Tensor | np.ndarray) -> Tensor:
+    mask = torch.as_tensor(mask, dtype=torch.float64)
+    if not (((mask == 0) | (mask == 1)).all() and mask.any()):
+        raise UserError("a mask must be of 0 and 1, and not of 0 alone: check it")
+    return mask
 
 
 class Inpainting(LinearOperator):
-    """A x = mask x: some pixels of images (B, C, H, W) are known, with a mask of 1, and others not.
+    """A x = mask x on images (B, C, H, W): a pixel is known where the mask is 1.
 
     Args:
         mask: (H, W) or (C, H, W), of 0 and 1.
 
     Raises:
-        UserError: for a mask of zeros, or of other values.
+        UserError: for a mask of zeros, or of other values; from A(x), for another size.
     """
 
     def __init__(self, mask: Tensor | np.ndarray):
@@ -405,20 +334,27 @@ class Inpainting(LinearOperator):
         self.register_buffer("mask", _checked(mask))
 
     def forward(self, x: Tensor) -> Tensor:
+        _require_size(x, self.mask.shape)
         return self.mask.to(x.dtype) * x
 
     def adjoint(self, d: Tensor) -> Tensor:
-        return self.mask.to(d.dtype) * d
+        return self(d)
 
     def guess(self, d: Tensor) -> Tensor:
-        """The known pixels; from them inwards the mean of the neighbours that have a value."""
+        """The known pixels; from them inwards, the mean of the neighbours that have a value.
+
+        A channel without any known pixel is the mean of the others.
+        """
         known = self.mask.to(d.dtype).expand_as(d)
         x = known * d
+        missing = ~known.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)  # whole channels
+        known = torch.where(missing, 1, known)
         while not known.all():
             near = avg_pool2d(known, 3, 1, 1)
             x = torch.where(known > 0, x, avg_pool2d(x, 3, 1, 1) / near.clamp_min(1e-6))
             known = (near > 0).to(d.dtype)
-        return x
+        others = x.sum(dim=1, keepdim=True) / (~missing).sum(dim=1, keepdim=True)
+        return torch.where(missing, others, x)
 
     def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r, exactly, for tau > 0: A'A is diagonal."""
@@ -426,7 +362,7 @@ class Inpainting(LinearOperator):
 
 
 class MRI(LinearOperator):
-    """Single-coil Cartesian MRI: the lines of k-space in a mask, of a real image.
+    """Single-coil Cartesian MRI of a real image: the lines of k-space in a mask.
 
     A x = mask F (e^(i phase) x), F the orthonormal Fourier transform, with the origin of the image
     and of k-space in the middle, as in fastMRI (Zbontar et al. 2018). (B, C, H, W) ->
@@ -437,7 +373,8 @@ class MRI(LinearOperator):
         phase: (H, W), in radians, of the image that was measured; 0 if not given.
 
     Raises:
-        UserError: for a mask of zeros, or of other values, or a phase of another shape.
+        UserError: for a mask of zeros, or of other values, or a phase of another shape; from A(x)
+            and adjoint(d), for another height or width.
     """
 
     def __init__(self, mask: Tensor | np.ndarray, phase: Tensor | np.ndarray | None = None):
@@ -452,9 +389,7 @@ class MRI(LinearOperator):
         self.register_buffer("rotation", phase)  # real, as `Convolution`'s transfer
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[-2:] != self.mask.shape:
-            raise UserError(f"an image of {tuple(x.shape[-2:])} for a mask of "
-                            f"{tuple(self.mask.shape)}: they need the same height and width")
+        _require_size(x, self.mask.shape)
         z = x
         if self.rotation is not None:
             z = x * torch.view_as_complex(self.rotation).to(_complex(x.dtype))
@@ -463,9 +398,7 @@ class MRI(LinearOperator):
         return torch.view_as_real(self.mask.to(x.dtype) * k)
 
     def adjoint(self, d: Tensor) -> Tensor:
-        if d.shape[-3:] != (*self.mask.shape, 2):
-            raise UserError(f"a k-space of shape {tuple(d.shape)} for a mask of "
-                            f"{tuple(self.mask.shape)}: give (B, C, H, W, 2)")
+        _require_size(d, (*self.mask.shape, 2), "a k-space")
         k = self.mask.to(d.dtype) * torch.view_as_complex(d.contiguous())
         z = torch.fft.fftshift(torch.fft.ifft2(torch.fft.ifftshift(k, (-2, -1)), norm="ortho"),
                                (-2, -1))
@@ -476,7 +409,8 @@ class MRI(LinearOperator):
     def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r, exactly without a phase: A'A is diagonal in k-space.
 
-        A real image says the same at k and -k: what counts is the mean of the mask at the two.
+        The k-space of a real image is the same at k and -k up to conjugation, so the mean of the
+        mask at the two counts.
         """
         if self.rotation is not None:
             return super().solve_normal(r, tau, start)
@@ -487,10 +421,3 @@ class MRI(LinearOperator):
 
 def _complex(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype == torch.float64 else torch.complex64
-
-
-def _checked(mask: Tensor | np.ndarray) -> Tensor:
-    mask = torch.as_tensor(mask, dtype=torch.float64)
-    if not (((mask == 0) | (mask == 1)).all() and mask.any()):
-        raise UserError("a mask must be of 0 and 1, and not of 0 alone: check it")
-    return mask

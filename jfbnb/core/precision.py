@@ -1,4 +1,4 @@
-"""bfloat16: where to compute in it, and when."""
+"""Whether the networks in a module compute in bfloat16."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,14 +8,12 @@ from torch import nn
 
 from jfbnb.common import UserError
 
-# --- bfloat16 -----------------------------------------------------------------------------------
-
 
 @contextmanager
 def precision(module: nn.Module, bf16: bool) -> Iterator[Callable[[bool], None]]:
-    """Within it the networks in a module that have an attribute `bf16` have that value of it.
+    """Within the block, set the attribute `bf16` of each network in a module that has one.
 
-    Yields what sets another value, until the block ends.
+    Yields a function that sets it anew. At the end each network has its earlier value.
     """
     networks = [network for network in module.modules() if hasattr(network, "bf16")]
     before = [network.bf16 for network in networks]
@@ -33,12 +31,12 @@ def precision(module: nn.Module, bf16: bool) -> Iterator[Callable[[bool], None]]
 
 
 def pick_bf16(choice: str, device: torch.device) -> bool:
-    """Whether to train in bfloat16. "auto" says yes where the processor computes in it.
+    """Whether to train in bfloat16: "always", "never", or "auto", where the device has it.
 
-    Elsewhere it is emulated, and 10 to 20 times slower than float32.
+    Devices without it emulate it, 10 to 20 times slower than float32.
 
     Raises:
-        UserError: for another word than auto, always or never.
+        UserError: for another choice.
     """
     if choice not in ("auto", "always", "never"):
         raise UserError(f"bf16={choice!r}: choose auto, always or never")

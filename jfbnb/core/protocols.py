@@ -1,4 +1,4 @@
-"""Protocols: which operator measures, with how much noise; and the measurement itself, Eq. 1."""
+"""Protocols, an operator and a noise level each, and the measurement, Eq. 1: d = A x + noise."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from jfbnb.common import UserError, seeded_generator
 from jfbnb.core.operators import Blur, LinearOperator
 
-# --- what is measured ---------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is measured: side of the scene in pixels, operator, noise level on images in [0, 1].
+    """How images are measured.
 
     Args:
+        image_size: side of the scene in pixels.
         make: image size, a side or (H, W) -> the operator on images of that size.
+        noise_std: standard deviation of the noise, on images in [0, 1].
     """
 
     name: str
@@ -39,31 +39,27 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
     # letters l) up to its commit d8e6ada: standard deviation 5; noise 0.01 on images in [-1, 1].
     # Its later state has other kernels.
     Protocol("code", 128, partial(Blur, kernel_size=5, kernel_std=5.0), 0.005),
-    # What a camera does: pictures of 128 x 128 cut from blurred scenes that go on beyond them.
+    # As a camera does: pictures of 128 x 128, cut from larger blurred scenes.
     Protocol("camera", 132, partial(Blur, kernel_size=5, kernel_std=math.sqrt(5), border="unknown"),
              0.01),
 )}
 
 
 def get_protocol(name: str) -> Protocol:
-    """Look up a protocol: "paper", its text read literally; "code", the code published with it, up
-    to its commit d8e6ada; "camera", pictures cut from larger scenes.
-
-    Raises UserError for an unknown name.
-    """
+    """The protocol of that name, one of `PROTOCOLS`. Raises UserError for another name."""
     if name not in PROTOCOLS:
         raise UserError(f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]
 
 
 def measure(A: nn.Module, x: Tensor, noise_std: float, seed: int, indices: Sequence[int]) -> Tensor:
-    """Eq. 1: d = A x + noise, with noise drawn once per image from (seed, image index).
+    """Eq. 1: d = A x + noise, (B, *range), with white noise drawn from (seed, image index).
 
-    A measurement so depends neither on the batch that an image is in nor on the device.
+    So a measurement depends neither on the image's batch nor on the device.
 
     Args:
         x: images (B, C, H, W) in [0, 1].
-        noise_std: standard deviation of the white noise, on the same scale.
+        noise_std: standard deviation of the noise, on the same scale.
         indices: B integers that name the images.
 
     Raises:

@@ -8,10 +8,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from jfbnb.core.diagnostics import Step, parameter_gradient
+from jfbnb.core.diagnostics import parameter_gradient
 from jfbnb.core.fixed_point import picard, solve
 from jfbnb.core.gradients import implicit, jfb, unrolled
 from jfbnb.core.maps import ImplicitMap
+
+Step = Callable[[ImplicitMap, Tensor, Tensor, int], Tensor]
 
 
 def jfb_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
