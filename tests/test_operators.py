@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ import scipy.signal
 import skimage.data
 import skimage.restoration
 import torch
+from conftest import Contractive
 from torch.nn.functional import avg_pool2d
 
 from jfbnb.common import UserError
@@ -28,7 +30,10 @@ from jfbnb.core.baselines import (
     total_variation,
 )
 from jfbnb.core.conjugate_gradients import conjugate_gradients
+from jfbnb.core.denoisers import Denoiser
+from jfbnb.core.fixed_point import solve
 from jfbnb.core.kernels import gaussian_kernel
+from jfbnb.core.maps import SplittingMap
 from jfbnb.core.metrics import psnr
 from jfbnb.core.models import Restorer
 from jfbnb.core.operators import (
@@ -580,3 +585,21 @@ def test_bad_input(make, message):
     with pytest.raises(UserError, match=message) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+def test_what_was_solved_before_changes_no_bit():
+    torch.manual_seed(0)
+    T = SplittingMap(Convolution((40, 44), kernels.motion(9, 30)),
+                     Denoiser(Contractive(3, 8), 0.05), 0.01)
+    d = T.A(torch.rand(2, 3, 40, 44, generator=torch.manual_seed(1)))
+
+    def restored() -> torch.Tensor:
+        return T.data_step(solve(T, d, 1e-4)[0], d)
+
+    first = restored()
+    solve(T, -d.flip(2), 1e-2)
+    T.A.solve_normal(torch.full((1, 3, 40, 44), math.nan), 0.05)
+    assert torch.equal(restored(), first)
+    with ThreadPoolExecutor(2) as threads:
+        assert all(torch.equal(found.result(), first)
+                   for found in [threads.submit(restored) for _ in range(4)])

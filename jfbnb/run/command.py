@@ -281,7 +281,7 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
     records = summary.set_index("method").to_dict(orient="index")
     results = {name: {k: None if isinstance(v, float) and math.isnan(v) else v
                       for k, v in row.items()} for name, row in records.items()}
-    return {"protocol": protocol.name, "images": len(images), "skipped": files.skipped,
+    return {"protocol": protocol.name, "images": len(images), "skipped": images.skipped,
             "methods": results}
 
 
