@@ -15,25 +15,24 @@ from jfbnb.core.denoisers import make_network
 from jfbnb.core.precision import pick_bf16
 from jfbnb.core.protocols import get_protocol
 from jfbnb.data import Splits, load_splits
-from jfbnb.run.reproduce import STEPS, alone, load_profile, step_parameters
+from jfbnb.run.reproduce import Parameters, alone, complete, load_profile, notebooks
 from jfbnb.training import processes
 from jfbnb.training.degradations import Conditions
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import LossSettings
-from jfbnb.training.methods import JFB, Method, get_method
+from jfbnb.training.methods import JFB, METHODS, Method, get_method
 from jfbnb.training.recipes import Run, train_denoiser, train_method, validation_problem
 from jfbnb.training.tuning import Tuning, tune
 from jfbnb.training.weights import load_denoiser
 
-Parameters = dict[str, Any]  # those of notebooks 3 to 5, by name
+# By any network; a method that needs a smooth one is not among notebook 5's rivals.
+TRAINED = [name for name, method in METHODS.items() if method.trainable and not method.smooth]
 
 
 def network_parameters(profile: str, overrides: Parameters) -> Parameters:
     """What notebooks 3 to 5 are given in a profile. Raises UserError for unknown ones."""
-    found: Parameters = {}
-    for own in step_parameters(STEPS[2:5], load_profile(profile) | overrides).values():
-        found |= own
-    return found
+    found = complete(notebooks()[2:5], load_profile(profile) | overrides)
+    return {name: value for own in found.values() for name, value in own.items()}
 
 
 def rate_of(name: str, parameters: Parameters) -> float:
