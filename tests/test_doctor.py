@@ -38,7 +38,7 @@ def empty_data(tmp_path):
     (damage_weights, "method jfb: "), (empty_data, "empty"),
     (lambda tmp_path: ["--weights", str(tmp_path / "nowhere")], "no tuned parameters")])
 def test_trouble_is_named_and_the_status_is_not_zero(capsys, tmp_path, monkeypatch, make, message):
-    monkeypatch.setattr(doctor, "notebooks", lambda: [])  # starts a kernel's interpreter
+    monkeypatch.setattr(doctor, "notebooks", list)  # starts a kernel's interpreter
     assert main(["doctor", *make(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert any(line.startswith("TROUBLE") and message in line for line in out.splitlines())
