@@ -174,8 +174,8 @@ def input_hashes(path: Path, parameters: Parameters) -> dict[str, str]:
     if parameters.get("data", "bundled") != "bundled":
         hashes["data"] = fingerprint(parameters["data"])
     if weights := parameters.get("weights"):
-        networks = [file for file in Path(weights).rglob("*.safetensors")
-                    if file.parent.name != "checkpoints"]
+        networks = [file for pattern in ("*.safetensors", "*/*.safetensors")
+                    for file in Path(weights).glob(pattern) if file.parent.name not in NOT_RESULTS]
         if not networks:
             raise UserError(f"no trained networks in the weights folder {weights}: leave the "
                             "parameter `weights` empty to train")
@@ -292,8 +292,7 @@ def run_step(path: Path, parameters: Parameters, inputs: dict[str, str], folder:
     if not force and is_done(marker, inputs):
         log(f"{title}: unchanged, skipped")
         return
-    log(f"{title}: expected "
-        + (f"{marker['seconds']:.0f} s" if marker else "time unknown"))
+    log(f"{title}: expected " + (f"{marker['seconds']:.0f} s" if marker else "time unknown"))
     file.unlink(missing_ok=True)
     before = result_files(folder)
     seconds = run_notebook(path, parameters, runs)

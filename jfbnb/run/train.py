@@ -3,6 +3,7 @@
 Notebooks 3 to 5 call the same recipes; they take what this stores by their parameter `weights`.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +36,6 @@ def network_parameters(profile: str, overrides: Parameters) -> Parameters:
     return {name: value for own in found.values() for name, value in own.items()}
 
 
-def rate_of(name: str, parameters: Parameters) -> float:
-    """The learning rate of a method, as notebooks 4 and 5 take it."""
-    return parameters["learning_rates"].get(name, parameters["learning_rate"])
-
-
 def train_network(name: str, parameters: Parameters, start: Path, out: Path, command: str,
                   conditions: bool = False, log: Callable[[str], None] = print) -> None:
     """Train the denoiser of notebook 3, or a method's network, as notebooks 4 and 5 do.
@@ -58,13 +54,12 @@ def train_network(name: str, parameters: Parameters, start: Path, out: Path, com
     """
     out = out / "conditions" if conditions else out
     with processes.process_group(pick_device(parameters["device"])) as device:
-        if processes.rank() > 0:
-            _train(name, parameters, start, conditions,
-                   Run(device, out, command, log=lambda line: None))
-        else:
-            with alone(out):
+        first = processes.rank() == 0
+        with alone(out) if first else contextlib.nullcontext():
+            if first:
                 remove_unfinished(out)
-                _train(name, parameters, start, conditions, Run(device, out, command, log=log))
+            run = Run(device, out, command, log=log if first else lambda line: None)
+            _train(name, parameters, start, conditions, run)
 
 
 def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) -> None:
@@ -110,8 +105,9 @@ def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditi
         losses = replace(losses, conditions=Conditions())
     # In notebook 5 a table says how many converge.
     limit = p["unconverged_limit"] if method is JFB and not conditions else 1.0
-    config = TrainingConfig(0, p["batch_size"], p["crop"], rate_of(method.name, p), p["seed"],
-                            limit, budget=p["budget"])
+    rate = p["learning_rates"].get(method.name, p["learning_rate"])
+    config = TrainingConfig(0, p["batch_size"], p["crop"], rate, p["seed"], limit,
+                            budget=p["budget"])
     if p["random_degradations"]:
         config, losses = config.random_degradations(), losses.random_degradations()
     return {"network": network, "settings": best, "problem": problem, "config": config,
