@@ -3,11 +3,8 @@
 import importlib.util
 import io
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
 
 import nbformat
@@ -225,31 +222,6 @@ def test_no_run_changes_what_git_tracks():
                            capture_output=True, text=True).stdout.splitlines()
     assert set(found) == set(written)
     assert not [name for name in tracked() if name.startswith(tuple(f"{p}/" for p in places))]
-
-
-def test_notebook_1_leaves_the_checkout_clean(tmp_path):
-    """Run in a checkout of its own, by the command; then git is asked."""
-    clone = tmp_path / "clone"
-    done = subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, clone],
-                          capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("not a git checkout")
-    for name in tracked():  # as it is now, not as it was committed
-        if (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, clone / name)
-
-    def status() -> str:
-        return subprocess.run(["git", "status", "--porcelain"], cwd=clone, check=True,
-                              capture_output=True, text=True).stdout
-
-    before = status()
-    environment = {k: v for k, v in os.environ.items() if k != "JFBNB_WORK"}
-    done = subprocess.run([sys.executable, "-m", "jfbnb", "reproduce", "--only", "01"], cwd=clone,
-                          env={**environment, "PYTHONPATH": str(clone)}, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert list((clone / "figures" / "quick").glob("*.png")) and status() == before
 
 
 def test_no_faces_pickles_or_large_files():
