@@ -175,7 +175,7 @@ def input_hashes(path: Path, parameters: Parameters) -> dict[str, str]:
         hashes["data"] = fingerprint(parameters["data"])
     if weights := parameters.get("weights"):
         networks = [file for pattern in ("*.safetensors", "*/*.safetensors")
-                    for file in Path(weights).glob(pattern) if file.parent.name not in NOT_RESULTS]
+                    for file in Path(weights).glob(pattern) if file.parent.name != "checkpoints"]
         if not networks:
             raise UserError(f"no trained networks in the weights folder {weights}: leave the "
                             "parameter `weights` empty to train")
