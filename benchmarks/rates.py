@@ -17,8 +17,7 @@ from command import ROOT, Bench, Rows, options, run
 from jfbnb.common import UserError
 from jfbnb.core.protocols import get_protocol
 from jfbnb.data import load_splits
-from jfbnb.run.reproduce import TRAINED
-from jfbnb.run.train import network_parameters, prepared
+from jfbnb.run.train import TRAINED, network_parameters, prepared
 from jfbnb.training.methods import get_method
 from jfbnb.training.recipes import Run, score, train_method, with_images
 

@@ -9,6 +9,7 @@ import pytest
 
 from jfbnb.core.denoisers import Denoiser, DnCNN
 from jfbnb.core.maps import SplittingMap
+from jfbnb.core.models import Equilibrium
 from jfbnb.core.operators import Blur
 from jfbnb.run.checkout import ROOT
 
@@ -75,11 +76,12 @@ def test_comparison_is_in_its_page(book):
 
 
 def test_names_in_the_glossary_exist():
-    """Of a module of the package, of the blur, of the map, or a word of the code."""
+    """In a module of the package, the blur, the map or a model, or as a word of the code."""
     A = Blur(8, 3, 1.0)
-    known = {"A": A, "T": SplittingMap(A, Denoiser(DnCNN(2, 2), 0.0), 1.0)}
+    T = SplittingMap(A, Denoiser(DnCNN(2, 2), 0.0), 1.0)
+    known = {"A": A, "T": T, "model": Equilibrium(T)}
     source = "".join(path.read_text(encoding="utf-8") for path in (
-        *(ROOT / "jfbnb").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")))
+        *(ROOT / "jfbnb").rglob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")))
     names = []
     for row in re.findall(r"^\| .*\|$", (ROOT / "docs/glossary.md").read_text(), flags=re.M)[2:]:
         names += re.findall(r"`([\w.]+)[^`]*`", row.split(" | ")[-1])
@@ -87,8 +89,11 @@ def test_names_in_the_glossary_exist():
     for name in names:
         first, _, rest = name.partition(".")
         if rest:
-            owner = known.get(first) or importlib.import_module(f"jfbnb.{first}")
-            operator.attrgetter(rest)(owner)  # raises where there is none
+            if first not in known:
+                (path,) = (ROOT / "jfbnb").rglob(f"{first}.py")
+                module = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+                known[first] = importlib.import_module(module)
+            operator.attrgetter(rest)(known[first])  # raises where there is none
         else:
             assert re.search(rf"\b{name}\b", source), name
 

@@ -100,12 +100,6 @@ def test_blur_then_deblur(capsys, image_folder, weights, tmp_path):
     assert error(out / "000001-blurred-total-variation.png") < 0.8 * error(file)
 
 
-def test_deblur_reports_its_solve(capsys, image_folder, weights, tmp_path):
-    status, printed, _ = run(capsys, "deblur", image_folder / "000001.jpg", "--out", tmp_path,
-                             "--weights", weights)
-    assert status == 0 and "iterations, relative residual" in printed
-
-
 def camera(photo: np.ndarray, kernel: np.ndarray, noise_std: float) -> Image.Image:
     """What a camera makes of the middle of a scene; by SciPy."""
     scene = photo / 255
@@ -131,7 +125,7 @@ def test_a_photograph_from_a_camera_gets_better(capsys, tmp_path):
     assert status == 0 and not err and "(noise 0.01, " in out
     blurred = distance(tmp_path / "a.png", photo)
     assert distance(tmp_path / "a-jfb.png", photo) > blurred + 4
-    # A kernel drawn by name, which is not quite that one; a black border is a scene that is none.
+    # A kernel drawn by name, which is not quite that one; the U-Net gains less there.
     named = (*deblur, "--kernel", "motion:7,-45", "--noise-std", "0.01")
     for method, more, gain in (("jfb", ["--weights", RELEASED], 3),
                                ("jfb", [], 2), ("jfb-energy", [], 4)):
@@ -139,16 +133,6 @@ def test_a_photograph_from_a_camera_gets_better(capsys, tmp_path):
         assert distance(tmp_path / f"a-{method}.png", photo) > blurred + gain
     assert run(capsys, *deblur, "--kernel", tmp_path / "kernel.txt", "--border", "black")[0] == 0
     assert distance(tmp_path / "a-jfb.png", photo) < blurred - 3
-
-
-@pytest.mark.xfail(strict=True, reason="the U-Net gains between 2 and 3 dB there")
-def test_a_kernel_drawn_by_name_will_do_for_the_unet_as_for_the_dncnn(capsys, tmp_path):
-    photo = skimage.data.coffee()[100:260, 100:260]
-    camera(photo, np.eye(5) / 5, 0.01).save(tmp_path / "a.png")
-    assert run(capsys, "deblur", tmp_path / "a.png", "--out", tmp_path, "--method", "jfb",
-               "--kernel", "motion:7,-45", "--noise-std", "0.01")[0] == 0
-    blurred = distance(tmp_path / "a.png", photo)
-    assert distance(tmp_path / "a-jfb.png", photo) > blurred + 3
 
 
 def test_a_wrong_kernel_is_doubted(capsys, tmp_path):
@@ -229,15 +213,12 @@ def test_a_closed_pipe_costs_no_picture(image_folder, tmp_path):
     assert len(list((tmp_path / "o").iterdir())) == 4
 
 
-def test_bad_data(capsys, weights, tmp_path):
+def test_bad_data_and_weights(capsys, image_folder, weights, tmp_path):
     line = refused(capsys, "evaluate", "--data", tmp_path / "none", "--weights", weights)
     assert "no data at" in line
-    (tmp_path / "empty").mkdir()
-    line = refused(capsys, "evaluate", "--data", tmp_path / "empty", "--weights", weights)
-    assert "no images in" in line
-    (tmp_path / "file.jpg").write_text("text")
-    line = refused(capsys, "evaluate", "--data", tmp_path / "file.jpg", "--weights", weights)
-    assert "no folder, tar or zip" in line
+    (weights / "jfb.safetensors").write_bytes(b"12345")
+    line = refused(capsys, "evaluate", "--data", image_folder, "--weights", weights)
+    assert "damaged" in line
 
 
 def test_bad_images(capsys, weights, tmp_path):
@@ -317,21 +298,6 @@ def test_bad_names_and_numbers(capsys, image_folder, weights, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_cuda_without_one(capsys, image_folder, weights):
-    assert "no CUDA device" in refused(capsys, "evaluate", "--data", image_folder, "--weights",
-                                       weights, "--device", "cuda")
-
-
-def test_bad_weights(capsys, image_folder, weights, tmp_path):
-    evaluate = ("evaluate", "--data", image_folder, "--weights")
-    assert "no tuned parameters" in refused(capsys, *evaluate, tmp_path / "none")
-    (weights / "jfb.safetensors").write_bytes(b"12345")
-    assert "damaged" in refused(capsys, *evaluate, weights)
-    (weights / "tuning.json").write_text("{")
-    assert "no tuned parameters" in refused(capsys, *evaluate, weights)
-
-
 def test_unwritable_output_keeps_what_was_there(capsys, image_folder, tmp_path):
     file = tmp_path / "file"
     file.write_text("mine")
@@ -369,42 +335,24 @@ def test_data_without_download_prints_the_steps(capsys):
     assert status == 0 and "img_align_celeba.zip" in out
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """A wheel, unpacked: its folder, in which there is no checkout."""
-    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def test_a_wheel_restores_pictures_and_needs_nothing_of_the_notebooks(tmp_path, image_folder):
+    """Unpacked, away from any checkout, and with the packages of the extra `notebooks` hidden."""
+    source, wheel = tmp_path / "source", tmp_path / "unpacked"
+    source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(checkout.ROOT / name, source)
     shutil.copytree(checkout.ROOT / "jfbnb", source / "jfbnb",
                     ignore=shutil.ignore_patterns("__pycache__"))
     subprocess.run([sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--quiet",
-                    "--no-build-isolation", "--wheel-dir", target], cwd=source, check=True)
-    with zipfile.ZipFile(next(target.glob("*.whl"))) as archive:
-        archive.extractall(target / "unpacked")
-    return target / "unpacked"
+                    "--no-build-isolation", "--wheel-dir", tmp_path], cwd=source, check=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
+        archive.extractall(wheel)
+    files = {path.relative_to(wheel / "jfbnb").as_posix() for path in wheel.rglob("jfbnb/**/*")}
+    assert {"teaching/swipe.js", "teaching/published_table2.csv", "weights/tuning.json",
+            "weights/jfb.safetensors", "weights/jfb.json", "weights/best/jfb.safetensors",
+            "__main__.py", "run/command.py"} <= files
+    assert not [name for name in files if name.endswith((".ipynb", ".yaml"))]
 
-
-def from_wheel(wheel, folder, *words):
-    environment = {k: v for k, v in os.environ.items() if k != "JFBNB_WORK"}
-    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, text=True, check=False,
-                          capture_output=True, env={**environment, "PYTHONPATH": str(wheel)})
-
-
-def test_a_wheel_has_all_it_needs_and_no_notebooks(wheel, tmp_path):
-    files = {path.relative_to(wheel).as_posix() for path in (wheel / "jfbnb").rglob("*")}
-    for name in ("teaching/swipe.js", "teaching/published_table2.csv", "weights/tuning.json",
-                 "run/command.py",
-                 "weights/jfb.safetensors", "weights/jfb.json", "__main__.py"):
-        assert f"jfbnb/{name}" in files
-    assert not list(wheel.rglob("*.ipynb")) and not list(wheel.rglob("*.yaml"))
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    done = from_wheel(wheel, tmp_path, "-P", "-m", "jfbnb", "deblur", "a.png", "--out", "o")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "o" / "a-jfb.png").is_file()
-
-
-def test_pictures_are_restored_without_what_the_notebooks_need(wheel, tmp_path):
-    """Those packages are hidden; what needs one of them says so in a line."""
     project = tomllib.loads((checkout.ROOT / "pyproject.toml").read_text())["project"]
     hidden = [re.match(r"[\w-]+", text)[0] for text in
               project["optional-dependencies"]["notebooks"]]
@@ -421,14 +369,24 @@ class Hiding(PathFinder):
         return PathFinder.find_spec(name, path, target)
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
+import jfbnb
 from jfbnb.run.command import main
-for words in ("blur a.png --out o", "deblur a.png --out o", "evaluate --data o --method jfb",
-              "doctor"):
+assert jfbnb.__path__ == [{str(wheel / "jfbnb")!r}], jfbnb.__path__
+for words in ("reproduce", "train jfb", "sweep seeds.yaml", "lab"):
+    assert main(words.split()) == 2, words
+for words in ("doctor", "data celeba", "blur images/000001.jpg --out out",
+              "deblur images/000001.jpg --out out",
+              "evaluate --data images --limit 1 --method jfb --method tikhonov"):
     assert main(words.split()) == 0, words
 """)
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
-    done = from_wheel(wheel, tmp_path, "-P", script)
+    environment = {k: v for k, v in os.environ.items() if k != "JFBNB_WORK"}
+    done = subprocess.run([sys.executable, "-P", script], cwd=tmp_path, text=True, check=False,
+                          capture_output=True, env={**environment, "PYTHONPATH": str(wheel)})
     assert done.returncode == 0, done.stdout + done.stderr
+    refused = [line for line in done.stderr.splitlines() if "need the notebooks" in line]
+    assert len(refused) == 4 and all("git clone" in line for line in refused)
+    assert "TROUBLE" not in done.stdout and not (tmp_path / "runs").exists()
+    assert (tmp_path / "out" / "000001-jfb.png").is_file()
 
 
 def test_what_the_notebooks_need_is_named_where_it_is_missing(capsys, monkeypatch):
@@ -436,26 +394,6 @@ def test_what_the_notebooks_need_is_named_where_it_is_missing(capsys, monkeypatc
     monkeypatch.delitem(sys.modules, "jfbnb.run.reproduce", raising=False)
     line = refused(capsys, "reproduce")
     assert "nbformat is not installed" in line and "jfbnb[notebooks]" in line
-
-
-def test_commands_of_a_wheel(wheel, tmp_path, image_folder):
-    """Those that run notebooks say what they lack; the others work."""
-    script = tmp_path / "script.py"
-    script.write_text(f"""
-import jfbnb
-from jfbnb.run.command import main
-assert jfbnb.__path__ == [{str(wheel / "jfbnb")!r}], jfbnb.__path__
-for words in ("reproduce", "train jfb", "sweep seeds.yaml", "verify quick"):
-    assert main(words.split()) == 2, words
-for words in ("doctor", "data celeba", "blur images/000001.jpg --out blurred",
-              "evaluate --data images --limit 1 --method jfb --method tikhonov --device cpu"):
-    assert main(words.split()) == 0, words
-""")
-    done = from_wheel(wheel, tmp_path, "-P", script)
-    assert done.returncode == 0, done.stdout + done.stderr
-    refused = [line for line in done.stderr.splitlines() if "need the notebooks" in line]
-    assert len(refused) == 4 and all("git clone" in line for line in refused)
-    assert "TROUBLE" not in done.stdout and not (tmp_path / "runs").exists()
 
 
 def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
@@ -467,16 +405,13 @@ def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
 def test_train_refuses_numbers_out_of_range(capsys, tmp_path):
     line = refused(capsys, "train", "jfb", "-p", "budget=0", "--out", tmp_path / "out")
     assert "parameter budget must be positive, not 0" in line
-    line = refused(capsys, "train", "jfb", "-p", "minutes=2", "--out", tmp_path / "out")
-    assert "parameter 'minutes' is gone: a training's length is its `budget` now" in line
 
 
 def test_a_negative_number_is_a_value_and_not_an_option(capsys, tmp_path):
     file = tmp_path / "a.png"
     Image.fromarray(np.full((20, 24, 3), 128, np.uint8)).save(file)
-    for number in ("-1e-2", "-0.01", "-1"):
-        line = refused(capsys, "deblur", file, "--out", tmp_path, "--noise-std", number)
-        assert f"{float(number):g}" in line and "noise" in line
+    line = refused(capsys, "deblur", file, "--out", tmp_path, "--noise-std", "-0.01")
+    assert "--noise-std -0.01" in line
 
 
 def test_lab_opens_the_first_notebook_trusted_at_the_root_of_the_checkout(monkeypatch, capsys):

@@ -8,9 +8,9 @@ from itertools import pairwise
 import nbformat
 import pytest
 
-from jfbnb.run.reproduce import STEPS, notebook_parameters
+from jfbnb.run.reproduce import notebook_parameters, notebooks
 
-PATHS = [step.notebook for step in STEPS]
+PATHS = notebooks()
 IDS = [path.stem for path in PATHS]
 
 

@@ -1,16 +1,11 @@
 """What surrounds the code: dependencies, the lock, README's numbers, what may not be committed."""
 
-import ast
 import importlib.util
 import io
 import json
-import os
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
-from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -18,11 +13,15 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from jfbnb.core.denoisers import make_network
 from jfbnb.run.checkout import ROOT
 from jfbnb.run.command import main
-from jfbnb.run.reproduce import STEPS, known_parameters, load_profile, step_parameters
-from jfbnb.teaching.tables import SPENT
+from jfbnb.run.reproduce import (
+    complete,
+    known_parameters,
+    load_profile,
+    notebook_parameters,
+    notebooks,
+)
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 PIP_ONLY = ("deepinv", "latex2mathml", "playwright", "torchdeq")  # by pip alone
@@ -68,21 +67,24 @@ PROFILES = sorted(path.stem for path in (ROOT / "notebooks" / "profiles").glob("
 
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_profile_sets_what_the_notebooks_have_and_says_what_it_is(profile):
-    given = load_profile(profile)
-    assert set(given) <= set(known_parameters())
-    for parameters in step_parameters(STEPS, given | {"device": "cpu"}).values():
+    for parameters in complete(notebooks(), load_profile(profile) | {"device": "cpu"}).values():
         assert parameters["profile"] == profile
-    asked = known_parameters() | given
-    make_network(asked["network"], 2, 1)  # there is one of that name
     assert (ROOT / "notebooks" / "profiles" / f"{profile}.yaml").read_text().startswith("# ")
+
+
+def test_quick_is_what_the_notebooks_say_themselves():
+    quick = load_profile("quick")
+    for path in notebooks():
+        own = notebook_parameters(path)
+        assert {k: quick[k] for k in own if k in quick} == {k: v for k, v in own.items()
+                                                          if k in quick}
 
 
 def test_the_command_names_every_profile(capsys):
     assert PROFILES == ["best", "best-gpu", "cpu", "paper", "quick"]
-    for command in ("reproduce", "train", "verify"):
-        with pytest.raises(SystemExit):
-            main([command, "--help"])
-        assert "quick, cpu, paper, best or best-gpu" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(SystemExit):
+        main(["reproduce", "--help"])
+    assert "quick, cpu, paper, best or best-gpu" in " ".join(capsys.readouterr().out.split())
 
 
 def test_best_is_cpus_data_with_a_unet_everywhere():
@@ -113,12 +115,6 @@ def test_numbers_on_pages_are_those_of_the_stored_runs(publish):
         assert text == committed(path), path
 
 
-def test_every_block_on_a_page_is_filled(publish):
-    names = {*publish.blocks(committed)}
-    for path in publish.PAGES:
-        assert set(re.findall(r"<!-- (?!end )(.+?) -->", committed(path))) <= names
-
-
 def test_readme_is_a_page_whose_links_lead_somewhere():
     pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
     assert len(pages[0].read_text().splitlines()) <= 150
@@ -128,97 +124,28 @@ def test_readme_is_a_page_whose_links_lead_somewhere():
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
-def stored(spent: dict[str, float]) -> dict[str, str]:
-    """A run's tables in which JFB is behind unrolling, and its head ahead of another."""
-    psnr = {"tikhonov": [27.0, 29.0], "unrolled": [33.0, 36.0], "deq": [31.0, 33.0],
-            "jfb": [32.8, 35.0], "feedforward-tikhonov-head": [34.0, 35.0],
-            "jfb-head": [34.5, 35.7], "total-variation": [30.0, 31.0]}
-    rows = [{"method": name, "image": f"{i}", "psnr": value}
-            for name, values in psnr.items() for i, value in enumerate(values)]
-    table = pd.DataFrame({"Method": list(psnr),
-                          SPENT: [spent.get(name) for name in psnr]})
-    return {"figures/published/mine/metrics.csv": pd.DataFrame(rows).to_csv(index=False),
-            "figures/published/mine/table2_comparison.csv": table.to_csv(index=False)}
+def test_a_block_is_a_table_of_the_files_it_names(publish, monkeypatch):
+    page = ("<!-- runs/a.md -->\nold\n<!-- end runs/a.md -->\nprose\n"
+            "<!-- pairs mine -->\n<!-- end pairs mine -->\n")
+    metrics = pd.DataFrame({"method": ["jfb", "deq"] * 2, "image": ["a", "a", "b", "b"],
+                            "psnr": [30.0, 30.5, 40.0, 39.5]})
+    files = {"README.md": page, "runs/a.md": "new\n",
+             "figures/published/mine/metrics.csv": metrics.to_csv(index=False)}
+    monkeypatch.setattr(publish, "PAGES", ["README.md"])
+    monkeypatch.setitem(publish.BLOCKS, "pairs mine", lambda read: publish.pairs(read, "mine"))
+    text = publish.filled(files.__getitem__)["README.md"]
+    assert text.startswith("<!-- runs/a.md -->\nnew\n<!-- end runs/a.md -->\nprose\n")
+    # Paired: +0.5 and -0.5 on the two images, a standard error of 0.5.
+    assert re.search(r"\| Deep equilibrium \| +\+0\.000 \| 0\.500 \|", text)
+    assert publish.filled({**files, "README.md": text}.__getitem__)["README.md"] == text
 
 
-def test_ranking_names_the_first_of_each_kind_and_where_jfb_is(publish):
-    text = publish.ranking(stored({"jfb": 40000, "unrolled": 40300, "deq": 40001}).get, "mine")
-    assert "over these 2 images" in text
-    assert "- with no network, **Total variation** is first with 30.50 dB; Tikhonov is 2.500 ± " \
-        "0.500 dB behind." in text
-    # Paired: 0.2 and 1.0 on the two images.
-    assert "- with one network, **Deep unrolling** is first with 34.50 dB; JFB is level with " \
-        "it, 0.600 ± 0.400 dB behind." in text
-    assert "- with two, **JFB + head** is first with 35.10 dB" in text
-    assert "paired differences over images" in text
-    assert "Each trained method had 40,000 applications of its network" in text
-
-
-def test_ranking_says_which_differences_the_solves_cannot_tell(publish):
-    read = {"figures/published/mine/nb4_certificate.csv": "drift\n-0.1\n0.02\n"}.get
-    assert "moves by -0.040 dB (2 validation images)" in publish.undecided(read, "mine")
-
-
-def test_ranking_says_where_training_was_not_equal(publish):
-    words = "this order is one of efforts as well as of methods"
-    ranking = publish.ranking(stored({"jfb": 2000.0, "unrolled": 500.0}).get, "mine")
-    assert "had 500 to 2,000 applications of their networks" in ranking and words in ranking
-
-
-def test_equilibrium_says_what_the_certificate_has(publish):
-    certificate = pd.DataFrame({
-        "evaluations": [10.0, 12.0, float("inf"), 14.0], "residual": [1e-4, 9e-5, 3e-4, 8e-5],
-        "distance": [1e-3, 9e-4, 2.7e-2, 8e-4], "further": [50, 60, 1000, 70],
-        "residual_later": [5e-7, 5e-7, 2e-6, 5e-7], "drift": [0.01, -0.01, -0.2, 0.0],
-        "radius": [0.9, 0.9, 1.01, 0.9], "norm": [0.95, 1.02, 1.1, 0.97]})
-    scales = ("JFB,PSNR as published (dB),PSNR with data range 1 (dB)\npublished,26.88,32.90\n"
-              "\"this run, protocol code\",30.0,36.0\n")
-    text = publish.equilibrium({"figures/published/mine/nb4_certificate.csv": certificate.to_csv(),
-                                "figures/published/mine/psnr_scales.csv": scales}.get, "mine")
-    for words in ("3 of 4 validation images are solved, to a relative residual of 1e-04",
-                  "within 14 evaluations", "up to 90 times the residual", "50 to 1000 times",
-                  "by 2e-06 at most", "on 75% of the images, by -0.200 dB at worst",
-                  "its mean by -0.050 dB", "at most 1.010: below 1, so locally stable, on 3",
-                  "at most 1.100: below 1, so a contraction there, on 2"):
-        assert words in text
-
-
-def test_claims_that_no_table_supports_are_not_made():
-    unsupported = ("is ahead of all", "stopped improving", "trained longest", "get the best rule",
-                   "A network that ends cannot", "keeps it contracting", "effort that JFB had",
-                   "better than its table says", "11iu58b")
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("jfbnb/**/*.md"),
-                 *ROOT.glob("notebooks/**/*.ipynb"), ROOT / "CITATION.cff"]:
-        text = " ".join(path.read_text(encoding="utf-8").split())
-        assert not [words for words in unsupported if words in text], path
-
-
-def test_no_file_needs_a_unix_to_be_imported():
-    """Modules that Windows lacks are imported inside of functions alone, which may be skipped."""
-    lines = []
-    for path in (*ROOT.glob("tests/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("tools/*.py"),
-                 *ROOT.glob("jfbnb/**/*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            names = ([a.name for a in node.names] if isinstance(node, ast.Import)
-                     else [node.module] if isinstance(node, ast.ImportFrom) else [])
-            lines += [f"{path.name}: {name}" for name in names
-                      if name in ("resource", "fcntl", "pwd", "grp", "termios")]
-    assert not lines
-
-
-def test_files_are_read_and_written_as_utf_8():
-    """Windows has another encoding where none is given."""
-    missing = []
-    for path in (*ROOT.glob("jfbnb/**/*.py"), *ROOT.glob("tools/*.py"),
-                 *ROOT.glob("benchmarks/*.py")):
-        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and (
-                    call.func.attr in ("read_text", "write_text")):
-                given = {keyword.arg for keyword in call.keywords}
-                needed = 1 if call.func.attr == "read_text" else 2
-                if "encoding" not in given and len(call.args) < needed:
-                    missing.append(f"{path.name}: {call.lineno}")
-    assert not missing
+def test_no_absolute_path_of_a_machine_is_in_git():
+    for name in tracked():
+        path = ROOT / name
+        if path.suffix in (".md", ".json", ".yaml", ".yml", ".toml", ".lock", ".ipynb", ".csv"):
+            text = path.read_text(encoding="utf-8")
+            assert not re.search(r"(?<![\w.~-])/(home|root|Users|work|tmp)/\w", text), name
 
 
 def test_a_release_has_one_version():
@@ -287,39 +214,14 @@ def tracked() -> list[str]:
 def test_no_run_changes_what_git_tracks():
     """Nothing that any notebook writes in any profile is in git, nor would it be added."""
     tracked()  # skips without git
-    for profile in (*PROFILES, "mine", "sweep-1/a"):
-        written = [path for parameters in ({}, {"over_conditions": True})
-                   for step in STEPS for path in step.outputs(profile, parameters)]
-        written.append(Path("figures", profile, "provenance.json"))
-        found = subprocess.run(["git", "check-ignore", "--no-index", *map(str, written)], cwd=ROOT,
-                               capture_output=True, text=True).stdout.splitlines()
-        assert set(found) == set(map(str, written))
-        assert not {path for path in tracked() if Path(path) in written}
-
-
-def test_notebook_1_leaves_the_checkout_clean(tmp_path):
-    """Run in a checkout of its own, by the command; then git is asked."""
-    clone = tmp_path / "clone"
-    done = subprocess.run(["git", "clone", "--quiet", "--shared", ROOT, clone],
-                          capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip("not a git checkout")
-    for name in tracked():  # as it is now, not as it was committed
-        if (ROOT / name).is_file():
-            (clone / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, clone / name)
-
-    def status() -> str:
-        return subprocess.run(["git", "status", "--porcelain"], cwd=clone, check=True,
-                              capture_output=True, text=True).stdout
-
-    before = status()
-    environment = {k: v for k, v in os.environ.items() if k != "JFBNB_WORK"}
-    done = subprocess.run([sys.executable, "-m", "jfbnb", "reproduce", "--only", "01"], cwd=clone,
-                          env={**environment, "PYTHONPATH": str(clone)}, capture_output=True,
-                          text=True)
-    assert done.returncode == 0, done.stderr
-    assert list((clone / "figures" / "quick").glob("*.png")) and status() == before
+    places = [f"{top}/{profile}" for profile in (*PROFILES, "mine", "sweep-1/a")
+              for top in ("runs", "figures")]
+    written = [f"{place}/{name}" for place in places
+               for name in ("01_a.ipynb", "jfb.safetensors", "a/b.json", "table.csv", "f.png")]
+    found = subprocess.run(["git", "check-ignore", "--no-index", *written], cwd=ROOT,
+                           capture_output=True, text=True).stdout.splitlines()
+    assert set(found) == set(written)
+    assert not [name for name in tracked() if name.startswith(tuple(f"{p}/" for p in places))]
 
 
 def test_no_faces_pickles_or_large_files():

@@ -26,7 +26,7 @@ from jfbnb.core.protocols import get_protocol
 from jfbnb.data import OFTEN, bundled_photos
 from jfbnb.run import train as command
 from jfbnb.run.command import main
-from jfbnb.run.reproduce import STEPS
+from jfbnb.run.reproduce import notebooks
 from jfbnb.training import checkpoints, loop, losses
 from jfbnb.training.checkpoints import load_checkpoint, previous, resume
 from jfbnb.training.degradations import RANDOM_DEGRADATIONS, Conditions
@@ -518,7 +518,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
     command.train_network(name, p, tmp_path, tmp_path, "", log=lambda line: None)
     assert dict(asked)["load_splits"][-1] is p["random_degradations"]
 
-    step = STEPS[2] if name == "denoiser" else STEPS[3]
+    path = notebooks()[2 if name == "denoiser" else 3]
     wanted = {"setup": get_protocol(p["protocol"]), "place": CPU, **p}
 
     def needed(node: ast.stmt) -> bool:
@@ -528,10 +528,10 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
             return getattr(node.test, "id", "") == "random_degradations"
         return isinstance(node, ast.ImportFrom) and node.module.startswith("jfbnb")
 
-    for cell in nbformat.read(step.notebook, 4).cells:
+    for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "code":
             nodes = [node for node in ast.parse(cell.source).body if needed(node)]
-            exec(compile(ast.Module(nodes, []), step.name, "exec"), wanted)
+            exec(compile(ast.Module(nodes, []), path.stem, "exec"), wanted)
     assert seen["config"] == wanted["config"]
     if name == "denoiser":
         assert repr(seen["network"]) == repr(wanted["R"])

@@ -1,8 +1,8 @@
 """Carry finished runs' results into what people read: figures/published, notebooks, pages.
 
-`make publish PROFILE=cpu` copies what a run left in figures/cpu. Of quick, the default, it stores
-the outputs in runs/quick with the notebooks too, with each one's running time in its first cell.
-Last it fills the marked blocks in README.md and docs/. No number there is typed by hand.
+`make publish PROFILE=cpu` copies what a run left in figures/cpu. For quick, the default, it also
+stores the outputs in runs/quick with the notebooks, and each one's running time in its first cell.
+Then it fills the marked blocks in README.md and docs/ with tables and figures from runs' files.
 """
 
 import base64
@@ -12,19 +12,25 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 from PIL import Image
 
-from jfbnb.teaching.tables import SPENT, trained_for
+from jfbnb.teaching.tables import SPENT
 from jfbnb.training.methods import JFB, METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = "quick"
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 PUBLISHED = "figures/published"  # all else in figures/ is whoever runs the notebooks' own
+PROFILES = ("quick", "cpu")  # those whose results are published
+RESULTS = "benchmarks/results"
+LABELS = {"measurement": "First guess", "jfb": "JFB", "jfb-energy": "JFB, energy",
+          "jfb-head": "the DnCNN's", "total-variation": "Total variation", "tikhonov": "Tikhonov",
+          "skimage": "scikit-image's best"}
 DRAWING = 8192  # colours, antialiasing included; a photograph has more
 Read = Callable[[str], str]  # a project file's text, by its path
 
@@ -50,14 +56,17 @@ def main(names: list[str]) -> int:
 
 
 def filled(read: Read) -> dict[str, str]:
-    """README.md and the pages in docs/, by path, with their blocks; each is in one of them."""
-    pages = {path: read(path) for path in PAGES}
-    for name, text in blocks(read).items():
-        found = [path for path, page in pages.items() if f"<!-- {name} -->" in page]
-        if len(found) != 1:
-            sys.exit(f"the block {name} is in {found or 'no page'}, not in one")
-        pages[found[0]] = replace_block(pages[found[0]], name, text)
-    return pages
+    """README.md and the pages in docs/, by path, with their blocks filled.
+
+    A block's name is that of one of `BLOCKS`, or the path of a Markdown file that a run wrote.
+    """
+    def fill(match: re.Match) -> str:
+        name = match[1]
+        text = BLOCKS[name](read) if name in BLOCKS else read(name).strip()
+        return f"<!-- {name} -->\n{text}\n<!-- end {name} -->"
+
+    return {path: re.sub(r"<!-- (?!end )(.+?) -->.*?<!-- end \1 -->", fill, read(path), flags=re.S)
+            for path in PAGES}
 
 
 def running_time(provenance: dict, name: str) -> str:
@@ -86,7 +95,8 @@ def publish_notebook(path: Path, executed_path: Path, time: str) -> None:
                 output["data"]["image/png"] = with_a_palette(output["data"]["image/png"])
             if "execution_count" in output:
                 output["execution_count"] = count
-    notebook.cells[0].source = replace_block(notebook.cells[0].source, "time", time, inline=True)
+    first = notebook.cells[0]
+    first.source = re.sub("(<!-- time -->).*?(<!-- end time -->)", rf"\g<1>{time}\2", first.source)
     nbformat.write(notebook, path)
 
 
@@ -100,78 +110,16 @@ def with_a_palette(png: str) -> str:
     return base64.b64encode(file.getvalue()).decode() + "\n"
 
 
-def replace_block(text: str, name: str, new: str, inline: bool = False) -> str:
-    """Put `new` between <!-- name --> and <!-- end name -->."""
-    gap = "" if inline else "\n"
-    pattern = rf"(<!-- {name} -->).*?(<!-- end {name} -->)"
-    text, found = re.subn(pattern, lambda m: f"{m[1]}{gap}{new}{gap}{m[2]}", text, flags=re.S)
-    if found != 1:
-        sys.exit(f"{found} blocks named {name}, not one")
-    return text
-
-
-def blocks(read: Read) -> dict[str, str]:
-    """The generated blocks, from the files that runs wrote."""
-    blocks = {"times": times_table(read), "front": front(read), "summary": summary(read),
-              "warning": warning(read)}
-    for profile in profiles():
-        markdown = read(f"{PUBLISHED}/{profile}/table2_comparison.md")
-        blocks[f"table2 {profile}"] = markdown.strip()
-        blocks[f"ranking {profile}"] = f"{ranking(read, profile)} {undecided(read, profile)}"
-        if profile != RUN:
-            blocks[f"equilibrium {profile}"] = equilibrium(read, profile)
-            blocks[f"training {profile}"] = read(f"{PUBLISHED}/{profile}/rivals.md").strip()
-    blocks["computation"] = computation(read, "cpu")
-    blocks["bench"] = bench(read)
-    blocks["speed"] = speed(read)
-    blocks["fast"] = fast(read)
-    blocks["photographs"] = photographs(read)
-    blocks["nearly"] = nearly(read)
-    for name in ("released", "grid_overview"):
-        blocks[name] = read(f"benchmarks/results/{name}.md").strip()
-    return blocks
-
-
-def profiles() -> list[str]:
-    """The profiles whose results are kept in the repository."""
-    return [p for p in ("quick", "cpu", "paper", "best")
-            if (ROOT / PUBLISHED / p / "table2_comparison.md").exists()]
+# --- blocks -------------------------------------------------------------------------------------
 
 
 def load(read: Read, path: str) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(read(path)))
 
 
-def ranking(read: Read, profile: str) -> str:
-    """Who is first in Table 2 among equals, by how much, and whether they were trained equally."""
-    metrics = load(read, f"{PUBLISHED}/{profile}/metrics.csv")
-    psnr = metrics.pivot(index="image", columns="method", values="psnr")
-    known = [METHODS[name] for name in psnr if name in METHODS]
-    kinds = {"no network": [m.name for m in known if m.restore],
-             "one network": [m.name for m in known if m.model],
-             "two": [m.name for m in known if m.head_of]}
-    lines = [f"By mean PSNR over these {len(psnr)} images:", ""]
-    for kind, names in kinds.items():
-        first, *others = psnr[names].mean().sort_values(ascending=False).index
-        best = psnr[first].mean()
-        line = f"- with {kind}, **{METHODS[first].label}** is first with {best:.2f} dB"
-        head_of = others[:1] + [name for name in others[1:]
-                               if (METHODS[name].head_of or METHODS[name]) is JFB]
-        for name in head_of:
-            gap = psnr[first] - psnr[name]
-            level = "level with it, " if gap.mean() < 2 * gap.sem() else ""
-            line += (f"; {METHODS[name].label} is {level}{gap.mean():.3f} ± {gap.sem():.3f} dB "
-                     "behind")
-        lines.append(line + ".")
-    errors = ("The errors are those of paired differences over images. They say nothing of other "
-              "trainings, with other seeds.")
-    spent = load(read, f"{PUBLISHED}/{profile}/table2_comparison.csv")[SPENT]
-    return "\n".join([*lines, "", f"{errors} {trained_for(spent.dropna())}"])
-
-
 def front(read: Read) -> str:
     """What README's picture shows, and how long its first command takes."""
-    rows = load(read, "benchmarks/results/photographs_restoration.csv")
+    rows = load(read, f"{RESULTS}/photographs_restoration.csv")
     rows = rows[rows.blur.str.startswith("disk") & (rows.photograph == rows.photograph[0])]
     psnr = rows.groupby("method").PSNR.max()
     provenance = json.loads(read(f"{PUBLISHED}/{RUN}/provenance.json"))
@@ -194,98 +142,36 @@ def summary(read: Read) -> str:
             "images.")
 
 
+def pairs(read: Read, profile: str) -> str:
+    """How far each method's PSNR is from JFB's on the same images, with its standard error."""
+    metrics = load(read, f"{PUBLISHED}/{profile}/metrics.csv")
+    psnr = metrics.pivot(index="image", columns="method", values="psnr")
+    apart = psnr.sub(psnr[JFB.name], axis=0).drop(columns=JFB.name)
+    table = pd.DataFrame({"minus JFB (dB)": apart.mean(), "±": apart.sem()})
+    table.index = pd.Index([METHODS[name].label for name in table.index], name="Method")
+    return table.sort_values("minus JFB (dB)", ascending=False).to_markdown(
+        floatfmt=("", "+.3f", ".3f"))
+
+
 def warning(read: Read) -> str:
-    """What `deblur` says of a photograph that it is told a wrong kernel of."""
-    rows = load(read, "benchmarks/results/photographs_mismatches.csv")
+    """What `deblur` says of a photograph with a wrong kernel."""
+    rows = load(read, f"{RESULTS}/photographs_mismatches.csv")
     row = rows[(rows.model == "wrong") & (rows.case == "disk of radius 4")].iloc[0]
     lines = (f"warning: {row.photograph}.png: {line}" for line in row.warning.split(" | "))
     return "\n".join(("```", *lines, "```"))
 
 
-def undecided(read: Read, profile: str) -> str:
-    """Which differences in Table 2 its solves cannot tell: a sentence."""
-    drift = load(read, f"{PUBLISHED}/{profile}/nb4_certificate.csv").drift
-    return ("Where its solver stops, JFB is not yet where it ends: solved on, its mean PSNR moves "
-            f"by {drift.mean():+.3f} dB ({len(drift)} validation images). Smaller differences "
-            "decide nothing.")
-
-
-def computation(read: Read, profile: str) -> str:
-    """What an equilibrium has that unrolling has not, measured: memory and more computation."""
-    MB = load(read, f"{PUBLISHED}/{profile}/nb4_cost.csv").pivot(
-        index="K", columns="gradient", values="MB")
-    growth = MB.loc[MB.index.max()] / MB.loc[MB.index.min()]
-    psnr = load(read, f"{PUBLISHED}/{profile}/computation.csv").pivot(
-        index="evaluations", columns="method", values="psnr")
-    most = psnr.index.max()
-    best = psnr["unrolled"].idxmax()
-    return (f"From K = {MB.index.min()} to {MB.index.max()} iterations the memory of a training "
-            f"step grows by a factor of {growth['JFB']:.2f} with JFB, of {growth['exact']:.2f} "
-            f"with the exact gradient and of {growth['unrolled']:.0f} with unrolling. After "
-            f"{', '.join(map(str, psnr.index))} evaluations of T the image of JFB has "
-            f"{', '.join(f'{p:.2f}' for p in psnr['jfb'])} dB; the unrolled network, which is best "
-            f"at {best} with {psnr['unrolled'][best]:.2f} dB, has {psnr['unrolled'][most]:.2f} dB "
-            f"at {most}.")
-
-
-def equilibrium(read: Read, profile: str) -> str:
-    """What the certificate of notebook 4 says, and the other protocol's and the published PSNR."""
-    found = load(read, f"{PUBLISHED}/{profile}/nb4_certificate.csv")
-    drift, far = found.drift, (found.distance / found.residual).max()
-    solved = found.evaluations < float("inf")
-    scales = load(read, f"{PUBLISHED}/{profile}/psnr_scales.csv").set_index("JFB")
-    psnr = scales["PSNR with data range 1 (dB)"]
-    return (
-        f"Is it an equilibrium? {solved.sum()} of {len(found)} validation images are solved, to a "
-        f"relative residual of {found.residual[solved].max():.0e} as in the table, within "
-        f"{found.evaluations[solved].max():.0f} evaluations of T (median "
-        f"{found.evaluations.median():.0f}). The distance to x* is then up to {far:.0f} times the "
-        f"residual. Applying T on, {found.further.min():.0f} to {found.further.max():.0f} times, "
-        f"until once moves the image by {found.residual_later.max():.0e} at most, moves the PSNR "
-        f"by less than 0.02 dB on {(drift.abs() < 0.02).mean():.0%} of the images, by "
-        f"{drift[drift.abs().idxmax()]:+.3f} dB at worst, and its mean by {drift.mean():+.3f} dB. "
-        f"The Jacobian's spectral radius at x*, by 30 power iterations, is at most "
-        f"{found.radius.max():.3f}: below 1, so locally stable, on {(found.radius < 1).sum()}. "
-        f"Its norm, found likewise and so from below, is at most "
-        f"{found.norm.max():.3f}: below 1, so a contraction there, on {(found.norm < 1).sum()}."
-        "\n\n"
-        f"Told the kernel and the noise of the authors' code instead, the same weights reach "
-        f"{psnr['this run, protocol code']:.2f} dB. The paper's {scales.iloc[0, 0]:.2f} dB for JFB "
-        f"is {psnr['published']:.2f} dB on the usual scale. The scale of its other columns is not "
-        "known, so both readings stand in the table, and nothing follows from them.")
-
-
-def bench(read: Read) -> str:
-    """What the benchmark promised and found, and on which machine."""
-    found = json.loads(read("benchmarks/results/provenance.json"))["step"]["machine"]
+def machine(read: Read) -> str:
+    """Where the benchmark ran."""
+    found = json.loads(read(f"{RESULTS}/provenance.json"))["step"]["machine"]
     libraries = ", ".join(f"{name} {found[name]}" for name in ("torch", "deepinv", "torchdeq"))
     return (f"{found['cpu']}, {found['threads']} threads, {found['vector instructions']}; "
-            f"{libraries}.\n\n{read('benchmarks/results/targets.md').strip()}")
-
-
-def speed(read: Read) -> str:
-    """A training step beside the peers', with our map."""
-    step = load(read, "benchmarks/results/step.csv")
-    keys = ["problem", "to distance"]
-    peers = step[step.contender.str.endswith(" jfb, our map")].groupby(keys).seconds.min()
-    shares = []
-    for contender, words in (("jfbnb jfb", "in float32"),
-                             ("jfbnb jfb, bf16", "with its first evaluations in bfloat16"),
-                             ("jfbnb jfb, as shipped", "with second network and penalty too"),
-                             ("jfbnb jfb, as best ships", "as profile `best` trains, where one "
-                              "solve serves eight steps")):
-        own = step[step.contender == contender]
-        if len(own):
-            share = own.set_index(keys).seconds / peers
-            shares.append(f"{share.min():.2f} to {share.max():.2f} {words}")
-    return ("Given our map, the peers solve the same equilibrium with the same network. Our step "
-            f"takes these shares of the faster peer's time: {', '.join(shares)}.")
+            f"{libraries}.")
 
 
 def fast(read: Read) -> str:
     """What README says of speed, a sentence for each of its figures."""
-    step, large = (load(read, f"benchmarks/results/{name}.csv")
-                   for name in ("step", "photographs_large"))
+    step, large = (load(read, f"{RESULTS}/{name}.csv") for name in ("step", "photographs_large"))
     own = step[step.problem.str.endswith("UNet") & (step["to distance"] == 0.01)]
     own = own.set_index("contender").seconds
     peer = own[own.index.str.endswith(" jfb, our map")].min()
@@ -304,74 +190,59 @@ def fast(read: Read) -> str:
 
 
 def photographs(read: Read) -> str:
-    """PSNR on pictures that the package did not make: blurred, or measured by other operators."""
-    def table(name: str) -> pd.DataFrame:
-        return load(read, f"benchmarks/results/photographs_{name}.csv")
-
-    def mean(rows: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-        return rows.groupby(keys, sort=False, dropna=False).PSNR.mean().reset_index()
-
-    blurs = table("restoration")
-    best = mean(blurs, ["blur", "method", "setting"]).groupby(["blur", "method"]).PSNR.max()
-    best = best.unstack()
-    skimage = [name for name in best if name.startswith("skimage")]
-    solved = blurs[blurs.method == "jfb"].groupby("blur", sort=False)
-    first = pd.DataFrame({"Picture": solved.input.mean(), "Its frame": solved["input frame"].mean(),
-                          "JFB": solved.PSNR.mean(), "its frame": solved.frame.mean(),
-                          "JFB, energy": best["jfb-energy"],
-                          "the DnCNN's": best["jfb-head"],
-                          "Total variation": best["total-variation"],
-                          "Tikhonov": best["tikhonov"],
-                          "scikit-image's best": best[skimage].max(axis=1),
-                          "JFB converged": solved.converged.mean().map("{:.0%}".format)})
-    others = table("operators")
+    """Mean PSNR on photographs, blurred and measured otherwise, each method at its best setting."""
+    blurs = load(read, f"{RESULTS}/photographs_restoration.csv")
+    others = load(read, f"{RESULTS}/photographs_operators.csv")
     others = others[others.photograph != "chelsea"]  # which chose the weights
-    means = mean(others, ["operator", "method"]).pivot(index="operator", columns="method",
-                                                       values="PSNR")
-    solved = others[others.method == "jfb"].groupby("operator", sort=False)
-    second = pd.DataFrame({"First guess": means["measurement"], "JFB": means["jfb"],
-                           "JFB, energy": means["jfb-energy"],
-                           "the DnCNN's": means["jfb-head"],
-                           "Total variation": means["total-variation"],
-                           "Tikhonov": means["tikhonov"],
-                           "JFB converged": solved.converged.mean().map("{:.0%}".format)})
-    return "\n\n".join(
-        rows.rename_axis(title).to_markdown(floatfmt=".2f")
-        for title, rows in (("PSNR (dB), blurred by", first), ("PSNR (dB), measured by", second)))
+    tables = []
+    for key, setting, rows in (("blur", "setting", blurs), ("operator", "weight", others)):
+        psnr = rows.groupby([key, "method", setting], dropna=False).PSNR.mean()
+        best = psnr.groupby(level=[0, 1]).max().unstack()
+        if key == "blur":
+            best["measurement"] = rows.groupby(key).input.mean()
+            best["skimage"] = best.filter(like="skimage").max(axis=1)
+        table = best[[name for name in LABELS if name in best]].rename(columns=LABELS)
+        converged = rows[rows.method == "jfb"].groupby(key).converged.mean()
+        table["JFB converged"] = converged.map("{:.0%}".format)
+        tables.append(table.rename_axis("PSNR (dB)").to_markdown(floatfmt=".2f"))
+    return "\n\n".join(tables)
 
 
 def nearly(read: Read) -> str:
-    """PSNR where the kernel that is told is nearly right, and where it is."""
-    rows = load(read, "benchmarks/results/photographs_nearly.csv")
+    """Mean PSNR where the given kernel is nearly right, and where it is right."""
+    rows = load(read, f"{RESULTS}/photographs_nearly.csv")
     rows["right"] = rows.PSNR + rows.lost
-    by_kernel = rows.groupby(["blur", "told"], sort=False)
-    ways = rows.pivot_table("PSNR", ["blur", "told"], "way", sort=False)
-    converged = rows[rows.way == "jfb"].groupby(["blur", "told"], sort=False).converged.mean()
-    table = pd.DataFrame({"Picture": by_kernel.input.mean(), "JFB, the right kernel":
-                          by_kernel.right.mean(), "JFB, this one": ways["jfb"],
-                          "and 1.5 times the noise": ways["jfb, 1.5 times the noise"],
-                          "JFB, energy, this one": ways["jfb-energy"],
-                          "JFB converged": converged.map("{:.0%}".format)}).reset_index()
-    return table.rename(columns={"blur": "PSNR (dB), blurred by"}).to_markdown(
-        index=False, floatfmt=".2f")
+    keys = ["blur", "told"]
+    ways = rows.pivot_table("PSNR", keys, "way", sort=False)
+    means = rows.groupby(keys, sort=False)[["input", "right"]].mean()
+    converged = rows[rows.way == "jfb"].groupby(keys, sort=False).converged.mean()
+    return pd.DataFrame({
+        "Picture": means.input, "JFB, the right kernel": means.right, "JFB, this one": ways["jfb"],
+        "and 1.5 times the noise": ways["jfb, 1.5 times the noise"],
+        "JFB, energy, this one": ways["jfb-energy"],
+        "JFB converged": converged.map("{:.0%}".format),
+    }).reset_index().rename(columns={"blur": "PSNR (dB), blurred by", "told": "kernel given"}
+                            ).to_markdown(index=False, floatfmt=".2f")
 
 
-def times_table(read: Read) -> str:
+def times(read: Read) -> str:
     """Seconds per notebook, one row per profile and machine."""
     rows = []
-    for profile in profiles():
+    for profile in PROFILES:
         provenance = json.loads(read(f"{PUBLISHED}/{profile}/provenance.json"))
-        seconds = {name[:2]: step["seconds"] for name, step in provenance["steps"].items()}
-        taken = any(s["parameters"].get("weights") for s in provenance["steps"].values())
+        steps = provenance["steps"].values()
+        taken = any(step["parameters"].get("weights") for step in steps)
         rows.append({"profile": profile + (", nothing trained" if taken else ""),
-                     "machine": provenance["machine"],
-                     "device": provenance["device"], **seconds, "all": sum(seconds.values())})
-    table = pd.DataFrame(rows)
-    for column in table.select_dtypes("float"):
-        table[column] = [format(seconds, ".0f") if pd.notna(seconds) else ""
-                         for seconds in table[column]]
-    return table.to_markdown(index=False)
+                     "machine": provenance["machine"], "device": provenance["device"],
+                     **{name[:2]: f"{step['seconds']:.0f}"
+                        for name, step in provenance["steps"].items()},
+                     "all": f"{sum(step['seconds'] for step in steps):.0f}"})
+    return pd.DataFrame(rows).fillna("").to_markdown(index=False)
 
+
+BLOCKS = {"front": front, "summary": summary, "warning": warning, "machine": machine, "fast": fast,
+          "photographs": photographs, "nearly": nearly, "times": times,
+          **{f"pairs {profile}": partial(pairs, profile=profile) for profile in PROFILES}}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

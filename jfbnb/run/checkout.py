@@ -18,7 +18,7 @@ def find_checkout() -> Path | None:
 def need_checkout() -> None:
     """Raise UserError where the package is not of a checkout."""
     if not (ROOT / "notebooks" / "profiles").is_dir():
-        raise UserError("reproduce, train, sweep and verify need the notebooks, which this "
+        raise UserError("reproduce, train, sweep and lab need the notebooks, which this "
                         "installation of jfbnb lacks: `git clone` the project's repository and "
                         "run `make reproduce` there")
 

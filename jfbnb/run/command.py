@@ -25,48 +25,36 @@ from jfbnb.training import evaluation, methods, processes, restorers
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; bad input ends in one line on stderr and exit status 2."""
-    args = make_parser().parse_args(_with_negative_numbers(sys.argv[1:] if argv is None else argv))
+    args = make_parser().parse_args(argv)
     with contextlib.suppress(AttributeError):  # a file's name may be no Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args.run(args)
-    except UserError as error:
-        print(f"jfbnb: error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # no permission, disk full: the message names the file
-        print(f"jfbnb: error: {error.strerror or error}: {error.filename or 'a file'}; "
-              "nothing that was complete has been touched", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError)
-                or "DefaultCPUAllocator" in str(error)):  # what PyTorch says of a CPU's
-            raise
-        print("jfbnb: error: memory ran out: take smaller images, or fewer with --limit",
-              file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in ("", "jfbnb"):
-            raise
-        print(f"jfbnb: error: {error.name} is not installed, which this command needs: "
-              "pip install 'jfbnb[notebooks]'", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("jfbnb: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
+    except Exception as error:
+        if not (line := _one_line(error)):
+            raise
+        print(f"jfbnb: error: {line}", file=sys.stderr)
+        return 2
     return 0
 
 
-def _with_negative_numbers(words: Sequence[str]) -> list[str]:
-    """`--noise-std -1e-2` as `--noise-std=-1e-2`: argparse takes -1e-2 for an option."""
-    joined: list[str] = []
-    for word in words:
-        with contextlib.suppress(ValueError):
-            if word.startswith("-") and joined and joined[-1].startswith("--"):
-                float(word)
-                joined[-1] += f"={word}"
-                continue
-        joined.append(word)
-    return joined
+def _one_line(error: Exception) -> str:
+    """What to tell the user of an error that is not ours; nothing of one that is."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):  # no permission, disk full: the message names the file
+        return (f"{error.strerror or error}: {error.filename or 'a file'}; nothing that was "
+                "complete has been touched")
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) \
+            or "DefaultCPUAllocator" in str(error):  # what PyTorch says of a CPU's
+        return "memory ran out: take smaller images, or fewer with --limit"
+    if isinstance(error, ModuleNotFoundError) and (error.name or "jfbnb").split(".")[0] != "jfbnb":
+        return (f"{error.name} is not installed, which this command needs: pip install "
+                "'jfbnb[notebooks]'")
+    return ""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -74,123 +62,99 @@ def make_parser() -> argparse.ArgumentParser:
         prog="jfbnb", description="Restore pictures by implicit networks; run the notebooks.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    sub = commands.add_parser("reproduce", help="run the notebooks; regenerate figures and tables")
-    _add_parameters(sub)
-    sub.add_argument("--weights", type=checkout.find_path, metavar="DIR",
-                     help="take the trained networks in this folder, e.g. data/weights/cpu, and do "
-                          "not train")
-    sub.add_argument("--frozen", action="store_true",
-                     help="redo figures and tables from the networks in runs/PROFILE; do not train")
-    sub.add_argument("--folder", help="of runs/ and figures/ to write to, if not PROFILE")
-    sub.add_argument("--only", metavar="NN", help="one notebook alone, e.g. 04")
-    sub.add_argument("--force", action="store_true", help="redo what is already done")
-    sub.set_defaults(run=run_reproduce)
+    def add(name: str, run: Callable, note: str, *shared: argparse.ArgumentParser) -> Callable:
+        sub = commands.add_parser(name, help=note, parents=shared)
+        sub.set_defaults(run=run)
+        return sub.add_argument
 
-    sub = commands.add_parser("lab", help="open the notebooks in JupyterLab")
-    sub.add_argument("options", nargs="*", help="of jupyter lab, after --")
-    sub.set_defaults(run=run_lab)
+    celeba, parameters, weights, device, pictures = (
+        argparse.ArgumentParser(add_help=False) for _ in range(5))
+    celeba.add_argument("--data", type=checkout.find_path,
+                        help="folder, tar or zip of CelebA JPEGs")
+    parameters.add_argument("--profile", default="quick",
+                            help="quick, cpu, paper, best or best-gpu")
+    parameters.add_argument("-p", dest="parameters", action="append", default=[],
+                            metavar="NAME=VALUE", help="set a notebook parameter; may be repeated")
+    weights.add_argument("--weights", type=lambda text: Path(checkout.find_path(text)),
+                         metavar="DIR", help="a folder with tuning.json and the methods' weights, "
+                         "e.g. runs/quick; by default the released ones")
+    device.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    _add_pictures(pictures.add_argument)
 
-    sub = commands.add_parser("train", help="train one network; under torchrun, by many processes")
+    option = add("reproduce", run_reproduce, "run the notebooks; regenerate figures and tables",
+                 parameters, celeba)
+    option("--weights", type=checkout.find_path, metavar="DIR",
+           help="take the trained networks in this folder, e.g. data/weights/cpu, and do not train")
+    option("--frozen", action="store_true",
+           help="redo figures and tables from the networks in runs/PROFILE; do not train")
+    option("--folder", help="of runs/ and figures/ to write to, if not PROFILE")
+    option("--only", metavar="NN", default="", help="one notebook alone, e.g. 04")
+    option("--force", action="store_true", help="redo what is already done, trainings too")
+
+    option = add("lab", run_lab, "open the notebooks in JupyterLab")
+    option("options", nargs="*", help="of jupyter lab, after --")
+
+    option = add("train", run_train, "train one network; under torchrun, by many processes",
+                 parameters, celeba)
     networks = ["denoiser", *(m.name for m in methods.METHODS.values() if m.trainable)]
-    sub.add_argument("network", choices=networks, metavar="NETWORK",
-                     help=f"{networks[0]}, by notebook 3, or a method's: {', '.join(networks[1:])}")
-    _add_parameters(sub)
-    sub.add_argument("--from", dest="start", type=Path, metavar="DIR",
-                     help="with the denoiser that a method starts from; runs/PROFILE by default")
-    sub.add_argument("--conditions", action="store_true",
-                     help="train a method over drawn blurs and noise levels")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="runs/PROFILE/trained by default")
-    sub.set_defaults(run=run_train)
+    option("network", choices=networks, metavar="NETWORK",
+           help=f"{networks[0]}, by notebook 3, or a method's: {', '.join(networks[1:])}")
+    option("--from", dest="start", type=Path, metavar="DIR",
+           help="with the denoiser that a method starts from; runs/PROFILE by default")
+    option("--conditions", action="store_true",
+           help="train a method over drawn blurs and noise levels")
+    option("--out", type=Path, metavar="DIR", help="runs/PROFILE/trained by default")
 
-    sub = commands.add_parser("evaluate", help="measure methods on a folder of sharp images")
-    _add_data(sub, "folder, tar or zip of images", required=True)
-    sub.add_argument("--protocol", default="paper", help=", ".join(protocols.PROTOCOLS))
-    _add_method(sub, "append", "may be repeated; all by default")
-    sub.add_argument("--limit", type=int, help="use the first N images")
-    sub.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
-    _add_weights(sub)
-    sub.set_defaults(run=run_evaluate)
+    names = ", ".join(methods.METHODS)
+    option = add("evaluate", run_evaluate, "measure methods on a folder of sharp images", weights,
+                 device)
+    option("--data", type=checkout.find_path, required=True, help="folder, tar or zip of images")
+    option("--protocol", default="paper", help=", ".join(protocols.PROTOCOLS))
+    option("--method", action="append", metavar="NAME",
+           help=f"{names}; may be repeated; all by default")
+    option("--limit", type=int, help="use the first N images")
+    option("--json", type=Path, metavar="FILE", help="write the results there")
 
-    sub = commands.add_parser("deblur", help="restore blurred images of any size")
-    _add_images(sub)
-    sub.add_argument("--noise-std", type=lambda text: text if text == "auto" else float(text),
-                     default="auto",
-                     help="on pixel values between 0 and 1; by default auto, which estimates it")
-    _add_method(sub, "store", "jfb by default")
-    _add_weights(sub)
-    sub.set_defaults(run=run_deblur)
+    option = add("deblur", run_deblur, "restore blurred images of any size", pictures, weights,
+                 device)
+    option("--noise-std", type=lambda text: text if text == "auto" else float(text),
+           default="auto",
+           help="on pixel values between 0 and 1; by default auto, which estimates it")
+    option("--method", metavar="NAME", help=f"{names}; jfb by default")
 
-    sub = commands.add_parser("blur", help="blur images and add noise, to try deblur on")
-    _add_images(sub)
-    sub.add_argument("--noise-std", type=float, default=0.01,
-                     help="on pixel values between 0 and 1; %(default)s by default")
-    sub.add_argument("--seed", type=int, default=0, help="of the noise")
-    sub.set_defaults(run=run_blur)
+    option = add("blur", run_blur, "blur images and add noise, to try deblur on", pictures)
+    option("--noise-std", type=float, default=0.01,
+           help="on pixel values between 0 and 1; %(default)s by default")
+    option("--seed", type=int, default=0, help="of the noise")
 
-    sub = commands.add_parser("data", help="get a data set")
-    sub.add_argument("name", choices=["celeba"])
-    sub.add_argument("--download", action="store_true", help="try to; else say how by hand")
-    sub.add_argument("--out", type=Path, default=Path("data/celeba"),
-                     help="where to; data/celeba by default")
-    sub.set_defaults(run=run_data)
+    option = add("data", run_data, "get a data set")
+    option("name", choices=["celeba"])
+    option("--download", action="store_true", help="try to; else say how by hand")
+    option("--out", type=Path, default=Path("data/celeba"),
+           help="where to; data/celeba by default")
 
-    sub = commands.add_parser("verify", help="measure a finished run again, and compare")
-    sub.add_argument("profile", metavar="PROFILE", help="quick, cpu, paper, best or best-gpu")
-    _add_data(sub, "where its images are now")
-    sub.add_argument("--limit", type=int, help="measure on the first N test images")
-    sub.set_defaults(run=run_verify)
+    option = add("sweep", run_sweep, "reproduce with every combination of some parameters", celeba)
+    option("file", type=Path, metavar="SWEEP.yaml", help="profile, and lists of values")
+    option("--scheduler", metavar="ADDRESS", help="of a dask cluster; else this machine")
 
-    sub = commands.add_parser("sweep", help="reproduce with every combination of some parameters")
-    sub.add_argument("file", type=Path, metavar="SWEEP.yaml", help="profile, and lists of values")
-    sub.add_argument("--scheduler", metavar="ADDRESS", help="of a dask cluster; else this machine")
-    _add_data(sub, "folder, tar or zip of CelebA JPEGs")
-    sub.set_defaults(run=run_sweep)
-
-    sub = commands.add_parser("doctor", help="what is installed and found, and what would not work")
-    _add_data(sub, "folder, tar or zip of images", default="data/celeba")
-    sub.add_argument("--weights", type=_weights, metavar="DIR")
-    sub.set_defaults(run=run_doctor)
+    option = add("doctor", run_doctor, "what is installed and found, and what would not work",
+                 weights)
+    option("--data", type=checkout.find_path, default="data/celeba",
+           help="folder, tar or zip of images")
     return parser
 
 
-def _add_data(sub: argparse.ArgumentParser, note: str, **options: object) -> None:
-    sub.add_argument("--data", type=checkout.find_path, help=note, **options)
-
-
-def _add_parameters(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--profile", default="quick", help="quick, cpu, paper, best or best-gpu")
-    _add_data(sub, "folder, tar or zip of CelebA JPEGs")
-    sub.add_argument("-p", dest="parameters", action="append", default=[], metavar="NAME=VALUE",
-                     help="set a notebook parameter; may be repeated")
-
-
-def _add_method(sub: argparse.ArgumentParser, action: str, note: str) -> None:
-    sub.add_argument("--method", action=action, metavar="NAME",
-                     help=f"{', '.join(methods.METHODS)}; {note}")
-
-
-def _add_weights(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--weights", type=_weights, metavar="DIR",
-                     help="a folder with tuning.json and the methods' weights, e.g. runs/quick; "
-                          "by default the released ones")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
-
-
-def _weights(text: str) -> Path:
-    return Path(checkout.find_path(text))
-
-
-def _add_images(sub: argparse.ArgumentParser) -> None:
+def _add_pictures(option: Callable) -> None:
     paper = protocols.get_protocol("paper").make.keywords
-    sub.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    sub.add_argument("--out", required=True, type=Path, metavar="DIR")
-    sub.add_argument("--kernel", default=f"gaussian:{paper['kernel_std']},{paper['kernel_size']}",
-                     help=f"{kernel_option.FORMS}; or a file: a picture, .npy or .txt; by "
-                     "default the paper's, %(default)s")
-    sub.add_argument("--border", choices=["unknown", "black"], default="unknown",
-                     help="what lies beyond the picture: by default a scene that goes on")
-    sub.add_argument("--range", metavar="LOW,HIGH",
-                     help="the numbers in the file for black and white, if not the usual ones")
+    option("images", nargs="+", type=Path, metavar="IMAGE")
+    option("--out", required=True, type=Path, metavar="DIR")
+    option("--kernel", default=f"gaussian:{paper['kernel_std']},{paper['kernel_size']}",
+           help=f"{kernel_option.FORMS}; or a file: a picture, .npy or .txt; by default the "
+                "paper's, %(default)s")
+    option("--border", choices=["unknown", "black"], default="unknown",
+           help="what lies beyond the picture: by default a scene that goes on")
+    option("--range", metavar="LOW,HIGH",
+           help="the numbers in the file for black and white, if not the usual ones")
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -212,12 +176,11 @@ def run_reproduce(args: argparse.Namespace) -> None:
         args.weights = str(checkout.run_dirs(args.folder or args.profile)[0])
     if args.weights:
         overrides["weights"] = args.weights
-    files = reproduce(args.profile, overrides, args.only, args.force,
-                      log=_say, folder=args.folder)
-    table = next((f for f in files if f.name == "table2_comparison.md"), None)
-    if table:
+    figures = reproduce(args.profile, overrides, args.only, args.force, _say, args.folder)
+    table = figures / "table2_comparison.md"
+    if not args.only and table.is_file():
         _say(f"\nTable 2\n\n{table.read_text('utf-8')}")
-    _say("\n".join(["Written:", *(f"  {f.relative_to(checkout.work())}" for f in files)]))
+    _say(f"Figures and tables are in {figures.relative_to(checkout.work())}")
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, object]:
@@ -380,24 +343,7 @@ def _check_targets(paths: list[Path], out: Path, suffix: str) -> None:
 
 
 def run_data(args: argparse.Namespace) -> None:
-    if args.download:
-        _say(f"CelebA is in {data.download_celeba(args.out)}")
-    else:
-        _say(data.MANUAL_STEPS)
-
-
-def run_verify(args: argparse.Namespace) -> None:
-    checkout.need_checkout()
-    from jfbnb.run.verify import verify
-
-    _check_limit(args.limit)
-    differences = 0
-    for line in verify(args.profile, args.data, args.limit):
-        _say(line)
-        differences += 1
-    if differences:
-        raise UserError(f"{differences} differences: see the lines above")
-    _say(f"the tables of {args.profile} are those of its stored networks")
+    _say(f"CelebA is in {data.download_celeba(args.out)}" if args.download else data.MANUAL_STEPS)
 
 
 def run_sweep(args: argparse.Namespace) -> None:
@@ -411,19 +357,14 @@ def run_sweep(args: argparse.Namespace) -> None:
 def run_lab(args: argparse.Namespace) -> None:
     checkout.need_checkout()
     notebooks = sorted(checkout.ROOT.glob("notebooks/**/[0-9]*.ipynb"))
-    # Else what is stored with them stays dead until it is run.
-    _call("trust", *notebooks)
     first = notebooks[0].relative_to(checkout.ROOT).as_posix()
-    _call("lab", "--notebook-dir", checkout.ROOT, f"--LabApp.default_url=/lab/tree/{first}",
-          *args.options)
-
-
-def _call(command: str, *words: object) -> None:
-    """A command of Jupyter's, in this environment. Raises UserError where it does not work."""
-    done = subprocess.run([sys.executable, "-m", "jupyter", command, *map(str, words)],
-                          check=False)
-    if done.returncode:
-        raise UserError(f"jupyter {command} ended with status {done.returncode}: see above")
+    # Else what is stored with them stays dead until it is run.
+    for words in (["trust", *notebooks],
+                  ["lab", "--notebook-dir", checkout.ROOT,
+                   f"--LabApp.default_url=/lab/tree/{first}", *args.options]):
+        done = subprocess.run([sys.executable, "-m", "jupyter", *map(str, words)], check=False)
+        if done.returncode:
+            raise UserError(f"jupyter {words[0]} ended with status {done.returncode}: see above")
 
 
 def run_doctor(args: argparse.Namespace) -> None:

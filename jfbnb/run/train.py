@@ -3,6 +3,7 @@
 Notebooks 3 to 5 call the same recipes; they take what this stores by their parameter `weights`.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,30 +16,24 @@ from jfbnb.core.denoisers import make_network
 from jfbnb.core.precision import pick_bf16
 from jfbnb.core.protocols import get_protocol
 from jfbnb.data import Splits, load_splits
-from jfbnb.run.reproduce import STEPS, alone, load_profile, step_parameters
+from jfbnb.run.reproduce import Parameters, alone, complete, load_profile, notebooks
 from jfbnb.training import processes
 from jfbnb.training.degradations import Conditions
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import LossSettings
-from jfbnb.training.methods import JFB, Method, get_method
+from jfbnb.training.methods import JFB, METHODS, Method, get_method
 from jfbnb.training.recipes import Run, train_denoiser, train_method, validation_problem
 from jfbnb.training.tuning import Tuning, tune
 from jfbnb.training.weights import load_denoiser
 
-Parameters = dict[str, Any]  # those of notebooks 3 to 5, by name
+# By any network; a method that needs a smooth one is not among notebook 5's rivals.
+TRAINED = [name for name, method in METHODS.items() if method.trainable and not method.smooth]
 
 
 def network_parameters(profile: str, overrides: Parameters) -> Parameters:
     """What notebooks 3 to 5 are given in a profile. Raises UserError for unknown ones."""
-    found: Parameters = {}
-    for own in step_parameters(STEPS[2:5], load_profile(profile) | overrides).values():
-        found |= own
-    return found
-
-
-def rate_of(name: str, parameters: Parameters) -> float:
-    """The learning rate of a method, as notebooks 4 and 5 take it."""
-    return parameters["learning_rates"].get(name, parameters["learning_rate"])
+    found = complete(notebooks()[2:5], load_profile(profile) | overrides)
+    return {name: value for own in found.values() for name, value in own.items()}
 
 
 def train_network(name: str, parameters: Parameters, start: Path, out: Path, command: str,
@@ -59,13 +54,12 @@ def train_network(name: str, parameters: Parameters, start: Path, out: Path, com
     """
     out = out / "conditions" if conditions else out
     with processes.process_group(pick_device(parameters["device"])) as device:
-        if processes.rank() > 0:
-            _train(name, parameters, start, conditions,
-                   Run(device, out, command, log=lambda line: None))
-        else:
-            with alone(out):
+        first = processes.rank() == 0
+        with alone(out) if first else contextlib.nullcontext():
+            if first:
                 remove_unfinished(out)
-                _train(name, parameters, start, conditions, Run(device, out, command, log=log))
+            run = Run(device, out, command, log=log if first else lambda line: None)
+            _train(name, parameters, start, conditions, run)
 
 
 def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) -> None:
@@ -111,8 +105,9 @@ def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditi
         losses = replace(losses, conditions=Conditions())
     # In notebook 5 a table says how many converge.
     limit = p["unconverged_limit"] if method is JFB and not conditions else 1.0
-    config = TrainingConfig(0, p["batch_size"], p["crop"], rate_of(method.name, p), p["seed"],
-                            limit, budget=p["budget"])
+    rate = p["learning_rates"].get(method.name, p["learning_rate"])
+    config = TrainingConfig(0, p["batch_size"], p["crop"], rate, p["seed"], limit,
+                            budget=p["budget"])
     if p["random_degradations"]:
         config, losses = config.random_degradations(), losses.random_degradations()
     return {"network": network, "settings": best, "problem": problem, "config": config,
