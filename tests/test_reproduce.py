@@ -22,7 +22,6 @@ from jfbnb.run import reproduce as runner
 from jfbnb.run.command import main
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED
-from jfbnb.training.sources import imported_files
 
 NOTEBOOK = """
 import time
@@ -119,11 +118,8 @@ def test_runs_then_skips_then_runs_what_changed(suite):
     assert go(overrides={"size": 2}) == ["skipped", "skipped", "ran"]
     (suite / "runs/quick/01_a.txt").write_text("damaged")
     assert go(overrides={"size": 2})[0] == "ran"
-    # Package code: the notebooks that use it, at first or second hand.
-    for name, expected in (("run/doctor.py", ["skipped"] * 3), ("maps.py", ["skipped"] * 3),
-                           ("operators.py", ["ran", "skipped", "skipped"]),
-                           ("kernels.py", ["ran", "skipped", "skipped"]),
-                           ("common.py", ["ran"] * 3)):
+    # Package code: all notebooks, but for what only runs them.
+    for name, expected in (("run/doctor.py", ["skipped"] * 3), ("kernels.py", ["ran"] * 3)):
         with open(suite / "jfbnb" / name, "a") as file:
             file.write("\n# a comment\n")
         assert go(overrides={"size": 2}) == expected, name
@@ -380,25 +376,6 @@ def test_notebook_5_trains_every_method_that_has_a_loss():
         assert artefacts == expected and "conditions/jfb" in again
     assert "teaching/published_table2.csv" in step.reads
     assert all((checkout.ROOT / "jfbnb" / name).is_file() for name in step.reads)
-
-
-def test_what_code_imports_is_followed(suite):
-    def names(code: str) -> set[str]:
-        return {path.relative_to(suite / "jfbnb").as_posix()
-                for path in imported_files(code, suite / "jfbnb")}
-
-    assert names("import torch") == set()
-    assert names("import jfbnb.operators") == {"__init__.py", "operators.py", "kernels.py"}
-    assert names("from jfbnb import operators") == names("import jfbnb.operators")
-    assert names("from jfbnb.run.checkout import find_path") \
-        == {"__init__.py", "common.py", "run/__init__.py", "run/checkout.py"}
-    assert names("%matplotlib inline") == set(PACKAGE)
-
-
-def test_no_import_of_the_package_is_relative():
-    """It would not be followed."""
-    for path in (checkout.ROOT / "jfbnb").rglob("*.py"):
-        assert "from ." not in path.read_text(encoding="utf-8"), path
 
 
 def test_methods_of_others_count_where_methods_are_used(suite, monkeypatch):

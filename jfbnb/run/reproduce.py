@@ -44,9 +44,9 @@ from jfbnb.core.precision import pick_bf16
 from jfbnb.core.protocols import get_protocol
 from jfbnb.data import fingerprint
 from jfbnb.run import checkout
+from jfbnb.training.checkpoints import digest
 from jfbnb.training.methods import JFB, METHODS, plugins
 from jfbnb.training.recipes import BY_COMMAND
-from jfbnb.training.sources import digest, imported_files
 
 PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
             "jupyterlab")
@@ -229,7 +229,8 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
     """Hashes of all that decides a step's result: code, data, and what earlier steps made."""
     notebook = nbformat.read(step.notebook, as_version=4)
     code = "\n".join(c.source for c in notebook.cells if c.cell_type == "code")
-    files = imported_files(code, checkout.ROOT / "jfbnb")
+    files = sorted(path for path in (checkout.ROOT / "jfbnb").rglob("*.py")
+                   if path.parent.name != "run")
     stored = json.dumps(checkout.without_places(parameters), sort_keys=True)
     hashes = {
         "notebook": hashlib.sha256(code.encode()).hexdigest(),
@@ -237,7 +238,7 @@ def input_hashes(step: Step, parameters: dict[str, Any], runs: Path) -> dict[str
             path.read_bytes() for path in files)).hexdigest(),
         "parameters": hashlib.sha256(stored.encode()).hexdigest(),
     }
-    if plugins() and any(file.stem == "methods" for file in files):
+    if plugins():
         hashes["methods of others"] = digest(*plugins())
     if parameters.get("data", "bundled") != "bundled":
         hashes["data"] = fingerprint(parameters["data"])

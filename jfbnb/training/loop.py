@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from jfbnb.common import UserError, seeded_generator
 from jfbnb.data import random_crops
 from jfbnb.training import processes
-from jfbnb.training.checkpoints import resume, save_checkpoint
+from jfbnb.training.checkpoints import resume, save_checkpoint, training_key
 from jfbnb.training.computation import metered
 from jfbnb.training.losses import REUSE_BUFFER, BatchLoss
 from jfbnb.training.muon import Muon
-from jfbnb.training.sources import digest
 from jfbnb.training.weights import fill
 
 RECORDS = 10  # of a training, evenly spread over it; where epochs are given, at least one in each
@@ -126,7 +125,7 @@ def train(
     history: list[dict[str, float]] = []
     file = None
     if checkpoints is not None:
-        key = digest(train, module, batch_loss, images, config)
+        key = training_key(module, batch_loss, images, config)
         file = checkpoints / f"{key[:16]}.safetensors"
         history = resume(file, module, optimizer, log)
         if history:
@@ -215,7 +214,7 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
             for group in optimizer.param_groups:
                 group["lr"] = (config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
                                * min(1.0, (number + 1) / (config.warmup + 1)))
-            part = processes.share()
+            part = processes.share(len(batch))
             x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0)[part]
             losses, figures = batch_loss(x.to(device), (config.seed, epoch, step, 1),
                                          range(len(batch))[part])

@@ -53,9 +53,9 @@ def process_group(device: torch.device) -> Iterator[torch.device]:
     dist.destroy_process_group()
 
 
-def share() -> slice:
-    """This process's images of a batch, perhaps none."""
-    return slice(rank(), None, world_size())
+def share(n: int) -> slice:
+    """This process's images of a batch of n, perhaps none."""
+    return slice(rank(), n, world_size())
 
 
 def add_up(values: list[float], device: torch.device) -> list[float]:
