@@ -13,7 +13,6 @@ import nbformat
 import pytest
 import torch
 from conftest import Contractive, make_map
-from safetensors.torch import load_file, save_file
 
 from jfbnb.common import UserError
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet
@@ -738,6 +737,7 @@ def test_the_key_is_the_same_in_every_process(tmp_path):
 import torch
 import outside
 
+from jfbnb.training import loop, losses
 from jfbnb.training.checkpoints import digest
 from jfbnb.training.loop import train
 from jfbnb.core.gradients import neumann
