@@ -188,24 +188,19 @@ def rng(request) -> random.Random:
 
 # --- kills ----------------------------------------------------------------------------------------
 
-BEGUN, TORN = ("tempfile.mkstemp", "kill"), ("tempfile.mkstemp", "torn")
-MOVED, STARTED, ANY_TIME = ("os.rename", "kill"), ("subprocess.Popen", "kill"), ("", "kill")
+TORN, MOVED = ("tempfile.mkstemp", "torn"), ("os.rename", "kill")
+BEGUN, ANY_TIME = ("tempfile.mkstemp", "kill"), ("", "kill")
 MOMENTS = (  # of which job, which process, what happens to which files, how often at the most
     ("training", RUNNER, TORN, "checkpoints", PARTS),
     ("reproduction", KERNEL, TORN, "checkpoints", 3),
     ("training", RUNNER, MOVED, "checkpoints", 3 * PARTS - 2),
     ("training", RUNNER, ANY_TIME, "", 1),
     ("reproduction", RUNNER, ANY_TIME, "", 1),
-    ("reproduction", KERNEL, TORN, "figures", 6),
-    ("training", RUNNER, BEGUN, "checkpoints", PARTS),
     ("reproduction", KERNEL, ANY_TIME, "", 1),
-    ("reproduction", RUNNER, BEGUN, "markers", 1),
-    ("reproduction", KERNEL, MOVED, "checkpoints", 7),
-    ("reproduction", KERNEL, MOVED, "figures", 6),
-    ("reproduction", RUNNER, MOVED, "markers", 1),
+    ("reproduction", KERNEL, TORN, "figures", 6),
     ("reproduction", KERNEL, MOVED, "denoiser", 3),
-    ("reproduction", RUNNER, STARTED, KERNEL, 1),
-    ("reproduction", RUNNER, MOVED, "provenance", 1),
+    ("reproduction", RUNNER, BEGUN, "markers", 1),
+    ("reproduction", RUNNER, MOVED, "markers", 1),
 )
 
 
@@ -261,16 +256,6 @@ def test_ctrl_c(job, rng, number):
 
 
 @campaign
-@pytest.mark.parametrize("then", [1.0, 4.1e9], ids=["1970", "2100"])
-def test_wrong_clock(job, then):
-    job.finish()
-    for i, path in enumerate(sorted(job.work.rglob("*"))):
-        os.utime(path, (then - i / 1e3, then - i / 1e3))
-    job.goes_on()
-    assert job.again in job.said
-
-
-@campaign
 @pytest.mark.parametrize("kind", ["a bit flipped", "cut short", "emptied"])
 @pytest.mark.parametrize("job", ["training"], indirect=True)
 def test_damaged_checkpoint(job, rng, kind):
@@ -291,14 +276,6 @@ def test_two_at_once(job):
     job.refused(job.start(), "another run is writing")
     first.send_signal(signal.SIGCONT)
     assert first.wait(LIMIT) == 0
-    job.goes_on()
-
-
-@campaign
-@pytest.mark.parametrize("job", ["reproduction"], indirect=True)
-def test_no_memory(job):
-    job.refused(job.start(process=KERNEL, event="tempfile.mkstemp", part="checkpoints", count=1,
-                          how="memory", bytes=1 << 20), "03_dncnn")
     job.goes_on()
 
 
