@@ -9,9 +9,9 @@ import math
 import os
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from threading import Lock
@@ -113,39 +113,26 @@ def decode(source: Path | io.BytesIO, size: int | None = None) -> Tensor:
     become 8. An animation gives its first picture.
 
     Raises:
-        ValueError: if the file is no readable image, or too large.
-        OSError: if the file system fails to read it.
+        Exception: of many kinds, if the file is no readable image, or too large.
     """
-    with _value_errors():
-        if isinstance(source, Path) and not source.is_file():
-            raise ValueError("no file")  # Pillow would wait for a pipe
-        with Image.open(source, formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
-            if opened.mode == "F":
-                raise ValueError("its pixels are fractions of unknown range: save it with 8 bits")
-            if opened.mode.startswith("I"):  # 16-bit grey, which convert() would clip
-                image = Image.fromarray((np.asarray(opened) / 257).clip(0, 255).astype(np.uint8))
-            else:
-                image = ImageOps.exif_transpose(opened)
-            if image.has_transparency_data:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-            image = image.convert("RGB")
-        if size is not None:
-            image = image.resize((size, size), Image.BILINEAR)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-@contextmanager
-def _value_errors() -> Iterator[None]:
-    """Turn what Pillow, zipfile and tarfile raise for a damaged file into a ValueError."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
-            raise
-        raise ValueError(f"no readable image ({printable(str(error))})") from error
+    if isinstance(source, Path) and not source.is_file():
+        raise ValueError("no file")  # Pillow would wait for a pipe
+    with Image.open(source, formats=FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
+        if opened.mode == "F":
+            raise ValueError("pixels that are fractions, of unknown range")
+        if opened.mode.startswith("I"):  # 16-bit grey, which convert() would clip
+            image = Image.fromarray((np.asarray(opened) / 257).clip(0, 255).astype(np.uint8))
+        else:
+            image = ImageOps.exif_transpose(opened)
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = image.convert("RGB")
+    if size is not None:
+        image = image.resize((size, size), Image.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def load_images(
@@ -229,7 +216,9 @@ def _open(path: Path, stack: ExitStack) -> tuple[Files, Read]:
     except Exception as error:  # damaged archives raise all sorts
         if getattr(error, "errno", None) is not None:
             raise UserError(f"cannot read {path}: {error}") from error
-        if path.read_bytes()[:99].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
+        with open(path, "rb") as file:
+            head = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if head.startswith(b"<"):
             raise UserError(f"{path} is a web page in the place of an archive: open its address in "
                             "a browser and do what the page asks") from error
         raise UserError(f"{path} is no tar or zip of images, or an incomplete or damaged download: "
@@ -280,8 +269,7 @@ def _open_archive(path: Path, stack: ExitStack) -> tuple[Files, Read]:
     def read(name: str) -> io.BytesIO:
         if files[name][0] > MAX_BYTES:
             raise ValueError("too large")
-        with _value_errors():
-            return io.BytesIO(content(name))
+        return io.BytesIO(content(name))
 
     return files, read
 
@@ -301,11 +289,14 @@ def _decode_all(names: list[str], files: Files, read: Read,
     places, lock = {name: i for i, name in enumerate(names)}, Lock()
 
     def one(name: str) -> None:
-        with suppress(ValueError):
+        try:
             with lock:  # tarfile reads for one thread at a time
                 source = read(name)
             images[places[name]] = decode(source, size).numpy()
             good[places[name]] = True
+        except Exception as error:  # damaged files raise all sorts
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
+                raise  # it says nothing of what is in the file
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
         for _ in pool.map(one, [name for name in files if name in places]):
