@@ -30,7 +30,7 @@ import skimage.data
 import torch
 import torchvision  # noqa: F401  as `doctor` does; importing it makes a folder
 import yaml
-from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from PIL import Image
@@ -103,7 +103,6 @@ def trial() -> Iterator[Path]:
     def ring(*_: object) -> None:
         raise Hang
 
-    outcome = "taken"
     signal.signal(signal.SIGALRM, ring)
     with (tempfile.TemporaryDirectory() as text, contextlib.chdir(text),
           mock.patch.object(data, "CACHE", Path(text, "cache")),
@@ -115,7 +114,7 @@ def trial() -> Iterator[Path]:
         try:
             yield Path(text)
         except UserError:
-            outcome = "refused"
+            pass
         except Hang:
             raise AssertionError(f"over {SECONDS:.0f} s") from None
         finally:
@@ -123,8 +122,6 @@ def trial() -> Iterator[Path]:
             resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY,) * 2)
             WATCH.folder = ""
     assert not WATCH.found, f"outside: {WATCH.found}"
-    if currently_in_test_context():
-        event(outcome)  # pytest --hypothesis-show-statistics has the shares
 
 
 def command(*argv: str) -> None:
@@ -182,11 +179,9 @@ NUMBERS = ("0", "-1", "1", "3", "1e400", "nan", "-inf", "1e-320", "0x10", "", "5
 NAMES = ("a.jpg", "../../evil.jpg", "/evil.png", "..\\evil.jpg", "C:\\evil.png", "x\n.jpg", ".jpg",
          "\x1b[31m.png", "é.png", "a/b.jpg", "dir.jpg/", "a.jpg/a.jpg", " .bmp", "n" * 240 + ".jpg",
          "A.JPEG", "a.txt", "\udcff.jpg", "...png", "-p.webp")
-YAMLS = ("!!python/object/apply:os.system ['true']", "[" * 4000, "2024-13-99", "!!int ''",
-         "!!timestamp x", "!!bool x", "? [1]\n: 2", "\0", "\xff", "<<: 3", "{1: 2, a: 3}", "- 1",
-         "!!binary x", "1:99:99", ".nan", "-.inf", "1e5", "!!set {a}", "2024-01-01", "~", "'",
-         "a: b: c", "%YAML 9.9", "@", "{", "!!float x", "--- 1\n--- 2", "\ufeff", "\t", "=",
-         "!!omap [a: 1]", "yes")
+YAMLS = ("!!python/object/apply:os.system ['true']", "[" * 4000, "2024-13-99", "!!timestamp x",
+         "? [1]\n: 2", "\0", "\xff", "<<: 3", "{1: 2, a: 3}", "- 1", ".nan", "-.inf", "~", "'",
+         "a: b: c", "%YAML 9.9", "@", "--- 1\n--- 2", "\ufeff", "\t")
 JSONS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
                      lambda inner: st.lists(inner, max_size=4)
                      | st.dictionaries(st.text(max_size=9), inner, max_size=4), max_leaves=8)
