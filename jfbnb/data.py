@@ -269,7 +269,10 @@ def _open_archive(path: Path, stack: ExitStack) -> tuple[Files, Read]:
     def read(name: str) -> io.BytesIO:
         if files[name][0] > MAX_BYTES:
             raise ValueError("too large")
-        return io.BytesIO(content(name))
+        try:
+            return io.BytesIO(content(name))
+        except Exception as error:  # for a wrong offset zipfile raises an OSError with a number
+            raise ValueError("damaged") from error
 
     return files, read
 
