@@ -30,10 +30,10 @@ from jfbnb.core.operators import Blur, Convolution, LinearOperator
 from jfbnb.core.protocols import get_protocol, measure
 from jfbnb.data import ImageSet, bundled_photos, load_splits
 from jfbnb.teaching.figures import new_figure, save_figure, save_table
+from jfbnb.training.checkpoints import digest
 from jfbnb.training.evaluation import together
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import BEST, make_methods
-from jfbnb.training.sources import digest
 
 SIDE = 128  # of the scenes, in pixels
 FURTHER = 200  # evaluations of the continued solve, at most

@@ -15,10 +15,10 @@ from jfbnb.common import UserError, pick_device
 from jfbnb.core.protocols import get_protocol, measure
 from jfbnb.data import load_splits
 from jfbnb.teaching.figures import save_table
+from jfbnb.training.checkpoints import digest
 from jfbnb.training.evaluation import evaluate
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import BEST, RELEASED, make_methods
-from jfbnb.training.sources import digest
 
 PART = 100  # images between two writes
 SETS = {"DnCNN 8 x 32": RELEASED, "U-Net": BEST}

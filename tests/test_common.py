@@ -9,10 +9,10 @@ from IPython.core.interactiveshell import InteractiveShell
 
 
 def test_bad_input_is_one_line_in_a_notebook_too(tmp_path, monkeypatch, capsys):
-    """Of notebook 5, opened first. What is no bad input keeps its traceback."""
+    """As in notebook 5, opened first. Other errors keep their traceback."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     shell = InteractiveShell()
-    shell.run_cell("from pathlib import Path\nfrom jfbnb.training.methods import Tuning")
+    shell.run_cell("from pathlib import Path\nfrom jfbnb.training.tuning import Tuning")
     assert not shell.run_cell(f"Tuning.load(Path({str(tmp_path / 'tuning_jfb.json')!r}))").success
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("UserError: no tuned parameters at") and "earlier notebooks" in line
@@ -20,8 +20,8 @@ def test_bad_input_is_one_line_in_a_notebook_too(tmp_path, monkeypatch, capsys):
     assert "Traceback" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries cannot be told")
-def test_freed_memory_is_kept_where_it_is_told():
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no such setting elsewhere")
+def test_freed_memory_is_kept():
     script = """
 import resource, torch
 from jfbnb.common import keep_freed_memory

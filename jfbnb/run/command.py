@@ -20,7 +20,7 @@ from jfbnb.core import operators, protocols
 from jfbnb.photo import files, kernel_option, restore
 from jfbnb.run import checkout
 from jfbnb.run.doctor import examine
-from jfbnb.training import evaluation, methods, processes, restorers
+from jfbnb.training import evaluation, methods, restorers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -209,34 +209,23 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     _check_limit(args.limit)
-    with processes.process_group(pick_device(args.device)) as device:
-        to_write = args.json if processes.rank() == 0 else None
-        # The file is begun first, so that one that cannot be written is no surprise in the end.
-        with atomic_path(to_write) if to_write else contextlib.nullcontext() as file:
-            document = _evaluate(args, device)
-            if file:
-                file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    # The file is begun first, so that one that cannot be written is no surprise in the end.
+    with atomic_path(args.json) if args.json else contextlib.nullcontext() as file:
+        document = _evaluate(args, pick_device(args.device))
+        if file:
+            file.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
 
-def _evaluate(args: argparse.Namespace, device: torch.device) -> dict | None:
-    """Each process measures a block of the images; rank 0 shows the table of all.
-
-    Returns what --json writes, in rank 0.
-    """
+def _evaluate(args: argparse.Namespace, device: torch.device) -> dict:
+    """Show the table; return what --json writes."""
     protocol = protocols.get_protocol(args.protocol)
     names = args.method or restorers.expected_methods(args.weights)
     chosen = restorers.make_methods(names, args.weights, device)
-    with processes.rank_0_first():  # the others find the decoded images in the cache
-        images = data.load_images(args.data, protocol.image_size, args.limit,
-                                      _warn if processes.rank() == 0 else lambda line: None)
-    own = images[processes.block(len(images))]
+    images = data.load_images(args.data, protocol.image_size, args.limit, _warn)
     A = protocol.operator().to(device)
-    x = own.as_float().to(device)
-    d = protocols.measure(A, x, protocol.noise_std, 0, own.indices)
-    table = evaluation.join(processes.gather(
-        evaluation.evaluate(chosen, A, x, d, protocol.noise_std, own.names)))
-    if processes.rank():
-        return None
+    x = images.as_float().to(device)
+    d = protocols.measure(A, x, protocol.noise_std, 0, images.indices)
+    table = evaluation.evaluate(chosen, A, x, d, protocol.noise_std, images.names)
     summary = evaluation.summarise(table)
     _say(summary.to_string(index=False, float_format=lambda v: f"{v:.4g}", na_rep="-"))
     for line in evaluation.complaints(table):

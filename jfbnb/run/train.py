@@ -64,9 +64,8 @@ def train_network(name: str, parameters: Parameters, start: Path, out: Path, com
 
 def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) -> None:
     setup = get_protocol(p["protocol"])
-    with processes.rank_0_first():  # the others find the decoded images in the cache
-        splits = load_splits(p["data"], setup.image_size, p["n_train"], p["n_validation"],
-                             p["n_test"], run.log, p["random_degradations"])
+    splits = load_splits(p["data"], setup.image_size, p["n_train"], p["n_validation"],
+                         p["n_test"], run.log, p["random_degradations"])
     run.log(f"{len(splits.train)} training images: {splits.source}; processes: "
             f"{processes.world_size()}; device of the first: {describe_device(run.device)}")
     if name == "denoiser":

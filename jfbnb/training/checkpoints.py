@@ -1,22 +1,109 @@
 """Checkpoints of a training: the last two, each checked by its own hash before it is believed.
 
-They are safetensors files, so that loading one runs no code.
+They are safetensors files, so that loading one runs no code. The name of a checkpoint is a hash of
+all that decides the training.
 """
 
+import functools
 import hashlib
+import inspect
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from jfbnb.common import UserError, atomic_path
-from jfbnb.training.weights import tensor_list
 
 History = list[dict[str, float]]
+PACKAGE = Path(__file__).parents[1]
+# `digest` looks at no source of these: the package's own is hashed by `package_files`.
+KNOWN = ("jfbnb", "torch", "builtins", "functools", "collections")
+
+
+# --- what a training depends on -----------------------------------------------------------------
+
+
+def training_key(*values: Any) -> str:
+    """A hash of what decides a training: module, loss, images, settings, and the code for it."""
+    files = package_files("core/*.py", "training/*.py", "data.py", "common.py")
+    return digest(*values, *(path.read_bytes() for path in files))
+
+
+def package_files(*patterns: str) -> list[Path]:
+    """The package's source files, e.g. "core/*.py", in order."""
+    return sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
+
+
+def digest(*values: Any) -> str:
+    """A hash of some values, the same in every process.
+
+    It changes with numbers and tensors in them, and with the weights and buffers of a module. It
+    changes with the source of each class and function from outside the package, and with what a
+    function has captured. Further files that these import are not looked at.
+    """
+    found = hashlib.sha256()
+    for part in _parts(values, set()):
+        found.update(part)
+    return found.hexdigest()
+
+
+def _parts(value: Any, seen: set[int]) -> Iterator[bytes | np.ndarray]:
+    """The bytes that tell a value from another one."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    yield type(value).__qualname__.encode()
+    inner: tuple | list = ()
+    if isinstance(value, Tensor):
+        yield f"{value.dtype} {tuple(value.shape)} {value.requires_grad}".encode()
+        yield value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy()
+    elif isinstance(value, dict):
+        inner = (len(value), *(part for item in value.items() for part in item))
+    elif isinstance(value, list | tuple):
+        inner = (len(value), *value)
+    elif isinstance(value, set | frozenset):
+        inner = sorted(value, key=repr)
+    elif inspect.ismethod(value):
+        inner = (value.__func__, value.__self__)
+    elif isinstance(value, functools.partial):
+        inner = (value.func, value.args, value.keywords)
+    elif id(value) in seen:
+        pass
+    elif isinstance(value, type) or inspect.isroutine(value):
+        seen.add(id(value))
+        yield value.__qualname__.encode()
+        yield _source(value).encode()
+        inner = (*getattr(value, "__bases__", ()),
+                 *(cell.cell_contents for cell in getattr(value, "__closure__", None) or ()),
+                 *(getattr(value, k, None) for k in ("__defaults__", "__kwdefaults__")))
+    elif type(value).__module__ == "builtins":
+        yield repr(value).encode()
+    else:
+        seen.add(id(value))
+        inner = (type(value), getattr(value, "__dict__", repr(value)))
+    for part in inner:
+        yield from _parts(part, seen)
+
+
+def _source(value: Any) -> str:
+    """The text of the file that a class or function is in, or in a notebook its own."""
+    if (getattr(value, "__module__", None) or "builtins").split(".")[0] in KNOWN:
+        return ""
+    try:
+        module = inspect.getmodule(value)
+        return inspect.getsource(module if getattr(module, "__file__", None) else value)
+    except (OSError, TypeError):  # a class in a notebook: its methods
+        parts = vars(value).values() if isinstance(value, type) else ()
+        return "".join(_source(part) for part in parts if inspect.isfunction(part))
+
+
+# --- on disk ------------------------------------------------------------------------------------
 
 
 def save_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer,
@@ -32,8 +119,8 @@ def save_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimi
     written = file.with_suffix(".new")
     with atomic_path(written) as temporary:
         try:
-            save_file(tensors, temporary,
-                      metadata={"history": text, "sha256": _digest(tensors, text)})
+            save_file(tensors, temporary, metadata={
+                "history": text, "sha256": digest(sorted(tensors.items()), text)})
         except SafetensorError as error:
             raise OSError(f"cannot write the checkpoint {file} ({error}): free some space and run "
                           "again; the one before it is kept") from error
@@ -55,17 +142,19 @@ def resume(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer,
     Raises:
         UserError: if there are checkpoints and none of them is whole.
     """
-    found = [path for path in (file, previous(file)) if path.exists()]
-    complaints = []
-    for path in found:
+    complaint = None
+    for path in (file, previous(file)):
         try:
             return load_checkpoint(path, module, optimizer)
+        except FileNotFoundError:
+            continue
         except UserError as error:
-            complaints.append(str(error))
+            complaint = error
             log(f"warning: {error}")
-            path.replace(path.with_suffix(".damaged"))  # else the next one would be kept below it
-    if found:
-        raise UserError(f"{complaints[-1]} and there is no other one: run again to start afresh")
+            with suppress(FileNotFoundError):  # another process of this training was faster
+                path.replace(path.with_suffix(".damaged"))
+    if complaint:
+        raise UserError(f"{complaint} and there is no other one: run again to start afresh")
     return []
 
 
@@ -74,51 +163,27 @@ def load_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimi
 
     Raises:
         UserError: if the file is damaged; module and optimizer are then as before.
-        OSError: if it cannot be read now, which says nothing of what is in it.
+        OSError: if the file system fails to read it.
     """
     try:
         with safe_open(file, "pt") as stored:
-            _check_list(tensor_list(stored), module, optimizer)
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-            metadata = stored.metadata()
-        if _digest(tensors, metadata["history"]) != metadata["sha256"]:
-            raise ValueError("its hash is not the stored one")
-        history = json.loads(metadata["history"])
-        if not (isinstance(history, list) and all(isinstance(r, dict) for r in history)):
-            raise ValueError("its history is none")
-    except (SafetensorError, KeyError, TypeError, RuntimeError, ValueError) as error:
+            metadata = stored.metadata() or {}
+    except SafetensorError as error:
         raise UserError(f"the checkpoint {file} is damaged ({error})") from error
-    except OSError as error:
+    except PermissionError as error:
         raise OSError(f"cannot read the checkpoint {file} ({error})") from error
-    state: dict[int, dict[str, Tensor]] = {}
+    history = metadata.get("history", "")
+    if digest(sorted(tensors.items()), history) != metadata.get("sha256"):
+        raise UserError(f"the checkpoint {file} is damaged (its hash is not the stored one)")
+    weights, moments = {}, {}
     for name, value in tensors.items():
-        if name.startswith("adam."):
-            _, i, moment = name.split(".")
-            state.setdefault(int(i), {})[moment] = value
-    module.load_state_dict({name.removeprefix("module."): value for name, value in tensors.items()
-                            if name.startswith("module.")})
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return history
-
-
-def _check_list(found: dict[str, tuple[str, list[int]]], module: nn.Module,
-                optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError unless the tensors are the module's and Adam's, before any is read."""
-    weights = {f"module.{name}": list(v.shape) for name, v in module.state_dict().items()}
-    moments = {}
-    for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-        if f"adam.{i}.step" in found:  # frozen weights have none
-            moments |= {f"adam.{i}.step": [], f"adam.{i}.exp_avg": list(p.shape),
-                        f"adam.{i}.exp_avg_sq": list(p.shape)}
-    if ({name: shape for name, (_, shape) in found.items()} != weights | moments
-            or not {kind for kind, _ in found.values()} <= {"F32", "F64", "I64"}):
-        raise ValueError("its tensors are not those of this training")
-
-
-def _digest(tensors: dict[str, Tensor], history: str) -> str:
-    digest = hashlib.sha256(history.encode())
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        kind, _, name = name.partition(".")
+        if kind == "module":
+            weights[name] = value
+        else:
+            number, moment = name.split(".")
+            moments.setdefault(int(number), {})[moment] = value
+    module.load_state_dict(weights)
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    return json.loads(history)

@@ -1,8 +1,8 @@
 """What a training spends, in applications of its network to a training crop.
 
-A forward pass of one crop is one application, and a backward pass two: one for the gradient in the
-input and one for that in the weights. Where the weights' is not asked for, as in the products with
-J that the exact gradient needs, a backward pass is one. It is a count, not a time: the same on
+A forward pass of one crop is one application. A backward pass is two: one for the gradient in the
+input and one for that in the weights. A backward pass without the gradient in the weights, as in
+the products with J that the exact gradient needs, is one. It is a count, not a time: the same on
 every machine, however busy.
 """
 
@@ -17,7 +17,7 @@ from jfbnb.core.denoisers import Denoiser
 
 
 class Meter:
-    """How many applications of the networks it was told of have been made so far."""
+    """Counts applications of the networks that it is hooked to."""
 
     def __init__(self) -> None:
         self.applications = 0
@@ -41,7 +41,7 @@ class Meter:
 
 @contextmanager
 def metered(module: nn.Module) -> Iterator[Meter]:
-    """Counts what is done within it by the networks of all denoisers in a module.
+    """Count the applications of all denoisers' networks in a module, inside the `with` block.
 
     The derivative of a gradient, which an energy needs, counts as one backward pass more; it costs
     about two.

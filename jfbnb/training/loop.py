@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from jfbnb.common import UserError, seeded_generator
 from jfbnb.data import random_crops
 from jfbnb.training import processes
-from jfbnb.training.checkpoints import resume, save_checkpoint
+from jfbnb.training.checkpoints import resume, save_checkpoint, training_key
 from jfbnb.training.computation import metered
 from jfbnb.training.losses import REUSE_BUFFER, BatchLoss
 from jfbnb.training.muon import Muon
-from jfbnb.training.sources import digest
 from jfbnb.training.weights import fill
 
 RECORDS = 10  # of a training, evenly spread over it; where epochs are given, at least one in each
@@ -121,16 +120,14 @@ def train(
                         f"start at most {config.batch_size}")
     if processes.rank() > 0:
         log, validate = _nothing, None
-    shared_loss = processes.share_out(module, batch_loss)
     kind = Muon if config.muon else torch.optim.Adam
     optimizer = kind(module.parameters(), lr=config.learning_rate)
     history: list[dict[str, float]] = []
     file = None
     if checkpoints is not None:
-        key = processes.gather(digest(train, module, batch_loss, images, config))[0]
+        key = training_key(module, batch_loss, images, config)
         file = checkpoints / f"{key[:16]}.safetensors"
-        with processes.rank_0_first():  # the others read the one that it finds whole
-            history = resume(file, module, optimizer, log)
+        history = resume(file, module, optimizer, log)
         if history:
             log(f"resumed after {_so_far(history, config)}")
     parts = max(RECORDS, math.ceil(config.epochs))
@@ -139,7 +136,7 @@ def train(
                                       history[-1]["applications"]) < 1:
         start = time.perf_counter()
         last_good = f"; the last good checkpoint is {file}" if file and history else ""
-        record = _train_part(shared_loss, images, config, device, optimizer, module, parts,
+        record = _train_part(batch_loss, images, config, device, optimizer, module, parts,
                              getattr(batch_loss, "batch_reuse", 1), history, last_good)
         record["seconds"] = time.perf_counter() - start
         record.update(validate() if validate else {})
@@ -243,13 +240,12 @@ def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
 
 def _update(losses: Tensor, figures: dict[str, Tensor], batch_size: int, config: TrainingConfig,
             optimizer: torch.optim.Optimizer, means: "_Means", place: str) -> None:
-    """One step down the mean loss of a batch, of which this process has a share.
-
-    The backward pass averages over the processes, so a share's sum is multiplied by their number.
-    """
+    """One step down the mean loss of a batch, of which this process has a share."""
     optimizer.zero_grad()
-    (losses.sum() * (processes.world_size() / batch_size)).backward()
-    length = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], config.clip or math.inf)
+    (losses.sum() * (1 / batch_size)).backward()
+    parameters = optimizer.param_groups[0]["params"]
+    processes.add_up_gradients(parameters)
+    length = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
     latest = means.add({"loss": losses.detach(), "gradient": length.expand(1), **figures})
     if not math.isfinite(latest["loss"]):
         raise UserError(f"the loss is {latest['loss']} at {place}")

@@ -1,136 +1,75 @@
-"""One training or evaluation shared by several processes, which torchrun starts.
+"""Several processes, started by torchrun, that share each batch of a training; else there is one.
 
-Without torchrun there is one process, rank 0 of 1, and nothing here has any effect.
+All must start from the same weights. Each takes its share of the images of a batch, and the
+gradients are summed, so a step is that of one process but for rounding.
 """
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from jfbnb.common import UserError
 
-# Where a machine has gone silent. Longer than rank 0 takes to decode images or to validate.
-TIMEOUT = timedelta(minutes=30)
-AGAIN = "start the same command again; training goes on from its last checkpoint"
-
 
 def rank() -> int:
-    """Which process this is. Rank 0 alone logs, validates and writes."""
-    return dist.get_rank() if _grouped() else 0
+    """The number of this process. Rank 0 alone logs, validates and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if _grouped() else 1
-
-
-def _grouped() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
 def process_group(device: torch.device) -> Iterator[torch.device]:
-    """Join torchrun's processes: NCCL between GPUs, gloo between CPUs. Yields this one's device.
+    """Join the processes that torchrun has started, and yield the device of this one.
 
     Raises:
-        UserError: if this machine has fewer GPUs than processes, or if another process dies.
+        UserError: if this process has no GPU of its own, or if another process dies.
     """
     if not dist.is_torchelastic_launched():
         yield device
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if device.index >= torch.cuda.device_count():
-            raise UserError(f"process {device.index} of this machine has no GPU: start at most "
-                            f"{torch.cuda.device_count()} (--nproc-per-node), or use device=cpu")
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-    signal.signal(signal.SIGTERM, _told_to_stop)  # so torchrun ends the others when one dies
+
+    def stop(*_: object) -> None:
+        raise RuntimeError("torchrun ends it, as when another process has died")
+
+    signal.signal(signal.SIGTERM, stop)
     try:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group()  # NCCL between GPUs, gloo between CPUs
         yield device
-    except RuntimeError as error:  # a lost connection is one, and so is a lack of memory
-        raise UserError(f"process {rank()} stopped: {str(error).splitlines()[0]}; {AGAIN}"
-                        ) from error
+    except RuntimeError as error:  # a lost connection is one
+        raise UserError(f"process {rank()} stopped ({str(error).splitlines()[0]}): start the same "
+                        "command again; it resumes from the last checkpoint") from error
     dist.destroy_process_group()
 
 
-def _told_to_stop(*_: Any) -> None:
-    raise UserError(f"process {rank()} was told to stop, as when another one has died; {AGAIN}")
-
-
-# --- training -----------------------------------------------------------------------------------
-
-
-class _SharedLoss(nn.Module):
-    """A loss as a module: DistributedDataParallel acts on the forward pass of one."""
-
-    def __init__(self, module: nn.Module, batch_loss: Any):
-        super().__init__()
-        self.module, self.batch_loss = module, batch_loss
-
-    def forward(self, *arguments: Any) -> Any:
-        return self.batch_loss(*arguments)
-
-
-def share_out(module: nn.Module, batch_loss: Any) -> Any:
-    """`batch_loss` of a training whose processes have a `share` of each batch.
-
-    All start from rank 0's weights. The backward pass averages the gradients in the parameters of
-    `module` over the processes. Each of them must enter the loss.
-    """
-    if world_size() == 1:
-        return batch_loss
-    return DistributedDataParallel(_SharedLoss(module, batch_loss))
+def share(n: int) -> slice:
+    """This process's images of a batch of n, perhaps none."""
+    return slice(rank(), n, world_size())
 
 
 def add_up(values: list[float], device: torch.device) -> list[float]:
     """Each number's sum over the processes."""
     if world_size() == 1:
         return values
-    together = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(together)
-    return together.tolist()
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
 
 
-@contextmanager
-def rank_0_first() -> Iterator[None]:
-    """The others run the block after rank 0: they find what it has read, mended or cached."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if rank() == 0 and world_size() > 1:
-        dist.barrier()
-
-
-# --- who has which images -----------------------------------------------------------------------
-
-
-def share(n: int) -> slice:
-    """This process's part of n images, a block of about n / world_size(), perhaps none."""
-    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
-
-
-def block(n: int) -> slice:
-    """The same of images to evaluate. Raises UserError where a process would have none."""
-    if n < world_size():
-        raise UserError(f"{n} images for {world_size()} processes: start at most {n}")
-    return share(n)
-
-
-def gather(value: Any) -> list[Any]:
-    """What each process has, in order of rank, in all of them."""
-    if world_size() == 1:
-        return [value]
-    values = [None] * world_size()
-    dist.all_gather_object(values, value)
-    return values
+def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace the gradient of each process's share by that of the whole batch."""
+    if world_size() > 1:
+        for p in filter(lambda p: p.requires_grad, parameters):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)

@@ -9,7 +9,6 @@ import os
 import resource
 import signal
 import sys
-from pathlib import Path
 
 FAULT = json.loads(os.environ.get("JFBNB_FAULT", "{}"))  # see test_faults.py
 
@@ -27,10 +26,6 @@ def strike() -> None:
     if FAULT["how"] == "torn":
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
         resource.setrlimit(resource.RLIMIT_FSIZE, (FAULT["bytes"], resource.RLIM_INFINITY))
-    elif FAULT["how"] == "memory":
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + FAULT["bytes"]
-        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     else:
         for victim in [os.getppid()] * FAULT["parent"] + [os.getpid()]:
             os.kill(victim, signal.SIGKILL)
