@@ -140,7 +140,7 @@ def operator(side: int, camera: bool) -> Convolution:
 
 def released(unet: bool) -> tuple[nn.Module, Settings]:
     """A released network, with the tau that was trained with it."""
-    T = load_model(METHODS["jfb"], {"tau": 1.0}, BEST if unet else RELEASED).T
+    T = load_model(METHODS["jfb"], BEST if unet else RELEASED).T
     return T.D.network, {"tau": T.tau.item(), "sigma": T.D.sigma.item()}
 
 

@@ -58,8 +58,8 @@ def trained(method: Method, card: dict, length: float, seed: int, weights: Path,
         raise UserError(f"{weights / method.name}.json is of a training without a budget: make "
                         "one with `jfbnb train`")
     if length == 1 and seed == card["training"]["seed"]:
-        return load_model(method, card["settings"], weights), card["history"][-1]["applications"]
-    config = TrainingConfig.read(card)
+        return load_model(method, weights), card["history"][-1]["applications"]
+    config = TrainingConfig(**card["training"])
     config = replace(config, budget=length * config.budget, seed=seed, unconverged_limit=1.0)
     network = load_denoiser(weights / "denoiser.safetensors").network
     model, made = train_method(method, network, card["settings"], problem, config,

@@ -348,7 +348,7 @@ def test_schedules_are_trained_once_each_and_paired_by_seed(tmp_path, monkeypatc
     assert len(rows) == 2 * (2 * 2 + 1)  # two seeds on both sets, and the half length on one
     assert set(rows["count"][rows.images == "test"]) == {3}
     stored = METHODS["jfb"], json.loads((weights / "jfb.json").read_text())
-    model = load_model(stored[0], stored[1]["settings"], weights)
+    model = load_model(stored[0], weights)
     own = score(model.on(problem.A), with_images(problem, splits.test[:3]))
     first = rows[(rows.method == "jfb") & (rows.seed == 0) & (rows.images == "test")]
     assert first.psnr.item() == pytest.approx(own["psnr"], abs=1e-4)  # the stored one, not another

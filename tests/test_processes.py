@@ -34,7 +34,6 @@ from jfbnb.training.losses import (
 )
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model, make_methods
-from jfbnb.training.tuning import Tuning
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -212,7 +211,7 @@ def test_train_stores_what_notebook_4_takes(image_folder, weights, tmp_path, mon
     assert {name: set(found) for name, found in cards[1]["measured"].items()} == {
         name: set(found) for name, found in released["measured"].items()}
     jfb = METHODS["jfb"]
-    model = load_model(jfb, Tuning.load(weights / "tuning.json").settings(jfb), tmp_path / "one")
+    model = load_model(jfb, tmp_path / "one")
     history = train(model, None, IMAGES, TrainingConfig(**cards[1]["training"]), CPU,
                     finished=tmp_path / "two" / "jfb.safetensors")
     assert history == cards[1]["history"]

@@ -45,7 +45,6 @@ from jfbnb.core.protocols import get_protocol
 from jfbnb.data import fingerprint
 from jfbnb.run import checkout
 from jfbnb.training.methods import JFB, METHODS, plugins
-from jfbnb.training.recipes import BY_COMMAND
 from jfbnb.training.sources import digest, imported_files
 
 PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
@@ -420,7 +419,6 @@ def run_notebook(step: Step, parameters: dict[str, Any], runs: Path) -> float:
     from traitlets.config import Config
 
     runs.mkdir(parents=True, exist_ok=True)
-    os.environ[BY_COMMAND] = "1"
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the kernel warns of frozen modules
     executed = runs / f"{step.name}.ipynb"
     clock = time.perf_counter()

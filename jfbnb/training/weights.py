@@ -16,8 +16,6 @@ from jfbnb.common import UserError, atomic_path, atomic_write
 from jfbnb.core.denoisers import LARGEST, NETWORKS, Denoiser
 
 Built = TypeVar("Built", bound=nn.Module)
-# --- weights: safetensors beside a JSON model card ----------------------------------------------
-
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
 
 
@@ -63,11 +61,11 @@ def load_weights(path: str | Path, build: Callable[..., Built],
                  networks: Sequence[type[nn.Module]] = ()) -> Built:
     """The module that `save_weights` stored. Nothing that the file names is imported.
 
-    Its own list of its tensors is looked at before any of them is read.
+    The file's list of tensors is compared with the module before any of them is read.
 
     Args:
         build: called with the file's networks, untrained, in order; returns the module.
-        networks: classes that the file may name, besides `NETWORKS`.
+        networks: classes that the file may name by their `__qualname__`, besides `NETWORKS`.
 
     Raises:
         UserError: if there is no such file, if it is damaged or holds something else, or for a
@@ -77,7 +75,8 @@ def load_weights(path: str | Path, build: Callable[..., Built],
 
     def whole(descriptions: list[dict]) -> Built:
         try:
-            return build(*(_untrained(d, [*networks, *NETWORKS]) for d in descriptions))
+            with building():
+                return build(*(_untrained(d, [*networks, *NETWORKS]) for d in descriptions))
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
             raise UserError(f"the weights {path} are of something else ({error})") from error
 
@@ -96,6 +95,21 @@ def load_weights(path: str | Path, build: Callable[..., Built],
     return module
 
 
+@contextmanager
+def building() -> Iterator[None]:
+    """Modules made within are of float32, as weights files are, and draw no random numbers.
+
+    Neither the program's default type nor its global generator is changed.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
 def fill(path: Path, module: nn.Module) -> None:
     """Load a file's tensors into a module, in place.
 
@@ -109,6 +123,19 @@ def fill(path: Path, module: nn.Module) -> None:
     if not all(value.isfinite().all() for value in tensors.values()):
         raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
     module.load_state_dict(tensors)
+
+
+def read_card(path: str | Path) -> dict:
+    """The model card beside a weights file. Raises UserError if it is missing or damaged."""
+    file = Path(path).with_suffix(".json")
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(card, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"no model card {file} ({error}): run the earlier notebooks, in order, or "
+                        "`jfbnb reproduce`") from error
+    return card
 
 
 @contextmanager
@@ -136,7 +163,7 @@ def shapes(module: nn.Module) -> dict[str, tuple[str, list[int]]]:
 
 
 def _is_description(found: object) -> bool:
-    """True for what `describe` may have stored, with numbers of a bearable size."""
+    """True for what `describe` may have stored, with numbers up to `LARGEST`."""
     return (isinstance(found, dict) and set(found) == {"class", "arguments"}
             and isinstance(found["class"], str) and isinstance(found["arguments"], dict)
             and all(isinstance(v, str | bool | None)
