@@ -3,7 +3,6 @@ import importlib
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -18,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from jfbnb.common import UserError
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet
 from jfbnb.core.fixed_point import solve
-from jfbnb.core.gradients import neumann
 from jfbnb.core.maps import PreconditionedMap, SplittingMap
 from jfbnb.core.models import Equilibrium, Feedforward, Unrolled
 from jfbnb.core.operators import Blur
@@ -160,11 +158,6 @@ def stored(**card) -> dict:
                                  allow_nan=False))
 
 
-@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, warmup=100, clip=0.02)])
-def test_a_card_gives_back_its_training(config):
-    assert TrainingConfig.read(stored(training=config)) == config
-
-
 @pytest.mark.parametrize("conditions", [None, Conditions(), RANDOM_DEGRADATIONS])
 def test_a_card_gives_back_its_losses(conditions):
     losses = replace(LOSSES, conditions=conditions, stability_every=8)
@@ -174,21 +167,6 @@ def test_a_card_gives_back_its_losses(conditions):
         draws = [given.draw(24, torch.Generator().manual_seed(3)) for given in
                  (read.conditions, conditions)]
         assert draws[0][1] == draws[1][1] and type(draws[0][0]) is type(draws[1][0])
-
-
-def test_cards_of_earlier_releases():
-    """They lack what came later."""
-    card = stored(training=CONFIG, loss=replace(LOSSES, conditions=Conditions()))
-    for name in ("warmup", "clip"):
-        del card["training"][name]
-    for name in ("stability_every", "noise_power"):
-        del card["loss"][name]
-    for name in ("unknown", "motion_share", "defocus_share", "home"):
-        del card["loss"]["conditions"][name]
-    assert TrainingConfig.read(card) == CONFIG
-    assert LossSettings.read(card) == replace(LOSSES, conditions=Conditions())
-    card = json.loads((RELEASED / "jfb.json").read_text())
-    assert TrainingConfig.read(card).clip == 0.0 and LossSettings.read(card).conditions is None
 
 
 # --- over conditions ----------------------------------------------------------------------------
@@ -222,30 +200,6 @@ def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(crops, mo
         torch.testing.assert_close(a, b)
 
 
-def test_threads_change_rounding_alone():
-    """The same weights bit for bit with as many threads. With another number of them, which sum
-    in another order, losses within 1e-4 and weights within 1e-3 of their norm.
-    """
-    photos = bundled_photos("test", 48).images[:16]
-
-    def trained(threads: int) -> tuple[torch.Tensor, list[float]]:
-        torch.manual_seed(0)
-        D = Denoiser(DnCNN(3, 16), 0.03)
-        model = Equilibrium(SplittingMap(Blur(48, 5, 2.0), D, 0.1))
-        torch.set_num_threads(threads)
-        try:
-            history = train(model, EquilibriumLoss(model, LOSSES), photos,
-                            TrainingConfig(2, 8, 48, 1e-3, 0, 1.0), CPU)
-        finally:
-            torch.set_num_threads(1)
-        return torch.cat([w.flatten() for w in weights_of(model)]), [r["loss"] for r in history]
-
-    (one, losses), (two, losses_two), (again, _) = trained(1), trained(2), trained(2)
-    assert torch.equal(two, again)
-    assert (two - one).norm() < 1e-3 * one.norm()
-    assert losses_two == pytest.approx(losses, rel=1e-4)
-
-
 def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
     model, loss = make()
     train(model, loss, images, CONFIG, CPU, tmp_path)
@@ -264,17 +218,6 @@ def test_training_lowers_the_loss_and_reports_the_solves(images):
     assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "growth",
             "gradient", "seconds", "steps", "applications"} == set(history[0])
     assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
-
-
-def test_a_line_says_how_far_how_well_and_how_long(images):
-    model, loss = make()
-    lines = []
-    history = train(model, loss, images, replace(CONFIG, epochs=2), CPU, log=lines.append)
-    said = [line for line in lines if line.startswith("epoch")]
-    assert re.fullmatch(r"epoch 1 of 2, loss [\d.e-]+, [\d.]+ dB on its crops, "
-                        r"(\d.*% of the solves converged, )?\d+ s left", said[0])
-    assert said[1].startswith("epoch 2 of 2") and said[1].endswith("done")
-    assert f"{-10 * math.log10(history[0]['mse']):.1f} dB" in said[0]
 
 
 def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
@@ -331,18 +274,6 @@ def test_a_loss_that_is_not_finite_stops_with_its_place(images):
                                                {}), images, CONFIG, CPU)
 
 
-def test_nan_after_a_checkpoint_names_it(images, tmp_path):
-    model, loss = make()
-
-    def fails_in_epoch_2(x, keys, indices):
-        value, figures = loss(x, keys, indices)
-        return (value * math.nan if keys[1:3] == (2, 1) else value), figures
-
-    with pytest.raises(UserError, match=r"epoch 2, step 1, .*good checkpoint is .*\.safetensors"):
-        train(model, fails_in_epoch_2, images, CONFIG, CPU, tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
-
-
 def test_solves_that_do_not_converge_warn_and_then_stop(images):
     model, _ = make()
 
@@ -361,12 +292,6 @@ def test_solves_that_do_not_converge_warn_and_then_stop(images):
     assert lines[-1].startswith("warning: 40% of the solves up to epoch 1 did not converge")
     with pytest.raises(UserError, match="80% of the solves up to epoch 1, step 2 did not converge"):
         train(model, converging(0.2), images, config, CPU)
-
-
-def test_crop_larger_than_the_images(images):
-    model, loss = make()
-    with pytest.raises(UserError, match="crop=48 does not fit"):
-        train(model, loss, images, TrainingConfig(1, 4, 48, 1e-3, 0), CPU)
 
 
 def flip_a_bit(content: bytes) -> bytes:
@@ -469,32 +394,6 @@ def test_a_finished_training_is_taken_and_another_one_refused(images, tmp_path):
         train(fresh, loss, images, CONFIG, CPU, finished=file)
 
 
-def test_a_finished_training_of_an_earlier_release_is_taken(images, tmp_path):
-    model, loss = make()
-    file, trained = tmp_path / "jfb.safetensors", asdict(CONFIG)
-    del trained["warmup"], trained["clip"]
-    save_weights(file, model, {"training": trained, "history": []})
-    assert train(model, loss, images, CONFIG, CPU, finished=file) == []
-    for other in ({"warmup": 1}, {"clip": 0.02}):
-        with pytest.raises(UserError, match=r"was trained with .*'clip': 0\.0.*, not with"):
-            train(model, loss, images, replace(CONFIG, **other), CPU, finished=file)
-    for damaged in ([], 3, trained | {"later": 1}, {"epochs": 3}):
-        save_weights(file, model, {"training": damaged, "history": []})
-        with pytest.raises(UserError, match="has no model card with this training"):
-            train(model, loss, images, CONFIG, CPU, finished=file)
-
-
-def test_a_checkpoint_of_a_unet_of_another_depth(tmp_path):
-    D = Denoiser(UNet(2, 4), 0.03)
-    optimizer = torch.optim.Adam(D.parameters())
-    file = tmp_path / "k.safetensors"
-    checkpoints.save_checkpoint(file, D, optimizer, [])
-    for depth in (1, 3):
-        other = Denoiser(UNet(depth, 4), 0.03)
-        with pytest.raises(UserError, match="not those of this training"):
-            load_checkpoint(file, other, torch.optim.Adam(other.parameters()))
-
-
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -538,20 +437,6 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
     else:
         assert seen["losses"] == wanted["losses"]
         assert (seen["losses"].conditions == RANDOM_DEGRADATIONS) is profile.startswith("best")
-
-
-def test_the_command_refuses_a_network_that_is_not_there(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_splits",
-                        lambda *_: SimpleNamespace(train=[], source=""))
-    for words, message in ((("network=ResNet",), "unknown network 'ResNet': choose from DnCNN, "),
-                           (("network=",), "unknown network ''"),
-                           (("network=3",), "parameter network takes a value like 'DnCNN'"),
-                           (("network=UNet", "depth=17", "width=64"), "over 4096 channels")):
-        settings = [part for word in words for part in ("-p", word)]
-        assert main(["train", "denoiser", "--out", str(tmp_path), "-p", "device=cpu",
-                     *settings]) == 2
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert message in line
 
 
 def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatch):
@@ -692,31 +577,6 @@ def test_the_key_changes_with_what_a_model_is_made_of(images):
     keys += [key(EquilibriumLoss(m, LOSSES), images) for m in (
         model, Equilibrium(SplittingMap(A, D, 0.1)))]
     assert len(set(keys)) == len(keys)
-
-
-def test_the_key_changes_with_what_a_function_has_captured(images):
-    model, loss = make()
-
-    class Weighted:
-        def __init__(self, weight):
-            self.weight = weight
-
-        def __call__(self, x, keys, indices):
-            return loss(x, keys, indices)[0] * self.weight, {}
-
-    def weighted(weight):
-        return lambda x, keys, indices: (loss(x, keys, indices)[0] * weight, {})
-
-    def by(terms):
-        return replace(loss, gradient=lambda T, x: neumann(T, x, terms))
-
-    many = torch.zeros(2000)
-    keys = [digest(train, model, given, images, CONFIG) for given in (
-        loss, by(1), by(2), weighted(1.0), weighted(2.0), Weighted(1.0), Weighted(2.0),
-        weighted(many), weighted(many.index_fill(0, torch.tensor([1000]), 1.0)),
-        weighted({"b": 1}), weighted({"b": 2}))]
-    assert len(set(keys)) == len(keys)
-    assert digest(train, model, weighted(2.0), images, CONFIG) == keys[4]
 
 
 OUTSIDE = """

@@ -1,7 +1,4 @@
-"""How a denoiser and a method's network are trained: once, for notebooks, command and benchmark.
-
-What comes out is stored with a model card, so that anyone can measure it again.
-"""
+"""How a denoiser and a method's network are trained, and what is stored of it."""
 
 import copy
 import math
@@ -124,8 +121,8 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
         settings: the method's, as tuned.
 
     Returns:
-        The model, for crops, and what its model card says of the training: `history` are its
-        records, `start` is the first one's `fixed_mse` before any step.
+        The model, for crops, and its model card: `history` are the records, `start` has `fixed_mse`
+        before the first step.
     """
     A = problem.setup.operator(config.crop).to(run.device)
     model, loss = prepare(method, network, settings, A, losses)
