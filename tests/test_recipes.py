@@ -1,4 +1,4 @@
-"""Trainings: of equal computation, the same on a busy machine, and what they leave behind."""
+"""Trainings: of equal computation, and what they leave in a folder."""
 
 from dataclasses import replace
 
@@ -22,7 +22,6 @@ CONFIG = TrainingConfig(1, batch_size=4, crop=16, learning_rate=1e-3, seed=0, un
 LOSSES = LossSettings(0.01, 1e-2, 4, 1, penalty=0.0)
 UNROLLED = METHODS["unrolled"]
 SETTINGS = {**prior(0.01, 1)[0], "iterations": 2}
-BUSY = "while True: sum(range(1000))"
 
 
 @pytest.fixture
@@ -61,6 +60,16 @@ def test_training_lowers_every_maps_loss_at_its_equilibrium(photographs, method)
     assert history.fixed_mse.iloc[-1] < 0.97 * card["start"]["fixed_mse"]
 
 
+def test_a_budget_is_spent_alike(problem):
+    config = replace(CONFIG, epochs=0, budget=1500)
+    torch.manual_seed(0)
+    network = DnCNN(2, 4)
+    for name in ("jfb", "unrolled", "feedforward", "deq"):
+        _, card = train_method(METHODS[name], network, SETTINGS, problem, config,
+                               LossSettings(0.01, 1e-3, 30), Run(CPU, log=str.encode))
+        assert 1500 <= card["history"][-1]["applications"] < 1.2 * 1500  # a step or less beyond it
+
+
 def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_path):
     torch.manual_seed(0)
     network, config = DnCNN(2, 4), replace(CONFIG, epochs=0, budget=500)
@@ -70,6 +79,7 @@ def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_
     cards = read_cards(tmp_path / "a", ["unrolled"])
     assert card["history"] == cards["unrolled"]["history"]
     assert card["measured"] == cards["unrolled"]["measured"]
+    assert (card["settings"], card["noise_std"]) == (SETTINGS, 0.01)
     table, curves = trainings(cards)
     assert table.Minutes[0] == pytest.approx(history.seconds.sum() / 60)
     assert table.Applications[0] == curves.applications.iloc[-1] >= 500
@@ -94,3 +104,18 @@ def test_a_training_is_told_how_long_in_one_way(epochs, budget):
         replace(CONFIG, epochs=epochs, budget=budget)
 
 
+def test_a_folder_has_the_latest_training_and_repeats_none(problem, tmp_path):
+    """As when a notebook is run again, by hand, with the same parameters or with others."""
+    torch.manual_seed(0)
+    network, cards, lines = DnCNN(2, 4), [], []
+    for rate in (1e-3, 2e-3, 1e-3):
+        lines.append([])
+        _, card = train_method(UNROLLED, network, SETTINGS, problem,
+                               replace(CONFIG, learning_rate=rate), LOSSES,
+                               Run(CPU, tmp_path, log=lines[-1].append))
+        cards.append(card)
+        assert read_cards(tmp_path, ["unrolled"])["unrolled"]["history"] == card["history"]
+        written = pd.read_csv(tmp_path / "unrolled_history.csv")
+        assert written.loss.tolist() == pytest.approx([part["loss"] for part in card["history"]])
+    assert cards[0]["history"] == cards[2]["history"] != cards[1]["history"]  # its seconds, too
+    assert lines[2][0] == "resumed after epoch 1 of 1" and len(lines[2]) == 2 < len(lines[0])

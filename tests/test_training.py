@@ -3,9 +3,11 @@ import importlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import nbformat
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from jfbnb.common import UserError
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet
 from jfbnb.core.fixed_point import solve
+from jfbnb.core.gradients import neumann
 from jfbnb.core.maps import PreconditionedMap, SplittingMap
 from jfbnb.core.models import Equilibrium, Feedforward, Unrolled
 from jfbnb.core.operators import Blur
@@ -40,7 +43,6 @@ from jfbnb.training.losses import (
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model
 from jfbnb.training.sources import digest
-from jfbnb.training.tuning import Tuning
 from jfbnb.training.weights import load_denoiser, save_weights
 
 CPU = torch.device("cpu")
@@ -93,6 +95,8 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, muon, images, t
     lines = []
     resumed = train(model, loss, images, config, CPU, tmp_path / "cut", log=lines.append)
     assert lines[0] == "resumed after epoch 2 of 3"
+    assert re.fullmatch(r"epoch 3 of 3, loss [\d.e-]+, [\d.]+ dB on its crops, "
+                        r"(\d.*% of the solves converged, )?done", lines[1]) or kind == "denoiser"
     assert all(torch.equal(a, b) for a, b in zip(weights_of(model), uninterrupted, strict=True))
     assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
 
@@ -152,16 +156,11 @@ def test_a_gradient_is_cut_to_its_length_and_left_alone_by_0(images, monkeypatch
 # --- model cards --------------------------------------------------------------------------------
 
 
-def stored(**card) -> dict:
-    """As a model card comes back from its file, which has nothing that is not JSON."""
-    return json.loads(json.dumps({name: asdict(value) for name, value in card.items()},
-                                 allow_nan=False))
-
-
 @pytest.mark.parametrize("conditions", [None, Conditions(), RANDOM_DEGRADATIONS])
 def test_a_card_gives_back_its_losses(conditions):
     losses = replace(LOSSES, conditions=conditions, stability_every=8)
-    read = LossSettings.read(stored(loss=losses))
+    card = json.loads(json.dumps({"loss": asdict(losses)}, allow_nan=False))
+    read = LossSettings.read(card)
     assert read == losses
     if conditions:
         draws = [given.draw(24, torch.Generator().manual_seed(3)) for given in
@@ -269,6 +268,8 @@ def test_penalty_lowers_the_contraction():
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(images):
     model, _ = make()
+    with pytest.raises(UserError, match="crop=48 does not fit"):
+        train(model, None, images, TrainingConfig(1, 4, 48, 1e-3, 0), CPU)
     with pytest.raises(UserError, match=r"loss is nan at epoch 1, step 0, images \["):
         train(model, lambda x, keys, indices: (model.T.log_tau * x.new_full((len(x),), math.nan),
                                                {}), images, CONFIG, CPU)
@@ -389,9 +390,10 @@ def test_a_finished_training_is_taken_and_another_one_refused(images, tmp_path):
     longer = replace(CONFIG, epochs=4)
     with pytest.raises(UserError, match=r"was trained with .* leave the parameter `weights` empty"):
         train(fresh, loss, images, longer, CPU, finished=file)
-    save_weights(file, model, {"training": asdict(CONFIG)})
-    with pytest.raises(UserError, match="has no model card with this training"):
-        train(fresh, loss, images, CONFIG, CPU, finished=file)
+    for trained in ([], 3, asdict(CONFIG) | {"later": 1}, {"epochs": 3}):
+        save_weights(file, model, {"training": trained, "history": []})
+        with pytest.raises(UserError, match="has no model card with this training"):
+            train(fresh, loss, images, CONFIG, CPU, finished=file)
 
 
 # --- the command --------------------------------------------------------------------------------
@@ -516,12 +518,10 @@ def test_bfloat16_is_for_the_first_evaluations_and_the_gradient(crops):
 def test_bfloat16_changes_the_gradient_little_and_the_image_not_at_all():
     """On the released network: its image is as exact as in float32, to the solve's tolerance."""
     x = bundled_photos("validation").as_float()[:4, :, 40:88, 40:88]
-    tuning = Tuning.load(RELEASED / "tuning.json")
-    model = load_model(METHODS["jfb"], tuning.settings(METHODS["jfb"]), RELEASED)
-    model = model.on(get_protocol("paper").operator(48))
+    model = load_model(METHODS["jfb"], RELEASED).on(get_protocol("paper").operator(48))
     tolerance, gradients, images = 3e-3, [], []
 
-    class Watched(EquilibriumLoss):
+    class Keeping(EquilibriumLoss):
         def track(self, T, x_star, figures):
             images.append(x_star)
             return super().track(T, x_star, figures)
@@ -530,7 +530,7 @@ def test_bfloat16_changes_the_gradient_little_and_the_image_not_at_all():
         model.zero_grad()
         # It allows a contraction of 0.5 alone: the penalty is never idle.
         settings = LossSettings(0.01, tolerance, 12, max_growth=0.5, bf16=bf16)
-        Watched(model, settings)(x, (0,), range(4))[0].sum().backward()
+        Keeping(model, settings)(x, (0,), range(4))[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert not any(getattr(module, "bf16", False) for module in model.modules())
         assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -567,16 +567,26 @@ def test_the_key_of_a_training_changes_with_all_that_it_depends_on(images):
     assert key(loss, images) == keys[-1]
 
 
-def test_the_key_changes_with_what_a_model_is_made_of(images):
-    """Numbers that are neither weights nor settings of the loss: of the models and the maps."""
-    model, _ = make()
+def test_the_key_changes_with_what_a_model_and_a_loss_are_made_of(images):
+    """Numbers that are neither weights nor settings, and what functions have captured."""
+    model, loss = make()
     T, A, D = model.T, model.T.A, model.T.D
     keys = [key(ExplicitLoss(m, LOSSES), images) for m in (
         Unrolled(T, 3), Unrolled(T, 4), Unrolled(T.on(A, 2.0), 3), Feedforward(A, D),
         Feedforward(A, D, 0.01), Feedforward(A, D, 0.02))]
     keys += [key(EquilibriumLoss(m, LOSSES), images) for m in (
         model, Equilibrium(SplittingMap(A, D, 0.1)))]
+
+    def weighted(weight):
+        return lambda x, keys, indices: (loss(x, keys, indices)[0] * weight, {})
+
+    many = torch.zeros(2000)
+    keys += [key(given, images, model) for given in (
+        replace(loss, gradient=partial(neumann, terms=2)), weighted(1.0), weighted(2.0),
+        weighted(many), weighted(many.index_fill(0, torch.tensor([1000]), 1.0)),
+        weighted({"b": 1}), weighted({"b": 2}))]
     assert len(set(keys)) == len(keys)
+    assert key(weighted(1.0), images, model) in keys
 
 
 OUTSIDE = """
@@ -627,11 +637,12 @@ def test_the_key_is_the_same_in_every_process(tmp_path):
 import torch
 import outside
 
-from jfbnb.training.sources import digest
-from jfbnb.training.loop import train
-from jfbnb.core.gradients import neumann
-from jfbnb.training.methods import METHODS
 from jfbnb.core.denoisers import DnCNN
+from jfbnb.core.gradients import neumann
+from jfbnb.training import loop, losses
+from jfbnb.training.loop import train
+from jfbnb.training.methods import METHODS
+from jfbnb.training.sources import digest
 torch.manual_seed(0)
 images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
 settings = losses.LossSettings(0.01)

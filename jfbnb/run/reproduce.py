@@ -96,7 +96,7 @@ class Step:
 STEPS = (
     Step("01_problem_setup_and_direct_inverse", (),
          ("nb1_spectrum", "blog1_direct_inverse", "nb1_inverse_crime"),
-         reads=("weights/best/tuning.json", "weights/best/jfb.safetensors")),
+         reads=("weights/best/jfb.json", "weights/best/jfb.safetensors")),
     Step("02_tikhonov_gradient_descent", ("classical.json",),
          ("nb2_semi_convergence", "nb2_lambda_sweep", "nb2_filter_factors",
           "nb2_total_variation", "blog2_gradient_descent")),
@@ -114,16 +114,15 @@ STEPS = (
          ("table2_comparison", "rivals", "conditions", "other_protocol", "psnr_scales",
           "released"),
          ("metrics", "curves", "computation"),
-         ("teaching/published_table2.csv", "weights/tuning.json", "weights/jfb.safetensors",
-          "weights/best/tuning.json", "weights/best/jfb.safetensors"),
-         ("conditions/tuning.json", *(f"conditions/{name}{suffix}" for name in TRAINED
-                                      if METHODS[name].compared
-                                      for suffix in (".safetensors", ".json")))),
+         ("teaching/published_table2.csv", "weights/jfb.json", "weights/jfb.safetensors",
+          "weights/best/jfb.json", "weights/best/jfb.safetensors"),
+         tuple(f"conditions/{name}{suffix}" for name in TRAINED if METHODS[name].compared
+               for suffix in (".safetensors", ".json"))),
     Step("06_your_own_inverse_problem",
          tuple(f"super-resolution/jfb{end}" for end in (".safetensors", ".json", "_history.csv")),
          ("nb6_mosaic", "nb6_problems", "nb6_even_lines", "nb6_own_equilibrium"),
          ("problems", "own_equilibrium"),
-         reads=("weights/best/tuning.json", "weights/best/jfb.safetensors", "weights/tuning.json",
+         reads=("weights/best/jfb.json", "weights/best/jfb.safetensors", "weights/tuning.json",
                 "weights/denoiser.safetensors")),
 )
 
