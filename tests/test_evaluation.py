@@ -1,4 +1,3 @@
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -213,20 +212,6 @@ def test_classical_methods_are_tuned_under_each_condition_as_by_brute_force(imag
             assert row.psnr == pytest.approx(best, abs=1e-4)
             ((key, value),) = settings.items()
             assert row.settings == f"{key} {value:.3g}"
-
-
-def test_methods_with_more_than_one_setting_are_tuned_over_all(image_folder, monkeypatch):
-    """A walk along a list would stop at the first row's best."""
-    images, conditions = conditions_of(image_folder, one=(A := Blur(40, 5, 2.0), A, 0.01))
-    shift = {(0, 0): 0.2, (0, 1): 0.3, (1, 0): 0.25, (1, 1): 0.1, (2, 0): 0.3, (2, 1): 0.0}
-    truth = images.as_float()
-    method = replace(METHODS["tikhonov"], candidates=lambda noise_std, n: [
-        {"a": a, "b": b} for a, b in shift], restore=lambda A, d, s, prior_scale: (
-            truth + shift[s["a"], s["b"]] + 0.01, None))
-    monkeypatch.setitem(METHODS, "tikhonov", method)
-    x, d = conditions["study", "one"].measure(images, 0, CPU)
-    assert under.tuned_under(conditions["study", "one"], "tikhonov", x, d, 6) == {"a": 2,
-                                                                                       "b": 1}
 
 
 @pytest.mark.parametrize("noise_std", [0.002, 0.005, 0.01, 0.02, 0.05])

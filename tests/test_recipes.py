@@ -1,5 +1,6 @@
 """Trainings: of equal computation, and what they leave in a folder."""
 
+import json
 from dataclasses import replace
 
 import pandas as pd
@@ -91,15 +92,21 @@ def test_its_training_is_whole_and_its_card_can_be_taken_and_shown(problem, tmp_
     assert same == cards["unrolled"]
     assert all(torch.equal(a, b) for a, b in zip(
         model.state_dict().values(), taken.state_dict().values(), strict=True))
-    with pytest.raises(UserError, match="was trained with"):
+    assert (tmp_path / "b/unrolled_history.csv").exists()
+    with pytest.raises(UserError, match=r"was trained with .* leave the parameter `weights` empty"):
         train_method(UNROLLED, network, SETTINGS, problem, replace(config, budget=600), LOSSES,
                      Run(CPU, weights=tmp_path / "a"))
-    with pytest.raises(UserError, match="no model card in"):
+    for trained in ([], 3, card["training"] | {"later": 1}, {"epochs": 3}):
+        (tmp_path / "a/unrolled.json").write_text(json.dumps(card | {"training": trained}))
+        with pytest.raises(UserError, match="has no model card with this training"):
+            train_method(UNROLLED, network, SETTINGS, problem, config, LOSSES,
+                         Run(CPU, weights=tmp_path / "a"))
+    with pytest.raises(UserError, match="no model card "):
         read_cards(tmp_path, ["unrolled", "jfb"])
 
 
 @pytest.mark.parametrize(("epochs", "budget"), [(0, 0), (1, 100), (-1, 0), (0, -5)])
-def test_a_training_is_told_how_long_in_one_way(epochs, budget):
+def test_either_epochs_or_a_budget_is_given(epochs, budget):
     with pytest.raises(UserError, match="give one of them, positive"):
         replace(CONFIG, epochs=epochs, budget=budget)
 

@@ -43,7 +43,7 @@ from jfbnb.training.losses import (
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model
 from jfbnb.training.sources import digest
-from jfbnb.training.weights import load_denoiser, save_weights
+from jfbnb.training.weights import load_denoiser
 
 CPU = torch.device("cpu")
 # Networks this small and young rarely converge in the few iterations given here.
@@ -377,23 +377,6 @@ def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
         checkpoints.save_checkpoint(file, model, torch.optim.Adam(model.parameters()), [])
     assert file.read_bytes() == before
     assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_finished_training_is_taken_and_another_one_refused(images, tmp_path):
-    model, loss = make()
-    history = train(model, loss, images, CONFIG, CPU)
-    file = tmp_path / "jfb.safetensors"
-    save_weights(file, model, {"training": asdict(CONFIG), "history": history})
-    fresh, loss = make()
-    assert train(fresh, loss, images, CONFIG, CPU, finished=file) == history
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(fresh), weights_of(model), strict=True))
-    longer = replace(CONFIG, epochs=4)
-    with pytest.raises(UserError, match=r"was trained with .* leave the parameter `weights` empty"):
-        train(fresh, loss, images, longer, CPU, finished=file)
-    for trained in ([], 3, asdict(CONFIG) | {"later": 1}, {"epochs": 3}):
-        save_weights(file, model, {"training": trained, "history": []})
-        with pytest.raises(UserError, match="has no model card with this training"):
-            train(fresh, loss, images, CONFIG, CPU, finished=file)
 
 
 # --- the command --------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ stopped and resumed gives the same weights, bit for bit on one machine, as one t
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -22,7 +22,6 @@ from jfbnb.training.computation import metered
 from jfbnb.training.losses import REUSE_BUFFER, BatchLoss
 from jfbnb.training.muon import Muon
 from jfbnb.training.sources import digest
-from jfbnb.training.weights import fill, read_card
 
 RECORDS = 10  # of a training, evenly spread over it; where epochs are given, at least one in each
 Record = dict[str, float]
@@ -80,7 +79,6 @@ def train(
     checkpoints: Path | None = None,
     validate: Callable[[], Record] | None = None,
     log: Callable[[str], None] = print,
-    finished: Path | None = None,
 ) -> list[Record]:
     """Minimise `batch_loss` over random crops of `images`; return the records of its parts.
 
@@ -98,19 +96,14 @@ def train(
         images: uint8 (N, 3, H, W).
         checkpoints: a folder. The state after each part is stored there; a training that was
             stopped resumes from the last one that is whole, and a complete one is not repeated.
-        finished: stored weights whose model card has this training; they are taken, and its
-            history returned, in the place of training again.
 
     Raises:
         UserError: if the loss is not finite, if too many solves do not converge, if a checkpoint
-            cannot be read, if `finished` was trained with another `config`, or if there is a
-            budget and no network to count.
+            cannot be read, or if there is a budget and no network to count.
     """
     if not 0 < config.crop <= min(images.shape[2:]):
         raise UserError(f"crop={config.crop} does not fit images of {tuple(images.shape[2:])}")
     module.to(device)
-    if finished is not None:
-        return _take(finished, module, config)
     if processes.world_size() > config.batch_size:
         raise UserError(f"batch_size={config.batch_size} for {processes.world_size()} processes: "
                         f"start at most {config.batch_size}")
@@ -132,22 +125,6 @@ def train(
                 f"{record['epoch']:.4g} did not converge; training stops above "
                 f"{config.unconverged_limit:.0%}")
     return trainer.history
-
-
-def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[Record]:
-    """Load a finished training's weights into the module, in place; return its history."""
-    try:
-        card = read_card(finished)
-        history, trained = card["history"], TrainingConfig(**card["training"])
-    except (UserError, KeyError, TypeError) as error:
-        raise UserError(f"{finished} has no model card with this training ({error}): leave the "
-                        "parameter `weights` empty to train") from error
-    # A finished training was not stopped: its limit may differ.
-    if replace(trained, unconverged_limit=config.unconverged_limit) != config:
-        raise UserError(f"{finished} was trained with {asdict(trained)}, not with "
-                        f"{asdict(config)}: leave the parameter `weights` empty to train")
-    fill(finished, module)
-    return history
 
 
 class Trainer:

@@ -88,7 +88,7 @@ class Method:
         return self.loss is not None
 
     def takes(self, network: nn.Module) -> bool:
-        """Whether such a network will do."""
+        """Whether the method can use such a network."""
         return getattr(network, "smooth", False) or not self.smooth
 
     def build(self, A: LinearOperator | None, network: nn.Module, settings: Settings,

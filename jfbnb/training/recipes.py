@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from jfbnb.common import atomic_path, atomic_write, describe_device
+from jfbnb.common import UserError, atomic_path, atomic_write, describe_device
 from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.metrics import psnr
 from jfbnb.core.models import Model
@@ -19,10 +19,10 @@ from jfbnb.core.operators import LinearOperator
 from jfbnb.core.protocols import Protocol, measure
 from jfbnb.data import ImageSet, Splits, bundled_photos, random_crops
 from jfbnb.training import processes
-from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.loop import Record, TrainingConfig, train
 from jfbnb.training.losses import BatchLoss, DenoiserLoss, LossSettings
 from jfbnb.training.methods import METHODS, Method, Settings
-from jfbnb.training.weights import describe, read_card, save_weights
+from jfbnb.training.weights import describe, fill, read_card, save_weights
 
 FIXED = 16  # training crops, always the same, on which every training's progress is measured
 
@@ -102,11 +102,13 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
         The denoiser, and the records.
     """
     D = Denoiser(network, 0.0)
-    history = _train("denoiser", D, DenoiserLoss(D, noise_max, bf16), splits, config, run, None)
+    if run.weights:
+        return D, pd.DataFrame(_take("denoiser", D, config, run)["history"])
+    history = _train("denoiser", D, DenoiserLoss(D, noise_max, bf16), splits, config, run)
     _store("denoiser", D, history, splits, config, run, {
         "what": f"{type(network).__name__} denoiser, pretrained on Gaussian noise",
         "noise_max": noise_max})
-    return D, history
+    return D, pd.DataFrame(history)
 
 
 def train_method(method: Method, network: nn.Module, settings: Settings, problem: Problem,
@@ -126,20 +128,20 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
     """
     A = problem.setup.operator(config.crop).to(run.device)
     model, loss = prepare(method, network, settings, A, losses)
+    if run.weights:
+        return model, _take(method.name, model, config, run)
     fixed = fixed_crops(problem, config.crop)
     start = fixed_error(model.to(run.device), fixed)
     history = _train(method.name, model, loss, problem.splits, config, run,
                      lambda: fixed_error(model, fixed))
     card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
             "noise_std": problem.setup.noise_std, "settings": settings,
-            "loss": asdict(replace(losses, noise_power=method.noise_power)),
-            "start": start}
-    if run.out and not run.weights:
+            "loss": asdict(replace(losses, noise_power=method.noise_power)), "start": start}
+    if run.out:
         photographs = bundled_photos("validation", problem.setup.image_size)[:4]
-        others = with_images(problem, photographs)
         card["measured"] = {
             name: {"images": len(some.x), **score(model.on(some.A), some)} for name, some in (
-                ("validation images", problem), ("photographs", others))}
+                ("validation images", problem), ("photographs", with_images(problem, photographs)))}
         run.log(f"{method.label}: {card['measured']['validation images']['psnr']:.2f} dB on "
                 f"{len(problem.x)} validation images")
     return model, _store(method.name, model, history, problem.splits, config, run, card)
@@ -208,33 +210,50 @@ def score(model: Model, problem: Problem) -> dict[str, float]:
 
 
 def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config: TrainingConfig,
-           run: Run, validate: Callable[[], dict[str, float]] | None) -> pd.DataFrame:
+           run: Run, validate: Callable[[], Record] | None = None) -> list[Record]:
     for D in (part for part in module.modules() if isinstance(part, Denoiser)):
         describe(D.network)  # one that cannot be stored is refused before hours of work
-    return pd.DataFrame(train(
-        module, loss, splits.train.images, config, run.device,
-        run.out / "checkpoints" if run.out else None, validate, run.log,
-        Path(run.weights) / f"{name}.safetensors" if run.weights else None))
+    return train(module, loss, splits.train.images, config, run.device,
+                 run.out / "checkpoints" if run.out else None, validate, run.log)
 
 
-def _store(name: str, module: nn.Module, history: pd.DataFrame, splits: Splits,
+def _store(name: str, module: nn.Module, history: list[Record], splits: Splits,
            config: TrainingConfig, run: Run, card: dict) -> dict:
     """Write a trained network, its card and its history, and return the card."""
-    if run.weights:  # another run's
-        card = read_card(Path(run.weights) / f"{name}.safetensors")
-    else:
-        card = {**card, "training data": splits.source, "training images": len(splits.train),
-                "training": asdict(config), "history": history.to_dict(orient="records"),
-                "training seconds": round(history.seconds.sum()),
-                "device": describe_device(run.device), "processes": processes.world_size(),
-                "command": run.command, "torch": torch.__version__}
-    if run.out is None or processes.rank() > 0:
-        return card
-    atomic_write(run.out / f"{name}_history.csv", history.to_csv(index=False))
-    if not run.weights:
+    seconds = sum(record["seconds"] for record in history)
+    card = {**card, "training data": splits.source, "training images": len(splits.train),
+            "training": asdict(config), "history": history, "training seconds": round(seconds),
+            "device": describe_device(run.device), "processes": processes.world_size(),
+            "command": run.command, "torch": torch.__version__}
+    if run.out is not None and processes.rank() == 0:
+        table = pd.DataFrame(history).to_csv(index=False)
+        atomic_write(run.out / f"{name}_history.csv", table)
         save_weights(run.out / f"{name}.safetensors", module, card)
-        return card
-    for file in (f"{name}.safetensors", f"{name}.json"):
-        with atomic_path(run.out / file) as temporary:
-            shutil.copyfile(Path(run.weights) / file, temporary)
+    return card
+
+
+def _take(name: str, module: nn.Module, config: TrainingConfig, run: Run) -> dict:
+    """Take a network from the folder `run.weights`, in place of its training; return its card.
+
+    Raises:
+        UserError: if there is none, or if it was trained with another `config`.
+    """
+    file = Path(run.weights) / f"{name}.safetensors"
+    try:
+        card = read_card(file)
+        history, trained = card["history"], TrainingConfig(**card["training"])
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{file} has no model card with this training ({error}): leave the "
+                        "parameter `weights` empty to train") from error
+    # A finished training was not stopped: its limit may differ.
+    if replace(trained, unconverged_limit=config.unconverged_limit) != config:
+        raise UserError(f"{file} was trained with {asdict(trained)}, not with {asdict(config)}: "
+                        "leave the parameter `weights` empty to train")
+    fill(file, module.to(run.device))
+    if run.out is not None and processes.rank() == 0:
+        for suffix in (".safetensors", ".json"):
+            with atomic_path(run.out / f"{name}{suffix}") as temporary:
+                shutil.copyfile(file.with_suffix(suffix), temporary)
+        table = pd.DataFrame(history).to_csv(index=False)
+        atomic_write(run.out / f"{name}_history.csv", table)
     return card
