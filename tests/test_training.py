@@ -440,7 +440,7 @@ def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatc
     assert card["training images"] == 4 + OFTEN * len(photographs) and "scikit-image" in card[
         "training data"]
     assert LossSettings.read(card).conditions == RANDOM_DEGRADATIONS
-    assert TrainingConfig.read(card).muon and LossSettings.read(card).batch_reuse == 8
+    assert card["training"]["muon"] and LossSettings.read(card).batch_reuse == 8
     assert {n["class"] for n in card["networks"]} == {"UNet"}
 
 
