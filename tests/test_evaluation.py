@@ -6,7 +6,6 @@ import skimage.metrics
 import torch
 
 from jfbnb.core.denoisers import Denoiser
-from jfbnb.core.fixed_point import SolveInfo
 from jfbnb.core.maps import SplittingMap
 from jfbnb.core.metrics import psnr, ssim
 from jfbnb.core.models import Equilibrium, Restorer
@@ -16,7 +15,7 @@ from jfbnb.data import bundled_photos, load_images
 from jfbnb.teaching import conditions as under
 from jfbnb.teaching.conditions import Condition
 from jfbnb.teaching.figures import other_conditions, save_table
-from jfbnb.teaching.tables import on_published_scale, reference_table2, table2
+from jfbnb.teaching.tables import on_published_scale, table2
 from jfbnb.training import equilibria, evaluation
 from jfbnb.training.evaluation import summarise
 from jfbnb.training.methods import METHODS
@@ -55,13 +54,6 @@ def test_published_scale_is_6_db_lower(pair):
     x, truth = pair
     np.testing.assert_allclose(psnr(x, truth) - on_published_scale(x, truth),
                                20 * np.log10(2), atol=1e-4)
-
-
-def test_published_values_of_unknown_range_have_both_readings():
-    """JFB's range is established, that of the other columns is not."""
-    assert reference_table2().set_index("method").usual_psnr.to_dict() == {
-        "total-variation": "26.79 or 32.81", "plug-and-play": "29.77 or 35.79",
-        "deq": "32.43 or 38.45", "jfb": "32.90"}
 
 
 def test_evaluate_all_methods(weights, pair):
@@ -247,28 +239,6 @@ def test_points_that_did_not_converge_are_solved_further(image_folder):
     assert table.converged_later["jfb"] == 1 and np.isnan(table.converged_later["deq"])
     assert table.drift["jfb"] == pytest.approx(table.psnr["deq"] - table.psnr["jfb"], abs=0.01)
     assert np.isnan(table.drift["deq"])
-
-
-def test_the_worst_eight_are_solved_on():
-    """Of ten that did not converge, not those with the smallest residuals."""
-    seen = []
-
-    class Counting:
-        max_iterations = 100
-
-        def __call__(self, d):
-            seen.append(d.flatten().tolist())
-            return d, SolveInfo(*[torch.ones(len(d))] * 4)
-
-    rows = pd.DataFrame({"converged": [0.0] * 10 + [1.0], "residual": [*range(10), 99.0],
-                         "psnr": 30.0})
-    rows.loc[3, "residual"] = np.nan  # overflowed: the worst of all
-    d = torch.arange(11.0).view(11, 1, 1, 1)
-    model = Counting()
-    found = under._run_on(Restorer(None, model=lambda A, noise_std: model), rows,
-                               Blur(1, 1, 1.0), d, d, 0.01)
-    assert seen == [[3, 9, 8, 7, 6, 5, 4, 2]] and found["run_on"] == 8
-    assert model.max_iterations == 100 + under.FURTHER
 
 
 def test_a_condition_that_studies_share_is_evaluated_once(weights, image_folder, monkeypatch):

@@ -363,22 +363,6 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(images, tmp_path,
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
-    model, loss = make("denoiser")
-    train(model, loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU, tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
-    before = file.read_bytes()
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("jfbnb.common.os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoints.save_checkpoint(file, model, torch.optim.Adam(model.parameters()), [])
-    assert file.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [file]
-
-
 # --- the command --------------------------------------------------------------------------------
 
 
