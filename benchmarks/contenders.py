@@ -92,7 +92,7 @@ def make_problem(size: Size) -> Problem:
     photos = bundled_photos("train", size.side)
     x = photos[::len(photos) // size.batch][:size.batch].as_float()
     A = (get_protocol("camera") if size.camera else PAPER).operator(size.side)
-    trained = load_model(JFB, {"tau": 1.0}, BEST if size.unet else RELEASED).T
+    trained = load_model(JFB, BEST if size.unet else RELEASED).T
     settings = {"tau": trained.tau.item(), "sigma": trained.D.sigma.item()}
     problem = Problem(A, trained.D.network, settings, x, x, x)
     problem.d = problem.draw()

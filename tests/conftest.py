@@ -63,7 +63,8 @@ def weights(tmp_path) -> Path:
                                  DnCNN(2, 4) if method.head else None)
             if method.head:  # an untrained network is the identity
                 torch.nn.init.normal_(model.H.network.layers[-1].weight, std=0.01)
-            save_weights(folder / f"{method.name}.safetensors", model, {})
+            save_weights(folder / f"{method.name}.safetensors", model, {
+                "settings": tuning.settings(method), "noise_std": tuning.noise_std})
     tuning.save(folder / "tuning.json")
     return folder
 

@@ -1,4 +1,3 @@
-from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -7,17 +6,16 @@ import skimage.metrics
 import torch
 
 from jfbnb.core.denoisers import Denoiser
-from jfbnb.core.fixed_point import SolveInfo
 from jfbnb.core.maps import SplittingMap
 from jfbnb.core.metrics import psnr, ssim
 from jfbnb.core.models import Equilibrium, Restorer
 from jfbnb.core.operators import Blur
 from jfbnb.core.protocols import measure
 from jfbnb.data import bundled_photos, load_images
-from jfbnb.teaching import conditions
+from jfbnb.teaching import conditions as under
 from jfbnb.teaching.conditions import Condition
 from jfbnb.teaching.figures import other_conditions, save_table
-from jfbnb.teaching.tables import on_published_scale, reference_table2, table2
+from jfbnb.teaching.tables import on_published_scale, table2
 from jfbnb.training import equilibria, evaluation
 from jfbnb.training.evaluation import summarise
 from jfbnb.training.methods import METHODS
@@ -58,21 +56,6 @@ def test_published_scale_is_6_db_lower(pair):
                                20 * np.log10(2), atol=1e-4)
 
 
-def test_published_values():
-    published = reference_table2().set_index("method")
-    assert published.psnr.to_dict() == {"total-variation": 26.79, "plug-and-play": 29.77,
-                                        "deq": 32.43, "jfb": 26.88}
-    assert published.ssim.to_dict() == {"total-variation": 0.86, "plug-and-play": 0.88,
-                                        "deq": 0.94, "jfb": 0.91}
-
-
-def test_published_values_of_unknown_range_have_both_readings():
-    """JFB's range is established, that of the other columns is not."""
-    assert reference_table2().set_index("method").usual_psnr.to_dict() == {
-        "total-variation": "26.79 or 32.81", "plug-and-play": "29.77 or 35.79",
-        "deq": "32.43 or 38.45", "jfb": "32.90"}
-
-
 def test_evaluate_all_methods(weights, pair):
     _, x = pair
     A = Blur(40, 5, 2.0)
@@ -96,16 +79,6 @@ def test_evaluate_all_methods(weights, pair):
     assert summary.images.tolist() == [3] * len(METHODS)
 
 
-def test_results_do_not_depend_on_the_batch(weights, pair):
-    _, x = pair
-    A = Blur(40, 5, 2.0)
-    d = measure(A, x, 0.01, 0, [0, 1, 2])
-    tables = [evaluation.evaluate(make_methods(["jfb"], weights, CPU), A, x, d, 0.01,
-                                  ["a", "b", "c"], batch_size=n) for n in (1, 3)]
-    np.testing.assert_allclose(tables[0].psnr, tables[1].psnr, rtol=1e-4)
-    assert tables[0].iterations.tolist() == tables[1].iterations.tolist()
-
-
 class Scale(torch.nn.Module):
     """R(x) = (1 - factor) x, so that D(x) = factor x."""
 
@@ -118,7 +91,7 @@ class Scale(torch.nn.Module):
 
 
 @pytest.mark.parametrize(("factor", "contracts"), [(0.9, True), (1.1, False)])
-def test_certificate_tells_an_equilibrium_from_an_iteration_stopped_early(pair, factor, contracts):
+def test_an_equilibrium_is_told_from_an_iteration_stopped_early(pair, factor, contracts):
     """D scales, so J = factor tau (A'A + tau)^-1: its radius and norm are known."""
     _, x = pair
     A, tau = Blur(40, 5, 2.0), 0.05
@@ -154,7 +127,7 @@ class Towards(torch.nn.Module):
         return self.fixed + self.rate * (x - self.fixed)
 
 
-def test_certificate_starts_at_the_tables_tolerance_and_has_the_distance_beside_the_residual(pair):
+def test_the_distance_to_the_equilibrium_is_reported_beside_the_residual(pair):
     """In closed form: at x = (1 + e) x* the residual is (1 - rate) e / (1 + e), the distance e."""
     _, x = pair
     fixed, rate = x[:1] + 0.01, 0.95
@@ -174,7 +147,7 @@ def test_certificate_starts_at_the_tables_tolerance_and_has_the_distance_beside_
     assert found.drift.item() < 0
 
 
-def test_certificate_ends_its_solve_as_the_tables_do(weights, pair):
+def test_an_equilibrium_is_checked_where_the_tables_solve_ends(weights, pair):
     _, x = pair
     A = Blur(40, 5, 2.0)
     d = measure(A, x, 0.01, 0, [0, 1, 2])
@@ -201,7 +174,7 @@ def test_conditions_tell_the_methods_the_assumed_blur_and_the_noise(weights, ima
     images, conditions = conditions_of(image_folder, told=(wide, wide, 0.01),
                                        wrong=(wide, sharp, 0.01), noisy=(wide, wide, 0.02))
     methods = make_methods(["measurement", "tikhonov"], weights, CPU)
-    table = conditions.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
+    table = under.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
     psnrs = table.pivot(index="condition", columns="method", values="psnr")
     assert psnrs.measurement["told"] == pytest.approx(psnrs.measurement["wrong"])
     assert psnrs.tikhonov["told"] > psnrs.tikhonov["wrong"]
@@ -217,7 +190,7 @@ def test_classical_methods_are_tuned_under_each_condition_as_by_brute_force(imag
     sharp, wide = Blur(40, 5, 1.0), Blur(40, 5, 3.0)
     images, conditions = conditions_of(image_folder, quiet=(wide, wide, 0.002),
                                        loud=(wide, wide, 0.05), wrong=(wide, sharp, 0.01))
-    table = conditions.evaluate_conditions({}, conditions, ["tikhonov", "total-variation"], images,
+    table = under.evaluate_conditions({}, conditions, ["tikhonov", "total-variation"], images,
                                            0, CPU, candidates=5)
     assert (table.version == "tuned here").all() and len(table) == 6
     x = images.as_float()
@@ -233,20 +206,6 @@ def test_classical_methods_are_tuned_under_each_condition_as_by_brute_force(imag
             assert row.settings == f"{key} {value:.3g}"
 
 
-def test_methods_with_more_than_one_setting_are_tuned_over_all(image_folder, monkeypatch):
-    """A walk along a list would stop at the first row's best."""
-    images, conditions = conditions_of(image_folder, one=(A := Blur(40, 5, 2.0), A, 0.01))
-    shift = {(0, 0): 0.2, (0, 1): 0.3, (1, 0): 0.25, (1, 1): 0.1, (2, 0): 0.3, (2, 1): 0.0}
-    truth = images.as_float()
-    method = replace(METHODS["tikhonov"], candidates=lambda noise_std, n: [
-        {"a": a, "b": b} for a, b in shift], restore=lambda A, d, s, prior_scale: (
-            truth + shift[s["a"], s["b"]] + 0.01, None))
-    monkeypatch.setitem(METHODS, "tikhonov", method)
-    x, d = conditions["study", "one"].measure(images, 0, CPU)
-    assert conditions.tuned_under(conditions["study", "one"], "tikhonov", x, d, 6) == {"a": 2,
-                                                                                       "b": 1}
-
-
 @pytest.mark.parametrize("noise_std", [0.002, 0.005, 0.01, 0.02, 0.05])
 def test_candidates_of_the_classical_methods_enclose_the_best(noise_std):
     """On photographs, at each noise level; at the protocols' blur and at a wider one."""
@@ -256,11 +215,11 @@ def test_candidates_of_the_classical_methods_enclose_the_best(noise_std):
         x, d = condition.measure(photographs, 0, CPU)
         for name in ("tikhonov", "total-variation"):
             candidates = METHODS[name].candidates(noise_std, 9)
-            best = conditions.tuned_under(condition, name, x, d, 9)
+            best = under.tuned_under(condition, name, x, d, 9)
             assert 0 < candidates.index(best) < len(candidates) - 1, (name, best)
 
 
-def test_points_that_did_not_converge_have_their_certificate(image_folder):
+def test_points_that_did_not_converge_are_solved_further(image_folder):
     """Solved on, a slow map arrives at x*, and one without a fixed point in reach does not."""
     images, conditions = conditions_of(image_folder, one=(A := Blur(40, 5, 2.0), A, 0.01))
 
@@ -273,7 +232,7 @@ def test_points_that_did_not_converge_have_their_certificate(image_folder):
 
     methods = {"jfb": restorer(0.9, 0.05, 3), "deq": restorer(0.9, 0.05, 100),
                "plug-and-play": restorer(3.0, 0.05, 3)}
-    table = conditions.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
+    table = under.evaluate_conditions({"protocol": methods}, conditions, [], images, 0, CPU)
     table = table.set_index("method")
     assert table.converged.to_dict() == {"jfb": 0.0, "deq": 1.0, "plug-and-play": 0.0}
     assert table.run_on.to_dict() == {"jfb": 3, "deq": 0, "plug-and-play": 3}
@@ -282,35 +241,13 @@ def test_points_that_did_not_converge_have_their_certificate(image_folder):
     assert np.isnan(table.drift["deq"])
 
 
-def test_the_worst_eight_are_solved_on():
-    """Of ten that did not converge, not those with the smallest residuals."""
-    seen = []
-
-    class Counting:
-        max_iterations = 100
-
-        def __call__(self, d):
-            seen.append(d.flatten().tolist())
-            return d, SolveInfo(*[torch.ones(len(d))] * 4)
-
-    rows = pd.DataFrame({"converged": [0.0] * 10 + [1.0], "residual": [*range(10), 99.0],
-                         "psnr": 30.0})
-    rows.loc[3, "residual"] = np.nan  # overflowed: the worst of all
-    d = torch.arange(11.0).view(11, 1, 1, 1)
-    model = Counting()
-    found = conditions._run_on(Restorer(None, model=lambda A, noise_std: model), rows,
-                               Blur(1, 1, 1.0), d, d, 0.01)
-    assert seen == [[3, 9, 8, 7, 6, 5, 4, 2]] and found["run_on"] == 8
-    assert model.max_iterations == 100 + conditions.FURTHER
-
-
 def test_a_condition_that_studies_share_is_evaluated_once(weights, image_folder, monkeypatch):
     images, conditions = conditions_of(image_folder, one=(A := Blur(40, 5, 2.0), A, 0.01))
     conditions["another study", 0.01] = conditions["study", "one"]
     calls = []
-    monkeypatch.setattr(evaluation, "evaluate",
+    monkeypatch.setattr(under, "evaluate",
                         lambda *args, real=evaluation.evaluate: calls.append(1) or real(*args))
-    table = conditions.evaluate_conditions(
+    table = under.evaluate_conditions(
         {"protocol": make_methods(["measurement"], weights, CPU)}, conditions, [], images, 0, CPU)
     assert len(calls) == 1 and table.study.tolist() == ["study", "another study"]
     assert table.psnr.nunique() == 1

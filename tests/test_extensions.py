@@ -82,11 +82,9 @@ class Shrinking(nn.Module):
 '''
 METHOD = '''
 from jfbnb.core.maps import SplittingMap
-from jfbnb.training.methods import Method
-from jfbnb.training.methods import prior
-from jfbnb.training.methods import register
 from jfbnb.core.models import Unrolled
 from jfbnb.training.losses import ExplicitLoss
+from jfbnb.training.methods import Method, prior, register
 
 register(Method(
     name="mine", label="My own", colour="#ABCDEF", candidates=prior,
@@ -163,7 +161,7 @@ def test_a_network(splits, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
     x = splits.test.as_float()
     script = ("import sys, torch; from shrinking import Shrinking; "
-              "from jfbnb.core.denoisers import load_denoiser; "
+              "from jfbnb.training.weights import load_denoiser; "
               f"D = load_denoiser({str(tmp_path / 'denoiser.safetensors')!r}, [Shrinking]); "
               "print(D.network(torch.ones(1, 3, 4, 4), 0.1).sum().item())")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
@@ -207,7 +205,7 @@ def test_a_method(image_folder, tmp_path):
     metadata = tmp_path / "my_package-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text('[jfbnb.training.methods]\nmine = my_package\n')
+    (metadata / "entry_points.txt").write_text('[jfbnb.methods]\nmine = my_package\n')
     environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JFBNB_WORK": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "jfbnb", "reproduce", "--data", str(image_folder),

@@ -1,7 +1,7 @@
 """Every method by its name: what it restores, what trains it, how it is tuned."""
 
-import copy
 import json
+import pickle
 import shutil
 from functools import partial
 
@@ -21,13 +21,14 @@ from jfbnb.core.maps import ADMMMap, GradientMap, PreconditionedMap, ProximalMap
 from jfbnb.core.models import Equilibrium, Feedforward, Unrolled
 from jfbnb.core.operators import Blur
 from jfbnb.core.protocols import measure
-from jfbnb.training import methods, restorers
+from jfbnb.training import methods
 from jfbnb.training.loop import TrainingConfig, train
 from jfbnb.training.losses import EquilibriumLoss, ImplicitLoss, LossSettings
-from jfbnb.training.methods import DEQ, JFB, METHODS, Method, register
+from jfbnb.training.methods import JFB, METHODS, Method, register
 from jfbnb.training.recipes import prepare
-from jfbnb.training.restorers import make_methods
+from jfbnb.training.restorers import BEST, load_model, make_methods
 from jfbnb.training.tuning import Tuning, tune
+from jfbnb.training.weights import read_card
 
 CPU = torch.device("cpu")
 TUNED = [m for m in METHODS.values()
@@ -50,7 +51,8 @@ def gradient_of(loss, x) -> torch.Tensor:
 # --- the table ----------------------------------------------------------------------------------
 
 
-def test_a_method_that_lacks_what_it_needs_is_refused():
+def test_a_method_that_lacks_what_it_needs_is_refused(monkeypatch):
+    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
     look = {"name": "mine", "label": "Mine", "colour": "#123456"}
 
     def restores(A, d, settings, prior_scale):
@@ -60,32 +62,15 @@ def test_a_method_that_lacks_what_it_needs_is_refused():
             ({}, "'mine': give one of restore, model and head_of"),
             ({"restore": restores, "model": JFB.model}, "give one of restore, model and head_of"),
             ({"restore": restores, "loss": JFB.loss}, "'mine' has a loss, but no model to train"),
-            ({"head_of": METHODS["unrolled"]}, "'mine' is behind 'unrolled', which has no head")):
-        with pytest.raises(UserError, match=message) as caught:
+            ({"head_of": METHODS["unrolled"]}, "'mine' is head_of 'unrolled', which has no head")):
+        with pytest.raises(UserError, match=message):
             Method(**look, **parts)
-        assert "\n" not in str(caught.value)
-
-
-def test_a_name_and_a_colour_are_given_once(monkeypatch):
-    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
-
-    def mine(name, colour):
-        return Method(name=name, label=f"{name} {colour}", colour=colour,
-                      restore=lambda A, d, s, r: (d, None))
-
-    added = register(mine("mine", "#123456"))
-    assert methods.get_method("mine") is added and "mine" not in METHODS
-    for name, colour in (("mine", "#654321"), ("jfb", "#654321"), ("other", "#123456"),
-                         ("other", JFB.colour.lower())):
-        with pytest.raises(UserError, match=f"'{name}': '.*' has the same name, label or colour"):
-            register(mine(name, colour))
-
-
-@pytest.mark.parametrize("method", TUNED, ids=named)
-def test_every_search_is_as_long_as_it_is_asked_to_be(method):
-    few, many = (method.candidates(0.01, n) for n in (4, 9))
-    assert 1 < len(few) <= 4 < len(many) <= 9
-    assert all(candidate.keys() == few[0].keys() for candidate in many)
+    mine = register(Method(**look, restore=restores))
+    assert methods.get_method("mine") is mine
+    for taken in ({"name": "jfb"}, {"label": "Mine"}, {"colour": JFB.colour.lower()}):
+        with pytest.raises(UserError, match="has the same name, label or colour"):
+            register(Method(**{"name": "a", "label": "A", "colour": "#000001"} | taken,
+                            restore=restores))
 
 
 @pytest.mark.parametrize("method", TUNED, ids=named)
@@ -95,17 +80,12 @@ def test_tuning_scores_every_candidate_and_keeps_the_best(problem, method):
     tuning = Tuning(0.01, 2)
     best = tune(method, tuning, A, d, x, 4, D.network)
     tried = tuning.searches[method.name]
-    assert len(tried) == len(method.candidates(0.01, 4))
+    assert 1 < len(tried) <= 4 < len(method.candidates(0.01, 9)) <= 9
     assert best == tuning.settings(method) and max(r["psnr"] for r in tried) == next(
         r["psnr"] for r in tried if best.items() <= r.items())
     assert len({r["psnr"] for r in tried}) > 1  # the settings reach the method
     iterates = isinstance(method.model and method.build(A, D.network, best), Equilibrium)
     assert ("converged" in tried[0]) == (iterates or method.name == "total-variation")
-
-
-def test_a_method_is_tuned_as_another():
-    assert Tuning(0.01, 1, {"plug-and-play": {"tau": 0.1, "sigma": 0.1}}).settings(JFB) == {
-        "tau": 0.1, "sigma": 0.1}
 
 
 # --- the models ---------------------------------------------------------------------------------
@@ -162,7 +142,7 @@ def test_every_learned_method_can_be_trained_and_used(weights, method):
     """A few steps lower its loss; the trained weights restore an image."""
     torch.manual_seed(0)
     images = (torch.rand(12, 3, 4, 4).repeat_interleave(5, 2).repeat_interleave(5, 3) * 255).byte()
-    settings = Tuning.load(weights / "tuning.json").settings(method)
+    settings = read_card(weights / f"{method.name}.safetensors")["settings"]
     A = Blur(16, 5, 2.0)
     network = DnCNN(3, 8)
     if method.name == "jfb-energy":  # an energy of 0 is a saddle: pretraining leaves it
@@ -250,19 +230,6 @@ def test_penalty_does_not_depend_on_the_gradient(problem):
 # --- what a run has stored ----------------------------------------------------------------------
 
 
-def test_search_keeps_what_it_tried_and_chooses_the_best(tmp_path):
-    tuning = Tuning(0.01, 5)
-    chosen = tuning.search("tikhonov", [{"lam": w} for w in (0.1, 0.2, 0.3)],
-                           lambda s: {"psnr": 30 - abs(s["lam"] - 0.2)})
-    assert chosen == tuning.settings(METHODS["tikhonov"]) == {"lam": 0.2}
-    assert [r["lam"] for r in tuning.searches["tikhonov"]] == [0.1, 0.2, 0.3]
-    tuning.save(tmp_path / "t.json")
-    assert Tuning.load(tmp_path / "t.json") == tuning
-    for method in (JFB, DEQ):
-        with pytest.raises(UserError, match=f"no tau and no sigma for {method.name}: run the ear"):
-            tuning.settings(method)
-
-
 def test_parameters_follow_the_noise(weights):
     """At a tenth of the noise tau goes down by 100, and DE-PROX stays as trained.
 
@@ -273,7 +240,7 @@ def test_parameters_follow_the_noise(weights):
     methods = make_methods(["tikhonov", "jfb", "de-prox", "feedforward-tikhonov"], weights, CPU)
     expected = A.solve_normal(A.adjoint(x), lam / 10)
     torch.testing.assert_close(methods["tikhonov"](A, x, 0.001)[0], expected)
-    lam = Tuning.load(weights / "tuning.json").chosen["feedforward-tikhonov"]["lam"]
+    lam = read_card(weights / "feedforward-tikhonov.safetensors")["settings"]["lam"]
     torch.testing.assert_close(methods["feedforward-tikhonov"](A, x, 0.001)[0],
                                A.solve_normal(A.adjoint(x), lam / 10**1.5))
     # The untrained denoiser is the identity: x* solves (A'A + tau) x = A'd + tau x, so A'Ax = A'd.
@@ -283,66 +250,98 @@ def test_parameters_follow_the_noise(weights):
     assert torch.equal(methods["de-prox"](A, d, 0.01)[0], methods["de-prox"](A, d, 0.001)[0])
 
 
-def test_unknown_method_and_missing_files(weights, tmp_path):
-    with pytest.raises(UserError, match="unknown method 'jbf': choose from"):
-        make_methods(["jbf"], weights, CPU)
-    with pytest.raises(UserError, match=r"no tuned parameters at .*tuning\.json"):
-        make_methods(["jfb"], tmp_path, CPU)
-    (weights / "jfb.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights at"):
-        make_methods(["jfb"], weights, CPU)
-    make_methods(["tikhonov"], weights, CPU)  # needs none
-    (weights / "tuning.json").write_text('{"lam": 1}')
-    with pytest.raises(UserError, match="holds no tuned parameters"):
-        make_methods(["tikhonov"], weights, CPU)
-
-
-def test_methods_leave_the_weights_alone(weights, problem):
-    A, _, d = problem
-    method = make_methods(["jfb"], weights, CPU)["jfb"]
-    before = copy.deepcopy(method(A, d.float(), 0.01)[0])
-    method(A, d.float(), 0.1)
-    assert torch.equal(method(A, d.float(), 0.01)[0], before)
+def test_a_tuning_is_stored_and_read_again(tmp_path):
+    tuning = Tuning(0.01, 5, {"plug-and-play": {"tau": 0.1, "sigma": 0.1}})
+    assert tuning.settings(JFB) == {"tau": 0.1, "sigma": 0.1}  # it shares plug-and-play's
+    chosen = tuning.search("tikhonov", [{"lam": w} for w in (0.1, 0.2, 0.3)],
+                           lambda s: {"psnr": 30 - abs(s["lam"] - 0.2)})
+    assert chosen == tuning.settings(METHODS["tikhonov"]) == {"lam": 0.2}
+    tuning.save(tmp_path / "t.json")
+    assert Tuning.load(tmp_path / "t.json") == tuning
+    with pytest.raises(UserError, match="no eta and no sigma for de-prox: run the ear"):
+        tuning.settings(METHODS["de-prox"])
+    for text in ("[]", "3", "[" * 100_000, '{"chosen": 3}',
+                 '{"noise_std": 1, "images": 1, "chosen": [], "searches": {}}'):
+        (tmp_path / "t.json").write_text(text)
+        with pytest.raises(UserError, match="holds no tuned parameters"):
+            Tuning.load(tmp_path / "t.json")
 
 
 @pytest.mark.parametrize("value", [0, -1.0, float("nan"), 1e300, "1", None, True, [1]])
 def test_settings_that_are_no_positive_numbers(weights, value):
-    file = weights / "tuning.json"
-    tuning = json.loads(file.read_text())
-    tuning["chosen"]["plug-and-play"]["tau"] = value
-    file.write_text(json.dumps(tuning))
-    with pytest.raises(UserError, match="is no number between 0 and 1e5"):
-        Tuning.load(file)
+    """In tuning.json for methods without weights of their own, else in the model card."""
+    tuning, card = weights / "tuning.json", weights / "unrolled.json"
+    found = json.loads(tuning.read_text())
+    found["chosen"]["plug-and-play"]["tau"] = value
+    tuning.write_text(json.dumps(found))
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"noise_std": value}))
+    for name in ("plug-and-play", "unrolled"):
+        with pytest.raises(UserError, match="is no number between 0 and 1e5"):
+            make_methods([name], weights, CPU)
+    make_methods(["jfb"], weights, CPU)
 
 
-@pytest.mark.parametrize("text", ["[]", "3", "[" * 100_000, '{"chosen": 3}',
-                                  '{"noise_std": 1, "images": 1, "chosen": [], "searches": {}}'])
-def test_a_tuning_that_is_none(tmp_path, text):
-    (tmp_path / "tuning.json").write_text(text)
-    with pytest.raises(UserError, match="holds no tuned parameters"):
-        Tuning.load(tmp_path / "tuning.json")
-
-
-def test_a_head_that_the_weights_do_not_have(weights):
-    shutil.copy(weights / "unrolled.safetensors", weights / "jfb.safetensors")
-    with pytest.raises(UserError, match="have no head: jfb-head needs one"):
-        make_methods(["jfb-head"], weights, CPU)
-
-
-def test_a_tau_that_is_not_finite(weights):
-    """Though its logarithm is: exp(300) overflows."""
+def test_a_folder_that_lacks_what_a_method_needs(weights, tmp_path):
+    (weights / "tuning.json").unlink()
+    make_methods(["jfb"], weights, CPU)  # its settings are in its card
+    shutil.copy(weights / "unrolled.safetensors", weights / "deq.safetensors")
     path = weights / "unrolled.safetensors"
     with safe_open(path, "pt") as stored:
         metadata = stored.metadata()
     save_file(load_file(path) | {"T.log_tau": torch.tensor(300.0)}, path, metadata=metadata)
-    with pytest.raises(UserError, match="have a tau that is not finite"):
-        make_methods(["unrolled"], weights, CPU)
+    (weights / "de-grad.safetensors").unlink()
+    for name, message in (
+            ("jbf", "unknown method 'jbf': choose from"),
+            ("tikhonov", r"no tuned parameters at .*tuning\.json"),
+            ("de-grad", "no weights at"), ("deq-head", "have no head: deq-head needs one"),
+            ("unrolled", "have a tau that is not finite")):
+        with pytest.raises(UserError, match=message):
+            make_methods([name], weights, CPU)
+    with pytest.raises(UserError, match=r"no model card .*jfb\.json"):
+        make_methods(["jfb"], tmp_path, CPU)
 
 
-def test_building_a_model_leaves_the_operator_in_float64():
-    A = Blur(16, 5, 2.0)
-    METHODS["jfb"].build(A, DnCNN(2, 3), {"tau": 0.1, "sigma": 0.1})
-    assert A.K_h.dtype == torch.float64
+def test_methods_can_be_pickled(weights, problem):
+    """As pools of processes do. Applying one leaves it as it was."""
+    A, _, d = problem
+    d = d.float()
+    for method in make_methods(["tikhonov", "plug-and-play", "jfb", "jfb-head"], weights,
+                               CPU).values():
+        copy = pickle.loads(pickle.dumps(method))
+        copy(A, d, 0.1)
+        assert torch.equal(copy(A, d, 0.02)[0], method(A, d, 0.02)[0])
+        assert (copy.model is None) == (method.model is None)
+
+
+def test_methods_are_made_without_a_draw_from_the_global_generator(weights):
+    torch.manual_seed(0)
+    wanted = torch.rand(3)
+    torch.manual_seed(0)
+    make_methods(["plug-and-play", "jfb-head", "unrolled"], weights, CPU)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_methods_are_of_float32_in_a_program_of_float64(weights):
+    wanted = load_model(JFB, weights).state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = load_model(JFB, weights).state_dict()
+        assert load_model(METHODS["plug-and-play"], weights).T.tau.dtype == torch.float32
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, value in wanted.items():
+        assert value.dtype == found[name].dtype == torch.float32 and torch.equal(value, found[name])
+
+
+def test_released_methods_are_the_best_there_are():
+    """Profile best's where it has one, else the paper's."""
+    found = make_methods(["jfb", "unrolled", "plug-and-play"], None, CPU)
+    A = Blur(32, 5, 2.0)
+    kinds = {name: type(method.model(A, 0.01).T.D.network).__name__
+             for name, method in found.items()}
+    assert kinds == {"jfb": "UNet", "unrolled": "DnCNN", "plug-and-play": "DnCNN"}
+    assert (BEST / "jfb.safetensors").is_file()
 
 
 def test_how_tau_follows_the_noise_is_learned():
@@ -353,22 +352,7 @@ def test_how_tau_follows_the_noise_is_learned():
         T.noise_exponent.fill_(0.75)
     other = T.on(T.A, 5.0**2)  # five times the noise
     assert other.tau.item() == pytest.approx(0.1 * 5**1.5)
-    # What D is told goes with it: noise / sqrt(tau).
-    assert other.sigma.item() == pytest.approx(0.04 * 5 / 5**0.75)
-    assert T.tau.item() == pytest.approx(0.1) and T.sigma.item() == pytest.approx(0.04)
+    assert other.sigma.item() == pytest.approx(0.04 * 5 / 5**0.75)  # noise / sqrt(tau)
     x = torch.rand(2, 3, 16, 16)
     (other(x, x) - x).square().mean().backward()
     assert T.noise_exponent.grad is not None and T.noise_exponent.grad != 0
-
-
-def test_released_methods_are_the_best_there_are(monkeypatch, weights, tmp_path):
-    monkeypatch.setattr(restorers, "BEST", tmp_path)
-    monkeypatch.setattr(methods, "RELEASED", weights)
-    for file in ("tuning.json", "jfb.safetensors", "jfb.json", "denoiser.safetensors"):
-        shutil.copyfile(weights / file, tmp_path / file)
-    (tmp_path / "unrolled.safetensors").unlink(missing_ok=True)
-    assert restorers._released(JFB) == tmp_path
-    assert restorers._released(METHODS["plug-and-play"]) == weights
-    assert restorers._released(METHODS["unrolled"]) == weights
-    assert set(make_methods(["tikhonov", "jfb", "unrolled"], None, CPU)) == {
-        "tikhonov", "jfb", "unrolled"}

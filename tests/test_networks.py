@@ -4,17 +4,20 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from jfbnb.common import UserError
-from jfbnb.core import denoisers as networks
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet, make_network
 from jfbnb.core.precision import pick_bf16, precision
-from jfbnb.training.methods import METHODS
-from jfbnb.training.restorers import load_model
-from jfbnb.training.weights import fill, load_denoiser, load_weights, save_weights
+from jfbnb.training import weights as weights_module
+from jfbnb.training.weights import (
+    fill,
+    load_denoiser,
+    load_weights,
+    read_card,
+    save_weights,
+)
 
 
 class Tent(torch.nn.Module):
@@ -43,7 +46,7 @@ def file(tmp_path):
 
 def forge(file, descriptions, tensors=None) -> None:
     save_file(tensors or {"w": torch.zeros(3)}, file,
-              metadata={"networks": json.dumps(descriptions)})
+              metadata=None if descriptions is None else {"networks": json.dumps(descriptions)})
 
 
 def dncnn(**arguments) -> dict:
@@ -73,9 +76,10 @@ def refusal(file, match: str, load=load_denoiser, **more) -> None:
 # --- the networks -------------------------------------------------------------------------------
 
 
-def test_network_starts_as_the_identity():
+@pytest.mark.parametrize("network", [DnCNN(3, 8), UNet(1, 4), UNet(3, 4)])
+def test_a_network_starts_as_the_identity(network):
     x = torch.rand(1, 3, 16, 16)
-    assert torch.equal(Denoiser(DnCNN(3, 8), 0.0)(x), x)
+    assert torch.equal(Denoiser(network, 0.1)(x), x)
 
 
 def test_network_sees_its_receptive_field_and_no_more():
@@ -87,12 +91,6 @@ def test_network_sees_its_receptive_field_and_no_more():
     rows = x.grad.abs().sum((0, 1, 3)).nonzero().flatten()
     assert rows.min() >= 15 - 4 and rows.max() <= 15 + 4
     assert len(rows) > 5
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3])
-def test_unet_starts_as_the_identity(depth):
-    x = torch.rand(1, 3, 16, 16)
-    assert torch.equal(Denoiser(UNet(depth, 4), 0.1)(x), x)
 
 
 def plain_unet(w: dict[str, torch.Tensor], depth: int, x: torch.Tensor,
@@ -119,22 +117,13 @@ def plain_unet(w: dict[str, torch.Tensor], depth: int, x: torch.Tensor,
 def test_unet_is_its_formula_on_any_size(depth):
     network = scatter(UNet(depth, 4)).double()
     weights = network.state_dict()
-    for height, width in ((16, 24), (13, 18), (5, 7)):
+    for height, width in ((16, 24), (13, 18), (5, 7), (1, 3)):
         x = torch.rand(2, 3, height, width, dtype=torch.float64)
         step = 2**(depth - 1)
         whole = F.pad(x, (0, -width % step, 0, -height % step), mode="replicate")
         expected = plain_unet(weights, depth, whole, 0.05)[..., :height, :width]
         torch.testing.assert_close(network(x, 0.05), expected)
         torch.testing.assert_close(network(x, torch.full((2, 1, 1, 1), 0.05)), expected)
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 1, 3), (2, 3, 5, 7), (0, 3, 5, 7)])
-def test_unet_keeps_the_shape_of_images_smaller_than_its_coarsest_step(shape):
-    network = scatter(UNet(4, 4))
-    x = torch.rand(shape)
-    noise = network(x, 0.1)
-    assert noise.shape == x.shape and noise.isfinite().all() and noise.is_contiguous()
-    assert network(x[..., :1, :1], 0.1).shape == x[..., :1, :1].shape
 
 
 def test_unet_sees_a_crop_as_it_sees_the_whole():
@@ -201,67 +190,37 @@ def test_bfloat16_is_picked_where_the_processor_computes_in_it(monkeypatch):
 # --- weights ------------------------------------------------------------------------------------
 
 
-def test_weights_round_trip(weights, file):
-    torch.manual_seed(0)
-    D = Denoiser(DnCNN(3, 6), 0.03)
-    torch.nn.init.normal_(D.network.layers[-1].weight)
+@pytest.mark.parametrize(("network", "own"), [
+    (DnCNN(3, 6), []), (UNet(2, 4), []), (Tent(3, steep=True), [Tent])])
+def test_weights_round_trip(file, network, own):
+    D = Denoiser(scatter(network) if not own else network, 0.03)
     save_weights(file, D, {"protocol": "paper"})
-    loaded = load_denoiser(file)
-    x = torch.rand(1, 3, 16, 16)
+    loaded = load_denoiser(file, networks=own)
+    x = torch.rand(1, 3, 9, 10)
     assert torch.equal(loaded(x), D(x)) and not torch.equal(D(x), x)
-    card = json.loads(file.with_suffix(".json").read_text())
-    assert card["protocol"] == "paper" and card["networks"] == [dncnn(depth=3, width=6)]
-    assert card["numbers"] == {"sigma": pytest.approx(0.03)}
+    card = read_card(file)
+    (made_of,) = card["networks"]
+    assert made_of["class"] == type(network).__name__ and card["protocol"] == "paper"
+    assert all(getattr(loaded.network, k) == v for k, v in made_of["arguments"].items())
     assert card["weights"] == sum(value.numel() for value in D.state_dict().values())
 
 
-def test_a_unet_is_stored_by_its_class_and_arguments(file):
-    D = Denoiser(scatter(UNet(2, 4)), 0.03)
-    save_weights(file, D, {})
-    loaded = load_denoiser(file)
-    x = torch.rand(1, 3, 9, 10)
-    assert isinstance(loaded.network, UNet) and torch.equal(loaded(x), D(x))
-    assert json.loads(file.with_suffix(".json").read_text())["networks"] == [unet()]
-
-
-def test_weights_of_a_unet_of_another_depth(file):
-    D = Denoiser(UNet(2, 4), 0.03)
-    tensors = {name: value.contiguous() for name, value in D.state_dict().items()}
-    for depth in (1, 3):
-        forge(file, [unet(depth=depth)], tensors)
-        refusal(file, "do not fit the networks that they name")
-        forge(file, [unet()], tensors)
-        with pytest.raises(UserError, match="are not those of Denoiser"):
-            fill(file, Denoiser(UNet(depth, 4), 0.03))
-    for depth in (0, -1, 4096, 1.5, None):
-        forge(file, [unet(depth=depth)], tensors)
-        refusal(file, "are of something else")
-    forge(file, [dncnn()], tensors)
-    refusal(file, "do not fit the networks that they name")
-
-
-def test_a_model_round_trips_with_its_head_and_without_its_operator(weights):
-    settings = {"tau": 9.0, "sigma": 0.5}  # not those that are stored
-    model = load_model(METHODS["jfb"], settings, weights)
-    stored = load_file(weights / "jfb.safetensors")
-    assert model.T.A is None and model.H is not None
-    assert model.T.tau.item() == pytest.approx(0.05) and model.T.D.sigma.item() == \
-        pytest.approx(0.04)
-    assert stored.keys() == model.state_dict().keys()
-    assert all(torch.equal(value, stored[name]) for name, value in model.state_dict().items())
-
-
-def test_a_network_of_ones_own_is_loaded_by_those_that_give_its_class(file, monkeypatch):
+def test_a_network_of_ones_own_is_given_or_listed(file, monkeypatch):
     D = Denoiser(Tent(3, steep=True), 0.1)
     save_weights(file, D, {})
     refusal(file, r"of the class Tent, which is none of DnCNN, UNet: "
                   "import it yourself and give it by `networks`")
-    loaded = load_denoiser(file, networks=[Tent])
-    x = torch.rand(1, 3, 4, 4)
-    assert torch.equal(loaded(x), D(x))
-    assert (loaded.network.reach, loaded.network.steep) == (3, True)
-    monkeypatch.setattr(networks, "NETWORKS", [DnCNN, Tent])
-    assert torch.equal(load_denoiser(file)(x), D(x))
+    monkeypatch.setattr(weights_module, "NETWORKS", [DnCNN, Tent])
+    assert load_denoiser(file).network.reach == 3
+
+
+def test_several_denoisers_are_stored_in_their_order(file):
+    pair = torch.nn.ModuleList([Denoiser(DnCNN(2, 4), 0.1), Denoiser(Tent(2), 0.2)])
+    save_weights(file, pair, {})
+    loaded = load_weights(file, lambda a, b: torch.nn.ModuleList(
+        [Denoiser(a, 0.0), Denoiser(b, 0.0)]), [Tent])
+    assert isinstance(loaded[0].network, DnCNN) and isinstance(loaded[1].network, Tent)
+    assert loaded[1].sigma.item() == pytest.approx(0.2)
 
 
 def test_nothing_that_a_file_names_is_imported(file, tmp_path, monkeypatch):
@@ -285,44 +244,33 @@ def test_truncated_weights(weights, damage):
     refusal(path, r"weights .*denoiser\.safetensors are damaged")
 
 
-@pytest.mark.parametrize("metadata", [
-    None, {"architecture": '{"depth": 2, "width": 4, "channels": 3, "head": false}'}])
-def test_weights_of_an_earlier_release(file, metadata):
-    save_file({"w": torch.zeros(3)}, file, metadata=metadata)
-    refusal(file, "do not say of which networks they are: those of an earlier release must be "
-                  "fetched again")
+@pytest.mark.parametrize(("descriptions", "message"), [
+    *[(d, "do not say of which networks they are") for d in (
+        None, [dncnn(depth=[2])], [dncnn(width=10**9)], [dncnn(width=float("nan"))],
+        [dncnn() | {"code": 1}], [{"class": 3, "arguments": {}}], ["DnCNN"], {}, 3)],
+    *[(d, "are of something else") for d in (
+        [dncnn(depth=2.0)], [dncnn(extra=1)], [dncnn(width=-1)], [dncnn(width=None)], [],
+        [dncnn(), dncnn()], [unet(depth=0)], [unet(depth=4096)])],
+    *[(d, "do not fit the networks that they name") for d in (
+        [dncnn(depth=True)], [dncnn(channels=1)], [dncnn(depth=3)], [unet()], [unet(depth=3)])]])
+def test_descriptions_of_other_networks_or_of_none(file, descriptions, message):
+    tensors = Denoiser(DnCNN(2, 4), 0.1).state_dict()
+    forge(file, descriptions, {name: value.contiguous() for name, value in tensors.items()})
+    refusal(file, message)
 
 
-@pytest.mark.parametrize("descriptions", [
-    [dncnn(depth=[2])], [dncnn(width=10**9)], [dncnn(width=float("nan"))], [dncnn() | {"code": 1}],
-    [{"class": 3, "arguments": {}}], ["DnCNN"], {}, 3])
-def test_descriptions_that_are_none(file, descriptions):
-    forge(file, descriptions)
-    refusal(file, "do not say of which networks they are")
-
-
-@pytest.mark.parametrize("descriptions", [
-    [dncnn(depth=2.0)], [dncnn(extra=1)], [dncnn(width=-1)], [dncnn(channels="3")],
-    [dncnn(width=None)], [], [dncnn(), dncnn()]])
-def test_descriptions_that_make_nothing(file, descriptions):
-    forge(file, descriptions)
-    refusal(file, "are of something else")
-
-
-@pytest.mark.parametrize("descriptions", [
-    [dncnn()], [dncnn(depth=True)], [dncnn(channels=1)], [dncnn(depth=-3)]])
-def test_tensors_that_are_not_those_of_the_networks(file, descriptions):
-    forge(file, descriptions)
-    refusal(file, "do not fit the networks that they name")
-
-
-def test_tensors_of_another_type_or_shape_or_one_too_many(file):
+def test_tensors_that_are_not_those_of_the_network(file):
     D = Denoiser(DnCNN(2, 4), 0.1)
     tensors = {name: value.contiguous() for name, value in D.state_dict().items()}
-    for change in ({"sigma": torch.tensor(0.1, dtype=torch.float64)}, {"sigma": torch.zeros(1)},
-                   {"more": torch.zeros(1)}):
+    for change, message in (
+            ({"sigma": torch.tensor(0.1, dtype=torch.float64)}, "do not fit"),
+            ({"sigma": torch.zeros(1)}, "do not fit"), ({"more": torch.zeros(1)}, "do not fit"),
+            ({"sigma": torch.tensor(float("nan"))}, "not all finite"),
+            ({"network.layers.0.bias": torch.full((4,), float("inf"))}, "not all finite")):
         forge(file, [dncnn()], tensors | change)
-        refusal(file, "do not fit the networks that they name")
+        refusal(file, message)
+    with pytest.raises(UserError, match="are not those of Denoiser"):
+        fill(file, Denoiser(UNet(2, 4), 0.03))
     forge(file, [dncnn()], tensors)
     assert load_denoiser(file).sigma.item() == pytest.approx(0.1)
 
@@ -332,35 +280,11 @@ def test_a_small_file_that_claims_a_large_network_gets_no_memory(file, claim, mo
     """The first would take 600 MB of memory a layer, the other 360 GB."""
     made = []
 
-    class Watched(DnCNN):
+    class Observed(DnCNN):
         def __init__(self, depth, width, channels):
             super().__init__(depth, width, channels)
             made.append({parameter.device.type for parameter in self.parameters()})
 
-    monkeypatch.setattr(networks, "NETWORKS", [Watched])
-    forge(file, [dncnn(**{"depth": 4, **claim}) | {"class": Watched.__qualname__}])
-    refusal(file, "do not fit the networks that they name")
+    forge(file, [dncnn(**{"depth": 4, **claim}) | {"class": Observed.__qualname__}])
+    refusal(file, "do not fit the networks that they name", networks=[Observed])
     assert made == [{"meta"}]
-
-
-@pytest.mark.parametrize("name", ["T.log_tau", "T.D.network.layers.0.bias", "T.D.sigma"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(weights, name, value):
-    path = weights / "unrolled.safetensors"
-    with safe_open(path, "pt") as stored:
-        metadata = stored.metadata()
-    tensors = load_file(path)
-    tensors[name].fill_(value)
-    save_file(tensors, path, metadata=metadata)
-    with pytest.raises(UserError, match="not all finite"):
-        load_model(METHODS["unrolled"], {"tau": 1.0, "iterations": 2}, weights)
-
-
-def test_what_is_built_of_the_networks_may_be_anything(file):
-    """Also several denoisers, in their order."""
-    pair = torch.nn.ModuleList([Denoiser(DnCNN(2, 4), 0.1), Denoiser(Tent(2), 0.2)])
-    save_weights(file, pair, {})
-    loaded = load_weights(file, lambda a, b: torch.nn.ModuleList(
-        [Denoiser(a, 0.0), Denoiser(b, 0.0)]), [Tent])
-    assert isinstance(loaded[0].network, DnCNN) and isinstance(loaded[1].network, Tent)
-    assert loaded[1].sigma.item() == pytest.approx(0.2)

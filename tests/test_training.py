@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from types import SimpleNamespace
 
 import nbformat
@@ -40,8 +41,7 @@ from jfbnb.training.losses import (
 )
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model
-from jfbnb.training.tuning import Tuning
-from jfbnb.training.weights import load_denoiser, save_weights
+from jfbnb.training.weights import load_denoiser
 
 CPU = torch.device("cpu")
 # Networks this small and young rarely converge in the few iterations given here.
@@ -93,6 +93,8 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, muon, images, t
     lines = []
     resumed = train(model, loss, images, config, CPU, tmp_path / "cut", log=lines.append)
     assert lines[0] == "resumed after epoch 2 of 3"
+    assert re.fullmatch(r"epoch 3 of 3, loss [\d.e-]+, [\d.]+ dB on its crops, "
+                        r"(\d.*% of the solves converged, )?done", lines[1]) or kind == "denoiser"
     assert all(torch.equal(a, b) for a, b in zip(weights_of(model), uninterrupted, strict=True))
     assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
 
@@ -152,41 +154,16 @@ def test_a_gradient_is_cut_to_its_length_and_left_alone_by_0(images, monkeypatch
 # --- model cards --------------------------------------------------------------------------------
 
 
-def stored(**card) -> dict:
-    """As a model card comes back from its file, which has nothing that is not JSON."""
-    return json.loads(json.dumps({name: asdict(value) for name, value in card.items()},
-                                 allow_nan=False))
-
-
-@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, warmup=100, clip=0.02)])
-def test_a_card_gives_back_its_training(config):
-    assert TrainingConfig.read(stored(training=config)) == config
-
-
 @pytest.mark.parametrize("conditions", [None, Conditions(), RANDOM_DEGRADATIONS])
 def test_a_card_gives_back_its_losses(conditions):
     losses = replace(LOSSES, conditions=conditions, stability_every=8)
-    read = LossSettings.read(stored(loss=losses))
+    card = json.loads(json.dumps({"loss": asdict(losses)}, allow_nan=False))
+    read = LossSettings.read(card)
     assert read == losses
     if conditions:
         draws = [given.draw(24, torch.Generator().manual_seed(3)) for given in
                  (read.conditions, conditions)]
         assert draws[0][1] == draws[1][1] and type(draws[0][0]) is type(draws[1][0])
-
-
-def test_cards_of_earlier_releases():
-    """They lack what came later."""
-    card = stored(training=CONFIG, loss=replace(LOSSES, conditions=Conditions()))
-    for name in ("warmup", "clip"):
-        del card["training"][name]
-    for name in ("stability_every", "noise_power"):
-        del card["loss"][name]
-    for name in ("unknown", "motion_share", "defocus_share", "home"):
-        del card["loss"]["conditions"][name]
-    assert TrainingConfig.read(card) == CONFIG
-    assert LossSettings.read(card) == replace(LOSSES, conditions=Conditions())
-    card = json.loads((RELEASED / "jfb.json").read_text())
-    assert TrainingConfig.read(card).clip == 0.0 and LossSettings.read(card).conditions is None
 
 
 # --- over conditions ----------------------------------------------------------------------------
@@ -220,30 +197,6 @@ def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(crops, mo
         torch.testing.assert_close(a, b)
 
 
-def test_threads_change_rounding_alone():
-    """The same weights bit for bit with as many threads. With another number of them, which sum
-    in another order, losses within 1e-4 and weights within 1e-3 of their norm.
-    """
-    photos = bundled_photos("test", 48).images[:16]
-
-    def trained(threads: int) -> tuple[torch.Tensor, list[float]]:
-        torch.manual_seed(0)
-        D = Denoiser(DnCNN(3, 16), 0.03)
-        model = Equilibrium(SplittingMap(Blur(48, 5, 2.0), D, 0.1))
-        torch.set_num_threads(threads)
-        try:
-            history = train(model, EquilibriumLoss(model, LOSSES), photos,
-                            TrainingConfig(2, 8, 48, 1e-3, 0, 1.0), CPU)
-        finally:
-            torch.set_num_threads(1)
-        return torch.cat([w.flatten() for w in weights_of(model)]), [r["loss"] for r in history]
-
-    (one, losses), (two, losses_two), (again, _) = trained(1), trained(2), trained(2)
-    assert torch.equal(two, again)
-    assert (two - one).norm() < 1e-3 * one.norm()
-    assert losses_two == pytest.approx(losses, rel=1e-4)
-
-
 def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
     model, loss = make()
     train(model, loss, images, CONFIG, CPU, tmp_path)
@@ -262,17 +215,6 @@ def test_training_lowers_the_loss_and_reports_the_solves(images):
     assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "growth",
             "gradient", "seconds", "steps", "applications"} == set(history[0])
     assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
-
-
-def test_a_line_says_how_far_how_well_and_how_long(images):
-    model, loss = make()
-    lines = []
-    history = train(model, loss, images, replace(CONFIG, epochs=2), CPU, log=lines.append)
-    said = [line for line in lines if line.startswith("epoch")]
-    assert re.fullmatch(r"epoch 1 of 2, loss [\d.e-]+, [\d.]+ dB on its crops, "
-                        r"(\d.*% of the solves converged, )?\d+ s left", said[0])
-    assert said[1].startswith("epoch 2 of 2") and said[1].endswith("done")
-    assert f"{-10 * math.log10(history[0]['mse']):.1f} dB" in said[0]
 
 
 def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
@@ -324,21 +266,11 @@ def test_penalty_lowers_the_contraction():
 
 def test_a_loss_that_is_not_finite_stops_with_its_place(images):
     model, _ = make()
+    with pytest.raises(UserError, match="crop=48 does not fit"):
+        train(model, None, images, TrainingConfig(1, 4, 48, 1e-3, 0), CPU)
     with pytest.raises(UserError, match=r"loss is nan at epoch 1, step 0, images \["):
         train(model, lambda x, keys, indices: (model.T.log_tau * x.new_full((len(x),), math.nan),
                                                {}), images, CONFIG, CPU)
-
-
-def test_nan_after_a_checkpoint_names_it(images, tmp_path):
-    model, loss = make()
-
-    def fails_in_epoch_2(x, keys, indices):
-        value, figures = loss(x, keys, indices)
-        return (value * math.nan if keys[1:3] == (2, 1) else value), figures
-
-    with pytest.raises(UserError, match=r"epoch 2, step 1, .*good checkpoint is .*\.safetensors"):
-        train(model, fails_in_epoch_2, images, CONFIG, CPU, tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
 def test_solves_that_do_not_converge_warn_and_then_stop(images):
@@ -359,12 +291,6 @@ def test_solves_that_do_not_converge_warn_and_then_stop(images):
     assert lines[-1].startswith("warning: 40% of the solves up to epoch 1 did not converge")
     with pytest.raises(UserError, match="80% of the solves up to epoch 1, step 2 did not converge"):
         train(model, converging(0.2), images, config, CPU)
-
-
-def test_crop_larger_than_the_images(images):
-    model, loss = make()
-    with pytest.raises(UserError, match="crop=48 does not fit"):
-        train(model, loss, images, TrainingConfig(1, 4, 48, 1e-3, 0), CPU)
 
 
 def flip_a_bit(content: bytes) -> bytes:
@@ -418,53 +344,6 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(images, tmp_path,
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_full_disk_leaves_the_last_checkpoint(images, tmp_path, monkeypatch):
-    model, loss = make("denoiser")
-    train(model, loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU, tmp_path)
-    (file,) = tmp_path.glob("*.safetensors")
-    before = file.read_bytes()
-
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("jfbnb.common.os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        checkpoints.save_checkpoint(file, model, torch.optim.Adam(model.parameters()), [])
-    assert file.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [file]
-
-
-def test_a_finished_training_is_taken_and_another_one_refused(images, tmp_path):
-    model, loss = make()
-    history = train(model, loss, images, CONFIG, CPU)
-    file = tmp_path / "jfb.safetensors"
-    save_weights(file, model, {"training": asdict(CONFIG), "history": history})
-    fresh, loss = make()
-    assert train(fresh, loss, images, CONFIG, CPU, finished=file) == history
-    assert all(torch.equal(a, b) for a, b in zip(weights_of(fresh), weights_of(model), strict=True))
-    longer = replace(CONFIG, epochs=4)
-    with pytest.raises(UserError, match=r"was trained with .* leave the parameter `weights` empty"):
-        train(fresh, loss, images, longer, CPU, finished=file)
-    save_weights(file, model, {"training": asdict(CONFIG)})
-    with pytest.raises(UserError, match="has no model card with this training"):
-        train(fresh, loss, images, CONFIG, CPU, finished=file)
-
-
-def test_a_finished_training_of_an_earlier_release_is_taken(images, tmp_path):
-    model, loss = make()
-    file, trained = tmp_path / "jfb.safetensors", asdict(CONFIG)
-    del trained["warmup"], trained["clip"]
-    save_weights(file, model, {"training": trained, "history": []})
-    assert train(model, loss, images, CONFIG, CPU, finished=file) == []
-    for other in ({"warmup": 1}, {"clip": 0.02}):
-        with pytest.raises(UserError, match=r"was trained with .*'clip': 0\.0.*, not with"):
-            train(model, loss, images, replace(CONFIG, **other), CPU, finished=file)
-    for damaged in ([], 3, trained | {"later": 1}, {"epochs": 3}):
-        save_weights(file, model, {"training": damaged, "history": []})
-        with pytest.raises(UserError, match="has no model card with this training"):
-            train(model, loss, images, CONFIG, CPU, finished=file)
-
-
 # --- the command --------------------------------------------------------------------------------
 
 
@@ -510,20 +389,6 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
         assert (seen["losses"].conditions == RANDOM_DEGRADATIONS) is profile.startswith("best")
 
 
-def test_the_command_refuses_a_network_that_is_not_there(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "load_splits",
-                        lambda *_: SimpleNamespace(train=[], source=""))
-    for words, message in ((("network=ResNet",), "unknown network 'ResNet': choose from DnCNN, "),
-                           (("network=",), "unknown network ''"),
-                           (("network=3",), "parameter network takes a value like 'DnCNN'"),
-                           (("network=UNet", "depth=17", "width=64"), "over 4096 channels")):
-        settings = [part for word in words for part in ("-p", word)]
-        assert main(["train", "denoiser", "--out", str(tmp_path), "-p", "device=cpu",
-                     *settings]) == 2
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-        assert message in line
-
-
 def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatch):
     """From the denoiser on, on faces and photographs, by the parameters of the profile `best`."""
     photographs = bundled_photos("beside", 128)[::60]
@@ -540,7 +405,7 @@ def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatc
     assert card["training images"] == 4 + OFTEN * len(photographs) and "scikit-image" in card[
         "training data"]
     assert LossSettings.read(card).conditions == RANDOM_DEGRADATIONS
-    assert TrainingConfig.read(card).muon and LossSettings.read(card).batch_reuse == 8
+    assert card["training"]["muon"] and LossSettings.read(card).batch_reuse == 8
     assert {n["class"] for n in card["networks"]} == {"UNet"}
 
 
@@ -601,12 +466,10 @@ def test_bfloat16_is_for_the_first_evaluations_and_the_gradient(crops):
 def test_bfloat16_changes_the_gradient_little_and_the_image_not_at_all():
     """On the released network: its image is as exact as in float32, to the solve's tolerance."""
     x = bundled_photos("validation").as_float()[:4, :, 40:88, 40:88]
-    tuning = Tuning.load(RELEASED / "tuning.json")
-    model = load_model(METHODS["jfb"], tuning.settings(METHODS["jfb"]), RELEASED)
-    model = model.on(get_protocol("paper").operator(48))
+    model = load_model(METHODS["jfb"], RELEASED).on(get_protocol("paper").operator(48))
     tolerance, gradients, images = 3e-3, [], []
 
-    class Watched(EquilibriumLoss):
+    class Keeping(EquilibriumLoss):
         def track(self, T, x_star, figures):
             images.append(x_star)
             return super().track(T, x_star, figures)
@@ -615,7 +478,7 @@ def test_bfloat16_changes_the_gradient_little_and_the_image_not_at_all():
         model.zero_grad()
         # It allows a contraction of 0.5 alone: the penalty is never idle.
         settings = LossSettings(0.01, tolerance, 12, max_growth=0.5, bf16=bf16)
-        Watched(model, settings)(x, (0,), range(4))[0].sum().backward()
+        Keeping(model, settings)(x, (0,), range(4))[0].sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         assert not any(getattr(module, "bf16", False) for module in model.modules())
         assert all(p.dtype == torch.float32 for p in model.parameters())
@@ -652,41 +515,26 @@ def test_the_key_of_a_training_changes_with_all_that_it_depends_on(images):
     assert key(loss, images) == keys[-1]
 
 
-def test_the_key_changes_with_what_a_model_is_made_of(images):
-    """Numbers that are neither weights nor settings of the loss: of the models and the maps."""
-    model, _ = make()
+def test_the_key_changes_with_what_a_model_and_a_loss_are_made_of(images):
+    """Numbers that are neither weights nor settings, and what functions have captured."""
+    model, loss = make()
     T, A, D = model.T, model.T.A, model.T.D
     keys = [key(ExplicitLoss(m, LOSSES), images) for m in (
         Unrolled(T, 3), Unrolled(T, 4), Unrolled(T.on(A, 2.0), 3), Feedforward(A, D),
         Feedforward(A, D, 0.01), Feedforward(A, D, 0.02))]
     keys += [key(EquilibriumLoss(m, LOSSES), images) for m in (
         model, Equilibrium(SplittingMap(A, D, 0.1)))]
-    assert len(set(keys)) == len(keys)
-
-
-def test_the_key_changes_with_what_a_function_has_captured(images):
-    model, loss = make()
-
-    class Weighted:
-        def __init__(self, weight):
-            self.weight = weight
-
-        def __call__(self, x, keys, indices):
-            return loss(x, keys, indices)[0] * self.weight, {}
 
     def weighted(weight):
         return lambda x, keys, indices: (loss(x, keys, indices)[0] * weight, {})
 
-    def by(terms):
-        return replace(loss, gradient=lambda T, x: neumann(T, x, terms))
-
     many = torch.zeros(2000)
-    keys = [digest(train, model, given, images, CONFIG) for given in (
-        loss, by(1), by(2), weighted(1.0), weighted(2.0), Weighted(1.0), Weighted(2.0),
+    keys += [key(given, images, model) for given in (
+        replace(loss, gradient=partial(neumann, terms=2)), weighted(1.0), weighted(2.0),
         weighted(many), weighted(many.index_fill(0, torch.tensor([1000]), 1.0)),
         weighted({"b": 1}), weighted({"b": 2}))]
     assert len(set(keys)) == len(keys)
-    assert digest(train, model, weighted(2.0), images, CONFIG) == keys[4]
+    assert key(weighted(1.0), images, model) in keys
 
 
 OUTSIDE = """
@@ -737,12 +585,13 @@ def test_the_key_is_the_same_in_every_process(tmp_path):
 import torch
 import outside
 
-from jfbnb.training import loop, losses
 from jfbnb.training.checkpoints import digest
-from jfbnb.training.loop import train
-from jfbnb.core.gradients import neumann
-from jfbnb.training.methods import METHODS
 from jfbnb.core.denoisers import DnCNN
+from jfbnb.core.gradients import neumann
+from jfbnb.training import loop, losses
+from jfbnb.training.loop import train
+from jfbnb.training.methods import METHODS
+from jfbnb.training.sources import digest
 torch.manual_seed(0)
 images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
 settings = losses.LossSettings(0.01)

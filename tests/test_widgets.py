@@ -48,7 +48,6 @@ from jfbnb.teaching.swipe import compare, to_png
 from jfbnb.teaching.your_photograph import PhotographExplorer
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model
-from jfbnb.training.tuning import Tuning
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +57,7 @@ def x() -> torch.Tensor:
 
 def released_map() -> SplittingMap:
     """JFB's, on a blur of 64 x 64 pixels."""
-    settings = Tuning.load(RELEASED / "tuning.json").settings(METHODS["jfb"])
-    return load_model(METHODS["jfb"], settings, RELEASED).T.on(Blur(64, 5, 2.0))
+    return load_model(METHODS["jfb"], RELEASED).T.on(Blur(64, 5, 2.0))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What a training may meet in the place of one blur and one noise level."""
+"""Random blurs, borders and noise levels to train over."""
 
 import math
 from dataclasses import dataclass, field
@@ -12,16 +12,17 @@ from jfbnb.core.protocols import PROTOCOLS
 
 @dataclass(frozen=True)
 class Conditions:
-    """What a training may meet in the place of one blur and one noise level: ranges to draw from.
+    """From what a training draws each step's operator and noise level.
 
-    Gaussian kernels, their side odd, in pixels; the standard deviations of kernel and noise are
-    uniform on a logarithmic axis, and the noise's is on images in [0, 1].
+    Sides and standard deviations are uniform on logarithmic axes.
 
     Args:
-        unknown: the share of steps whose scene goes on beyond the border; it is black in others.
-        moved, unfocused: the shares whose kernel is a motion, 3 pixels long or more, or a disk;
-            both are as wide as the Gaussians are.
-        home: the shares that have one of the `PROTOCOLS`, as it is, by its name.
+        kernel_side, kernel_std: of Gaussian kernels, in pixels; the side is odd.
+        noise_std: of the noise, on images in [0, 1].
+        unknown: the share of steps whose border is unknown; it is black in the others.
+        motion_share, defocus_share: the shares of steps whose kernel is a motion, 3 pixels long or
+            more, or a disk; both are as wide as the Gaussians are.
+        protocol_share: the shares of steps that have one of the `PROTOCOLS`, by its name.
     """
 
     kernel_side: tuple[int, int] = (3, 13)
@@ -53,7 +54,7 @@ class Conditions:
         return Convolution(image_size, made, border), noise_std
 
 
-# Borders, kernels and noise that are met in photographs, and the protocols.
+# Those of photographs, and the protocols.
 RANDOM_DEGRADATIONS = Conditions(
     (3, 15), (0.5, 5.0), unknown=0.6, motion_share=0.2, defocus_share=0.15,
     protocol_share={"paper": 0.36, "code": 0.12, "camera": 0.12})

@@ -15,20 +15,21 @@ ROUNDING = 5e-7  # a relative change that float32 cannot tell from none
 
 
 def check_equilibrium(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
-            seed: int = 0, tolerance: float = Model.tolerance,
-            max_iterations: int = Model.max_iterations) -> pd.DataFrame:
+                      seed: int = 0, tolerance: float = Model.tolerance,
+                      max_iterations: int = Model.max_iterations) -> pd.DataFrame:
     """Is what the solver returns an equilibrium? One row per image.
 
-    Each is solved as `models.Equilibrium` does for all tables. From there on T is applied plainly:
-    `further` times, or until once moves the image by less than 5e-7 of its norm, a few roundings
-    of float32. A map whose solver is not Anderson's goes on by that. Where this ends is x*, and
-    there T's Jacobian is measured.
+    Each image is solved as for the tables, by `models.Equilibrium`. From there T is applied without
+    acceleration, `further` times at most, until one application changes the image by less than 5e-7
+    of its norm, a few roundings of float32. A map that does not use Anderson is solved further by
+    its own solver. The end is taken for x*, where T's Jacobian is measured. The norm found by power
+    iteration is a lower bound, so this is evidence and no proof.
 
     Returns:
         Columns image, evaluations (of T, to the tolerance; infinite if it is not reached),
-        residual, distance (|x - x*| / |x*|, which the residual is not), psnr (dB), further (how
-        often T was applied on), residual_later, psnr_later, drift (by how much PSNR has risen,
-        dB), radius, norm: the spectral radius and the norm of the Jacobian, as in `diagnostics`.
+        residual, distance (|x - x*| / |x*|), psnr (dB), further (applications of T after the
+        solve), residual_later, psnr_later, drift (psnr_later - psnr), radius, norm: the spectral
+        radius and the norm of the Jacobian, as in `diagnostics`.
     """
     size = together(x)
     parts = []

@@ -1,4 +1,4 @@
-"""Methods x images -> one long table of metrics; its summary; the paper's Table 2."""
+"""Methods and images to one long table of metrics, and its summary."""
 
 import time
 
@@ -12,8 +12,6 @@ from jfbnb.core.metrics import psnr, ssim
 from jfbnb.core.models import Restorer
 from jfbnb.core.operators import LinearOperator
 
-# --- tables -------------------------------------------------------------------------------------
-
 
 @torch.no_grad()
 def evaluate(
@@ -25,14 +23,13 @@ def evaluate(
     names: list[str],
     batch_size: int | None = None,
 ) -> pd.DataFrame:
-    """One row per method and image: PSNR, SSIM, and what the solver said.
+    """One row per method and image: PSNR, SSIM, and how the solve ended.
 
     Args:
-        x, d: truths (N, C, H, W) and measurements of them, on the device of A. What counts is the
-            part of x that d shows.
+        x, d: images (N, C, H, W) and measurements of them, on the device of A. Metrics are those of
+            the part of x that d shows.
         names: N image names.
-        batch_size: images solved together, which take as long as the slowest of them. None is 1 on
-            a CPU, where a batch gains nothing, and 50 on a GPU.
+        batch_size: images solved together, by default as `together` says.
 
     Returns:
         Columns method, image, psnr (dB), ssim, iterations, residual, converged, seconds. The
@@ -67,9 +64,9 @@ def join(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 def _restore_all(methods: dict[str, Restorer], A: LinearOperator, d: Tensor,
                  noise_std: float) -> dict[str, tuple[Tensor, SolveInfo | None, float]]:
-    """Each method's images, what its solver said, and its seconds.
+    """Each method's images, how its solve ended, and its seconds.
 
-    A head acts on the image of the method before it, and has that one's seconds added to its own.
+    A head acts on the image of its base, if that is there, and the base's seconds are added.
     """
     done: dict[str, tuple[Tensor, SolveInfo | None, float]] = {}
     for name, method in methods.items():
@@ -88,10 +85,10 @@ def _restore_all(methods: dict[str, Restorer], A: LinearOperator, d: Tensor,
 @torch.no_grad()
 def by_computation(methods: dict[str, Restorer], counts: list[int], A: LinearOperator, x: Tensor,
                    d: Tensor, noise_std: float) -> pd.DataFrame:
-    """Does more computation make a better image? An iterative method after k evaluations of T.
+    """The PSNR of iterative methods after k evaluations of T.
 
-    An equilibrium's solver is stopped after k, an unrolled network is given k layers, whatever
-    number it was trained with.
+    An equilibrium's solver is stopped after k; an unrolled network has k layers, whatever their
+    number in training.
 
     Args:
         counts: the k, at least 1 each.
@@ -111,7 +108,7 @@ def by_computation(methods: dict[str, Restorer], counts: list[int], A: LinearOpe
 
 
 def together(x: Tensor) -> int:
-    """Images solved together: a batch gains nothing on a CPU."""
+    """How many images to solve together: one on a CPU, where a batch gains nothing."""
     return 1 if x.device.type == "cpu" else 50
 
 
@@ -132,7 +129,7 @@ def complaints(table: pd.DataFrame, most: int = 4) -> list[str]:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per method, in the table's order: means with standard errors, and convergence.
 
-    Seconds and iterations are medians: what else the machine had to do matters less to them.
+    Seconds and iterations are medians, to which another load of the machine matters less.
     """
     groups = table.groupby("method", sort=False)
     return pd.DataFrame({

@@ -4,11 +4,10 @@ Every random draw depends on (seed, epoch, step, place in the batch) alone, so a
 stopped and resumed gives the same weights, bit for bit on one machine, as one that was not.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -22,28 +21,36 @@ from jfbnb.training.checkpoints import resume, save_checkpoint, training_key
 from jfbnb.training.computation import metered
 from jfbnb.training.losses import REUSE_BUFFER, BatchLoss
 from jfbnb.training.muon import Muon
-from jfbnb.training.weights import fill
 
 RECORDS = 10  # of a training, evenly spread over it; where epochs are given, at least one in each
+Record = dict[str, float]
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
     """How long and how fast: Adam with a cosine schedule from `learning_rate` to 0.
 
-    `epochs` is how often each training image is seen, on average; it need not be whole. Where it is
-    0, `budget` is what the training may spend, in applications of the network to a crop
-    (`computation`): methods with the same budget are trained alike, whatever a step of each costs.
-    The schedule follows the share that is done. In the first `warmup` steps the rate rises from 0:
-    Adam's own scale is a guess there. A gradient longer than `clip` is cut to it; 0 leaves it. With
-    `muon` the weights between hidden layers move by `muon.Muon`, at the same rate.
-    `unconverged_limit` is the share of fixed-point solves, from one record to the next, that may
-    end above their tolerance: above half of it training warns, above all of it training stops.
+    Args:
+        epochs: how often each training image is seen, on average; it need not be whole.
+        batch_size: crops in a step.
+        crop: side of the crops, in pixels.
+        learning_rate: at the start. The schedule follows the share of the training that is done.
+        seed: of all random draws.
+        unconverged_limit: the share of fixed-point solves, from one record to the next, that may
+            end above their tolerance. Above it training stops, above half of it training warns.
+        warmup: steps in which the rate rises from 0, as Adam's first estimate of scale is poor.
+        clip: the norm to which a longer gradient is cut; 0 leaves it.
+        muon: whether `muon.Muon` moves the weights between hidden layers, at the same rate.
+        budget: in the place of `epochs`, which is then 0: what the training may spend, in
+            applications of the network to a crop (`computation`).
+
+    Raises:
+        UserError: unless one of epochs and budget is positive and the other 0.
     """
 
     epochs: float
     batch_size: int
-    crop: int  # side in pixels
+    crop: int
     learning_rate: float
     seed: int
     unconverged_limit: float = 0.5
@@ -57,23 +64,9 @@ class TrainingConfig:
             raise UserError(f"epochs={self.epochs} and budget={self.budget}: give one of them, "
                             "positive, and 0 for the other")
 
-    def share(self, steps: float, batches: int, applications: float) -> float:
-        """How much of a training is done, of 1, after so many steps and applications."""
-        if self.budget:
-            return applications / self.budget
-        return steps / max(1, round(self.epochs * batches))
-
     def random_degradations(self) -> Self:
-        """That of a training whose steps meet something else each: their gradients differ."""
+        """The same, for steps whose degradations, and so whose gradients, differ."""
         return replace(self, warmup=100, clip=0.02, muon=True)
-
-    @classmethod
-    def read(cls, card: dict) -> Self:
-        """That of a model card. What a card of an earlier release lacks is as it was then."""
-        return cls(**card["training"])
-
-
-# --- the loop -----------------------------------------------------------------------------------
 
 
 def train(
@@ -83,17 +76,15 @@ def train(
     config: TrainingConfig,
     device: torch.device,
     checkpoints: Path | None = None,
-    validate: Callable[[], dict[str, float]] | None = None,
+    validate: Callable[[], Record] | None = None,
     log: Callable[[str], None] = print,
-    finished: Path | None = None,
-) -> list[dict[str, float]]:
+) -> list[Record]:
     """Minimise `batch_loss` over random crops of `images`; return the records of its parts.
 
-    A loss with an attribute `visits` comes back to each batch so often. A training has `RECORDS`
-    parts, or as many as epochs where those are more. A record has the epochs, steps and
-    applications of the network so far, the part's mean loss per image, the means of what the loss
-    reports, its seconds, and what `validate` returns. With `checkpoints`, a folder, the state after
-    each part is stored and a stopped training goes on from the last one that is whole.
+    A loss with an attribute `batch_reuse` gets each batch so often. A training has `RECORDS` parts,
+    or as many as epochs where those are more. A record has the epochs, steps and applications of
+    the network so far, the part's mean loss per image, the means of what the loss reports, its
+    seconds, and what `validate` returns.
 
     In a `processes.process_group` all processes train together, on the same batches as one would;
     rank 0 alone logs, validates and stores. The checkpoint of one number of processes serves any
@@ -102,160 +93,168 @@ def train(
     Args:
         module: what is trained, in place.
         images: uint8 (N, 3, H, W).
-        finished: stored weights whose model card has this training; they are taken, and its
-            history returned, in the place of training again.
+        checkpoints: a folder. The state after each part is stored there; a training that was
+            stopped resumes from the last one that is whole, and a complete one is not repeated.
 
     Raises:
         UserError: if the loss is not finite, if too many solves do not converge, if a checkpoint
-            cannot be read, if `finished` was trained with another `config`, or if there is a
-            budget and no network to count.
+            cannot be read, or if there is a budget and no network to count.
     """
     if not 0 < config.crop <= min(images.shape[2:]):
         raise UserError(f"crop={config.crop} does not fit images of {tuple(images.shape[2:])}")
     module.to(device)
-    if finished is not None:
-        return _take(finished, module, config)
     if processes.world_size() > config.batch_size:
         raise UserError(f"batch_size={config.batch_size} for {processes.world_size()} processes: "
                         f"start at most {config.batch_size}")
     if processes.rank() > 0:
-        log, validate = _nothing, None
-    kind = Muon if config.muon else torch.optim.Adam
-    optimizer = kind(module.parameters(), lr=config.learning_rate)
-    history: list[dict[str, float]] = []
-    file = None
+        log, validate = lambda line: None, None
+    trainer = Trainer(module, batch_loss, images, config, device)
     if checkpoints is not None:
         key = training_key(module, batch_loss, images, config)
-        file = checkpoints / f"{key[:16]}.safetensors"
-        history = resume(file, module, optimizer, log)
-        if history:
-            log(f"resumed after {_so_far(history, config)}")
-    parts = max(RECORDS, math.ceil(config.epochs))
-    batches = math.ceil(len(images) / config.batch_size)
-    while not history or config.share(history[-1]["steps"], batches,
-                                      history[-1]["applications"]) < 1:
+        trainer.resume(checkpoints / f"{key[:16]}.safetensors", log)
+    while trainer.done < 1:
         start = time.perf_counter()
-        last_good = f"; the last good checkpoint is {file}" if file and history else ""
-        record = _train_part(batch_loss, images, config, device, optimizer, module, parts,
-                             getattr(batch_loss, "batch_reuse", 1), history, last_good)
+        record = trainer.part()
         record["seconds"] = time.perf_counter() - start
         record.update(validate() if validate else {})
-        history.append(record)
-        if file is not None and processes.rank() == 0:
-            save_checkpoint(file, module, optimizer, history)
-        log(_progress(history, config, batches))
+        trainer.store(record)
+        log(trainer.progress())
         if 1 - record.get("converged", 1) > config.unconverged_limit / 2:
             log(f"warning: {1 - record['converged']:.0%} of the solves up to epoch "
                 f"{record['epoch']:.4g} did not converge; training stops above "
                 f"{config.unconverged_limit:.0%}")
-    return history
+    return trainer.history
 
 
-def _so_far(history: list[dict[str, float]], config: TrainingConfig) -> str:
-    """Where a training is, in the unit in which its length is given."""
-    record = history[-1]
-    if config.budget:
-        return (f"epoch {record['epoch']:.3g}, {record['applications']:.0f} of "
-                f"{config.budget:.0f} applications")
-    return f"epoch {record['epoch']:.4g} of {config.epochs:.4g}"
+class Trainer:
+    """The state of a training: weights, optimiser, records, and how much has been done."""
+
+    def __init__(self, module: nn.Module, batch_loss: BatchLoss, images: Tensor,
+                 config: TrainingConfig, device: torch.device):
+        self.module, self.images, self.config, self.device = module, images, config, device
+        self.batch_loss = batch_loss
+        self.batch_reuse = getattr(batch_loss, "batch_reuse", 1)
+        kind = Muon if config.muon else torch.optim.Adam
+        self.optimizer = kind(module.parameters(), lr=config.learning_rate)
+        self.batches = math.ceil(len(images) / config.batch_size)  # in an epoch
+        self.parts = max(RECORDS, math.ceil(config.epochs))
+        self.history: list[Record] = []
+        self.steps, self.applications = 0, 0
+        self.file: Path | None = None
+
+    @property
+    def done(self) -> float:
+        """The share of the training that is done, 1 at the end."""
+        if self.config.budget:
+            return self.applications / self.config.budget
+        return self.steps / max(1, round(self.config.epochs * self.batches))
+
+    def resume(self, file: Path, log: Callable[[str], None]) -> None:
+        """Take up the newest checkpoint that is whole, if there is one; later ones go there."""
+        self.file = file
+        self.history = resume(file, self.module, self.optimizer, log)
+        if self.history:
+            self.steps = int(self.history[-1]["steps"])
+            self.applications = int(self.history[-1]["applications"])
+            log(f"resumed after {self._so_far()}")
+
+    def store(self, record: Record) -> None:
+        """Add a record, and store the state."""
+        self.history.append(record)
+        if self.file is not None and processes.rank() == 0:
+            save_checkpoint(self.file, self.module, self.optimizer, self.history)
+
+    def part(self) -> Record:
+        """Train up to the next of `parts` even shares: Algorithm 1. Returns the means over it."""
+        end = (math.floor(self.done * self.parts + 1e-9) + 1) / self.parts - 1e-9
+        means, first, before = _Means(self.device), self.steps, self.applications
+        with metered(self.module) as meter:
+            while self.done < end:
+                epoch, step, batch = self.next_batch()
+                where = f"epoch {epoch}, step {step}"
+                x = random_crops(self.images[batch], self.config.crop, self.config.seed, epoch,
+                                 step, 0)
+                own = processes.share(len(batch))
+                losses, figures = self.batch_loss(
+                    x[own].to(self.device), (self.config.seed, epoch, step, 1),
+                    range(len(batch))[own])
+                length = self.backward(losses, len(batch))
+                latest = means.add({"loss": losses.detach(), "gradient": length, **figures})
+                if not math.isfinite(latest["loss"]):
+                    raise UserError(f"the loss is {latest['loss']} at {where}, images "
+                                    f"{batch.tolist()}: lower the learning rate{self._last_good()}")
+                self.optimizer.step()
+                self.steps += 1
+                spent = round(processes.add_up([float(meter.applications)], self.device)[0])
+                if self.config.budget and not spent:
+                    raise UserError("a budget counts applications of a Denoiser's network, and "
+                                    "this step has made none: give epochs")
+                self.applications = before + spent
+                if self.steps - first > 20 or self.done >= end:
+                    self.check_solves(means, where)
+        return {"epoch": self.steps / self.batches, "steps": self.steps,
+                "applications": self.applications, **means.all()}
+
+    def next_batch(self) -> tuple[int, int, Tensor]:
+        """Epoch, step in it, and the images of the next batch."""
+        number, size = batch_number(self.steps, self.batch_reuse), self.config.batch_size
+        epoch, step = number // self.batches + 1, number % self.batches
+        generator = seeded_generator(self.config.seed, epoch)
+        order = torch.randperm(len(self.images), generator=generator)
+        return epoch, step, order[step * size:(step + 1) * size]
+
+    def backward(self, losses: Tensor, batch_size: int) -> Tensor:
+        """The gradient of a batch's mean loss, cut to `clip`, and the step's learning rate.
+
+        Each process has a share of the batch; the gradients of all shares are added up. Returns the
+        gradient's norm before it is cut, (1,).
+        """
+        config = self.config
+        self.optimizer.zero_grad()
+        (losses.sum() * (1 / batch_size)).backward()
+        parameters = self.optimizer.param_groups[0]["params"]
+        processes.add_up_gradients(parameters)
+        for group in self.optimizer.param_groups:
+            group["lr"] = (config.learning_rate * 0.5 * (1 + math.cos(math.pi * self.done))
+                           * min(1.0, (self.steps + 1) / (config.warmup + 1)))
+        return nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).expand(1)
+
+    def check_solves(self, means: "_Means", where: str) -> None:
+        """Raise UserError where too many solves of this part have not converged."""
+        unconverged = 1 - means.of("converged", 1.0)
+        if unconverged > self.config.unconverged_limit:
+            raise UserError(
+                f"{unconverged:.0%} of the solves up to {where} did not converge (mean residual "
+                f"{means.of('residual', 0.0):.1e}): the map is not stable; lower the learning "
+                "rate, raise penalty or max_iterations, or raise unconverged_limit to go on"
+                f"{self._last_good()}")
+
+    def progress(self) -> str:
+        """How much is done, the latest loss, PSNR and convergence, and the time that is left."""
+        record = self.history[-1]
+        found = [self._so_far(), f"loss {record['loss']:.3g}"]
+        if record.get("mse", 0.0) > 0:
+            found.append(f"{-10 * math.log10(record['mse']):.1f} dB on its crops")
+        if record.get("converged", 1.0) < 1:
+            found.append(f"{record['converged']:.1%} of the solves converged")
+        seconds = sum(r["seconds"] for r in self.history) * (1 / self.done - 1)
+        return ", ".join([*found, f"{seconds:.0f} s left" if self.done < 1 else "done"])
+
+    def _so_far(self) -> str:
+        record, config = self.history[-1], self.config
+        if config.budget:
+            return (f"epoch {record['epoch']:.3g}, {record['applications']:.0f} of "
+                    f"{config.budget:.0f} applications")
+        return f"epoch {record['epoch']:.4g} of {config.epochs:.4g}"
+
+    def _last_good(self) -> str:
+        return (f"; the last good checkpoint is {self.file}" if self.file and self.history else "")
 
 
-def _progress(history: list[dict[str, float]], config: TrainingConfig, batches: int) -> str:
-    """How far a training is, how well it does on its crops, and how long it will take."""
-    record = history[-1]
-    found = [_so_far(history, config), f"loss {record['loss']:.3g}"]
-    if record.get("mse", 0.0) > 0:
-        found.append(f"{-10 * math.log10(record['mse']):.1f} dB on its crops")
-    if record.get("converged", 1.0) < 1:
-        found.append(f"{record['converged']:.1%} of the solves converged")
-    share = config.share(record["steps"], batches, record["applications"])
-    seconds = sum(r["seconds"] for r in history) * (1 / share - 1)
-    return ", ".join([*found, f"{seconds:.0f} s left" if share < 1 else "done"])
+def batch_number(step: int, batch_reuse: int) -> int:
+    """Which batch a step has: each of `REUSE_BUFFER` in turn, replaced after `batch_reuse` uses.
 
-
-def _nothing(line: str) -> None:
-    """The log of those that have none."""
-
-
-def _take(finished: Path, module: nn.Module, config: TrainingConfig) -> list[dict[str, float]]:
-    """Load a finished training's weights into the module, in place; return its history."""
-    try:
-        card = json.loads(finished.with_suffix(".json").read_text(encoding="utf-8"))
-        history, trained = card["history"], TrainingConfig.read(card)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{finished} has no model card with this training ({error}): leave the "
-                        "parameter `weights` empty to train") from error
-    # When it would have been stopped does not matter any more.
-    if replace(trained, unconverged_limit=config.unconverged_limit) != config:
-        raise UserError(f"{finished} was trained with {asdict(trained)}, not with "
-                        f"{asdict(config)}: leave the parameter `weights` empty to train")
-    fill(finished, module)
-    return history
-
-
-def _train_part(batch_loss: BatchLoss, images: Tensor, config: TrainingConfig,
-                device: torch.device, optimizer: torch.optim.Optimizer, module: nn.Module,
-                parts: int, batch_reuse: int, history: list[dict[str, float]],
-                last_good: str) -> dict[str, float]:
-    """The steps of a training up to the next of so many even shares of it; their record."""
-    batches = math.ceil(len(images) / config.batch_size)
-    first, before = (int(history[-1][name]) if history else 0 for name in ("steps", "applications"))
-    number, spent, done = first, before, config.share(first, batches, before)
-    end = (math.floor(done * parts + 1e-9) + 1) / parts - 1e-9
-    means, order, shuffled = _Means(device), (), None
-    with metered(module) as meter:
-        while done < end:
-            met = _which(number, batch_reuse)
-            epoch, step = met // batches + 1, met % batches
-            if shuffled != epoch:
-                order = torch.randperm(len(images), generator=seeded_generator(config.seed, epoch))
-                order, shuffled = order.split(config.batch_size), epoch
-            batch = order[step]
-            for group in optimizer.param_groups:
-                group["lr"] = (config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-                               * min(1.0, (number + 1) / (config.warmup + 1)))
-            part = processes.share(len(batch))
-            x = random_crops(images[batch], config.crop, config.seed, epoch, step, 0)[part]
-            losses, figures = batch_loss(x.to(device), (config.seed, epoch, step, 1),
-                                         range(len(batch))[part])
-            where = f"epoch {epoch}, step {step}"
-            _update(losses, figures, len(batch), config, optimizer, means,
-                    f"{where}, images {batch.tolist()}: lower the learning rate{last_good}")
-            number += 1
-            spent = before + round(processes.add_up([float(meter.applications)], device)[0])
-            if config.budget and spent == before:
-                raise UserError("a budget counts applications of a Denoiser's network, and this "
-                                "step has made none: give epochs")
-            done = config.share(number, batches, spent)
-            unconverged = 1 - means.of("converged", 1.0)
-            if unconverged > config.unconverged_limit and (number - first > 20 or done >= end):
-                raise UserError(
-                    f"{unconverged:.0%} of the solves up to {where} did not converge (mean "
-                    f"residual {means.of('residual', 0.0):.1e}): the map is not stable; lower the "
-                    "learning rate, raise penalty or max_iterations, or raise unconverged_limit "
-                    f"to go on{last_good}")
-    return {"epoch": number / batches, "steps": number, "applications": spent,
-            **{name: means.of(name, 0.0) for name in means.totals}}
-
-
-def _update(losses: Tensor, figures: dict[str, Tensor], batch_size: int, config: TrainingConfig,
-            optimizer: torch.optim.Optimizer, means: "_Means", place: str) -> None:
-    """One step down the mean loss of a batch, of which this process has a share."""
-    optimizer.zero_grad()
-    (losses.sum() * (1 / batch_size)).backward()
-    parameters = optimizer.param_groups[0]["params"]
-    processes.add_up_gradients(parameters)
-    length = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-    latest = means.add({"loss": losses.detach(), "gradient": length.expand(1), **figures})
-    if not math.isfinite(latest["loss"]):
-        raise UserError(f"the loss is {latest['loss']} at {place}")
-    optimizer.step()
-
-
-def _which(step: int, batch_reuse: int) -> int:
-    """The number of the batch that a step meets: of `POOL` in turn, each replaced after its visits.
-
-    They are replaced at different times, so that about the same number of solves is due at any.
+    They are replaced at different times, so that every round has about as many new batches.
     """
     if batch_reuse == 1:
         return step
@@ -270,7 +269,7 @@ class _Means:
         self.device = device
         self.totals: dict[str, tuple[float, float]] = {}
 
-    def add(self, values: dict[str, Tensor]) -> dict[str, float]:
+    def add(self, values: dict[str, Tensor]) -> Record:
         """Take some images' values in; return their own means."""
         sums = processes.add_up([part for v in values.values()
                                  for part in (v.double().sum().item(), float(len(v)))], self.device)
@@ -283,3 +282,6 @@ class _Means:
     def of(self, name: str, missing: float) -> float:
         total, count = self.totals.get(name, (missing, 1.0))
         return total / max(count, 1.0)
+
+    def all(self) -> Record:
+        return {name: self.of(name, 0.0) for name in self.totals}

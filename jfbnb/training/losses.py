@@ -18,13 +18,13 @@ from jfbnb.core.protocols import measure
 from jfbnb.training import processes
 from jfbnb.training.degradations import RANDOM_DEGRADATIONS, Conditions
 
-# The loss of each of some crops x, (b,), and figures of each, given the keys that seed the draws
-# and the crops' places in their batch: whoever shares a batch out gets the same draws.
+# (crops x, keys that seed the draws, the crops' places in their batch) -> (the loss of each crop
+# (b,), figures of each). Processes that share a batch so make the same draws as one would.
 BatchLoss = Callable[[Tensor, tuple[int, ...], Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
 COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allowed
-ADJOINT = 1e-3  # the residual to which the exact gradient's equation is solved, at least
+ADJOINT = 1e-3  # the largest residual to which the exact gradient's equation is solved
 TYPICAL = 1e-3  # mean squared error
-REUSE_BUFFER = 64  # batches that a training comes back to in turn
+REUSE_BUFFER = 64  # batches that are used in turn, where batches are reused
 MAX_WARM_START_RESIDUAL = 0.1  # above it a stored state is dropped: plain iteration diverges there
 
 
@@ -36,20 +36,20 @@ class LossSettings:
         noise_std: of the measurements, on images in [0, 1].
         tolerance, max_iterations: of the solve for x*, by Anderson without gradient. The adjoint
             equation has as many iterations.
-        power_iterations: of the stretch's estimate.
-        contraction, penalty: adds `penalty * max(0, estimate - contraction)^2`, both counted from
-            1 in units of the map's `scale`; a penalty of 0 leaves the estimate out.
+        power_iterations: of the estimate of T's growth factor.
+        max_growth, penalty: adds `penalty * max(0, growth - max_growth)^2`, both counted from 1 in
+            units of the map's `scale`; with a penalty of 0 nothing is estimated.
         bf16: for the first evaluations of a solve, the tracked application and the head; of an
             explicit model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
             of about 3e-3, and the estimate's differences would drown in the rounding.
-        conditions: what each step's operator and noise level are drawn from; None leaves both as
-            they are. Every batch then weighs alike: the loss is the logarithm of its error.
+        conditions: from which each step's operator and noise level are drawn; None keeps the
+            protocol's. All batches then have the same weight: the loss is the logarithm of the
+            batch's error.
         noise_power: how the prior's weight follows a drawn noise level, as in `methods.Method`.
-        watched: of so many crops one has its stretch estimated, and counts so many times.
+        stability_every: the penalty is computed for one of so many crops, and multiplied by it.
         heads: whether the methods that have a head train one.
-        visits: how often an equilibrium's training comes back to a batch. It solves for x* the
-            first time; T(x*), which it tracks anyway, is where it goes on the next time. Between
-            two visits lie `POOL` steps.
+        batch_reuse: how often an equilibrium's training uses a batch. It solves for x* the first
+            time. Later the T(x*) of the time before, `REUSE_BUFFER` steps ago, stands for x*.
     """
 
     noise_std: float
@@ -66,24 +66,18 @@ class LossSettings:
     batch_reuse: int = 1
 
     def random_degradations(self) -> Self:
-        """Those that meet whatever a user may have; of a step's eight crops one is watched.
-
-        There is no head: the one tried behind the U-Net gained nothing.
-        """
+        """The same over `RANDOM_DEGRADATIONS`. No head: one tried with the U-Net gained nothing."""
         return replace(self, conditions=RANDOM_DEGRADATIONS, stability_every=8, heads=False,
                        batch_reuse=8)
 
     @classmethod
     def read(cls, card: dict) -> Self:
-        """Those of a model card. What a card of an earlier release lacks is as it was then."""
-        drawn = card["loss"].get("conditions")
-        if drawn is not None:  # JSON knows no tuples
+        """Those of a model card. JSON has lists for tuples."""
+        drawn = card["loss"]["conditions"]
+        if drawn is not None:
             drawn = Conditions(**{name: tuple(value) if isinstance(value, list) else value
                                   for name, value in drawn.items()})
         return cls(**{**card["loss"], "conditions": drawn})
-
-
-# --- losses -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -117,7 +111,7 @@ class ExplicitLoss:
 
     def __call__(self, x: Tensor, keys: tuple[int, ...],
                  indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        model, d = _meet(self.model, self.settings, x, keys, indices)
+        model, d = _measured(self.model, self.settings, x, keys, indices)
         return _errors(model, self.settings, x, replace(self, model=model).restored(d)[0], d)
 
     def restored(self, d: Tensor) -> tuple[Tensor, None]:
@@ -133,8 +127,8 @@ class EquilibriumLoss:
     Args:
         model: with the map T(x; d); its A must fit the crops.
         gradient: (T, x*) -> T(x*), tracked, as in `jfbnb.core.gradients`.
-        memory: of the last `POOL` batches, by their keys: T(x*), and the direction that dies
-            slowest. What is not in it is solved for.
+        memory: of the last `REUSE_BUFFER` batches, by their keys: T(x*), and the direction in which
+            T grows most.
     """
 
     model: Model
@@ -150,25 +144,25 @@ class EquilibriumLoss:
     def __call__(self, x: Tensor, keys: tuple[int, ...],
                  indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.settings
-        model, d = _meet(self.model, s, x, keys, indices)
+        model, d = _measured(self.model, s, x, keys, indices)
         T = model.T
-        state, slowest = self.memory.pop(keys, (None, None))
+        state, direction = self.memory.pop(keys, (None, None))
         Tx, x_star, figures = replace(self, model=model).restored(d, state)
         loss, errors = _errors(model, s, x, T.image(Tx), d)
         figures.update(errors)  # in place: the backward pass may add to it
         if s.penalty > 0:
             rows = [row for row, index in enumerate(indices) if index % s.stability_every == 0]
-            factor, slowest = growth_estimate(lambda z: T(z, d[rows]), x_star[rows],
-                                              s.power_iterations, slowest)
+            growth, direction = growth_estimate(lambda z: T(z, d[rows]), x_star[rows],
+                                                s.power_iterations, direction)
             excess = torch.zeros_like(loss)
             # A map whose steps are small is near 1 by construction: its scale is the unit.
-            past = 1 - s.max_growth - (1 - factor) / scale_of(T)
-            excess[rows] = s.stability_every * past.clamp_min(0).square()
+            above = 1 - s.max_growth - (1 - growth) / scale_of(T)
+            excess[rows] = s.stability_every * above.clamp_min(0).square()
             loss = loss + s.penalty * excess
-            figures["growth"] = factor.detach()
+            figures["growth"] = growth.detach()
         near = figures["residual"] < MAX_WARM_START_RESIDUAL * scale_of(T)
         if s.batch_reuse > 1 and near.all():
-            self.memory[keys] = Tx.detach(), slowest
+            self.memory[keys] = Tx.detach(), direction
             for oldest in list(self.memory)[:-REUSE_BUFFER]:
                 del self.memory[oldest]
         return loss, figures
@@ -177,7 +171,8 @@ class EquilibriumLoss:
                  ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """T(x*), tracked, whose image the loss sees; x*; and figures of its solve.
 
-        A given state is taken for x*, without a solve.
+        Args:
+            state: taken for x*, without a solve.
         """
         s, T = self.settings, self.model.T
         x_star, figures = state, {}
@@ -197,23 +192,20 @@ class EquilibriumLoss:
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
               figures: dict[str, Tensor]) -> Tensor:
-        """T(x*), whose backward pass is the gradient's."""
+        """T(x*), tracked by `gradient`."""
         return self.gradient(T, x_star)
 
 
 @dataclass(frozen=True)
 class ImplicitLoss(EquilibriumLoss):
-    """The same by the exact gradient, Eq. 5.
-
-    Its equation is solved to 1e-3 times the map's scale, if not further.
-    """
+    """The same by the exact gradient, Eq. 5, solved to 1e-3 times the map's scale or further."""
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
               figures: dict[str, Tensor]) -> Tensor:
         def report(adjoint: SolveInfo) -> None:  # called in the backward pass
             figures["adjoint_residual"] = adjoint.residual
 
-        with precision(self.model, False):  # its own solve, too, would stall in bfloat16
+        with precision(self.model, False):  # the adjoint solve, too, would stall in bfloat16
             return implicit(T, x_star,
                             min(ADJOINT, self.settings.tolerance) * scale_of(self.model.T),
                             self.settings.max_iterations, report)
@@ -226,9 +218,9 @@ def _mean_square(error: Tensor) -> Tensor:
 
 def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
             d: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The error of an image y, plus that of its head's: both are to be good; and the two.
+    """The error of an image y, plus that of its head's image if it has one; and the two.
 
-    It is that of the part which the measurement shows.
+    Only the part of the image counts that the measurement shows.
     """
     visible = model.T.A.visible
     loss = _mean_square(visible(y - x))
@@ -244,8 +236,8 @@ def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
     return loss, figures
 
 
-def _meet(model: Model, settings: LossSettings, x: Tensor, keys: tuple[int, ...],
-          indices: Sequence[int]) -> tuple[Model, Tensor]:
+def _measured(model: Model, settings: LossSettings, x: Tensor, keys: tuple[int, ...],
+              indices: Sequence[int]) -> tuple[Model, Tensor]:
     """The model on the operator that measures some crops, and their measurements."""
     noise_std = settings.noise_std
     if settings.conditions is not None:
@@ -261,17 +253,20 @@ def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float, keys: tuple
 
 
 def growth_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterations: int,
-                         slowest: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How much T stretches the direction that dies slowest at x*, one factor per image (B,).
+                    direction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """|J v| / |v| at x* for the direction v in which T grows most, and v; differentiable in Theta.
 
-    Below 1 that direction dies out. It is one direction at one point: no bound on T's Lipschitz
-    constant, and no proof that T is stable.
+    Power iteration with finite differences of 1% of |x*|. It starts from the residual T(x*) - x*,
+    which points along that direction already, as the solve is a power iteration itself; a random
+    start would miss modes of a few pixels. It is one direction at one point: a lower bound on T's
+    Lipschitz constant, and no proof that T is stable.
 
-    The solve is itself a power iteration, so what is left of its residual, T(x*) - x*, already
-    points along the slowest direction; a random one would miss modes that live in a few pixels.
-    `power_iterations` more sharpen it. Finite differences of 1% of |x*|. The factor is
-    differentiable in Theta. Returned with it is the direction, to be given as `slowest` where the
-    estimate goes on.
+    Args:
+        power_iterations: applications of T that refine v.
+        direction: an earlier v, to start from.
+
+    Returns:
+        The factor, one per image (B,), below 1 if v dies out; and v, like x_star.
     """
     size = 0.01 * _norm(x_star)
     Tx = T(x_star)
@@ -280,7 +275,7 @@ def growth_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterati
         return v * (size / _norm(v).clamp_min(1e-12))
 
     with torch.no_grad():
-        v = scaled(Tx - x_star if slowest is None else slowest)
+        v = scaled(Tx - x_star if direction is None else direction)
         for _ in range(power_iterations):
             v = scaled(T(x_star + v) - Tx)
     return (_norm(T(x_star + v) - Tx) / size).flatten(), v

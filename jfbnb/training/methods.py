@@ -1,13 +1,12 @@
-"""Every method, one entry each: what it is called, what is tuned, how it restores, what trains it.
+"""Every method, one entry each: its name, what is tuned, how it restores, what trains it.
 
-All that lists, tunes, trains, evaluates or draws methods goes through `METHODS`. To add one, add an
-entry: here, or by `register` in a package of your own. A package that declares the entry point
+`METHODS` lists them all. To add one, add an entry here, or call `register` in a package of your
+own. A package that declares the entry point
 
     [project.entry-points."jfbnb.methods"]
     mine = "my_package"
 
-is imported wherever it is installed, by the command and in notebooks that papermill runs, and may
-`register` its methods then.
+is imported wherever it is installed, so that it may `register` its methods.
 """
 
 import itertools
@@ -38,25 +37,25 @@ Settings = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to restore an image. It has `restore`, or a `model` of a network, or is `behind` one.
+    """One way to restore an image: by `restore`, by a `model` of a network, or as `head_of` one.
 
     Args:
         name: on the command line and in files; label and colour: in tables and figures.
-        restore: (A, d, settings, ratio) -> (image, what its solver says or None). `ratio` is how
-            many times as much the prior weighs as at the noise level of the tuning.
+        restore: (A, d, settings, prior_scale) -> (image, what its solver says or None). The prior
+            weighs `prior_scale` times as much as at the noise level of the tuning.
         model: (A, D, settings) -> `Model`, for those that have a network. A is None while weights
             are loaded, so nothing may be derived from it here.
         loss: (model, settings) -> the loss that trains the model, as in `losses`. Without one the
             method uses the pretrained denoiser as it is.
         head: whether a second network is trained along.
-        behind: the method whose second network this one is.
+        head_of: the method whose head this one is.
         candidates: (noise level, about how many) -> settings to choose from on validation images.
-        tuned_as: another method with the same candidates and, untrained, the same images.
+        shares_tuning_with: another method with the same candidates and, untrained, the same images.
         noise_power: the weight of the prior goes with this power of the noise level. 2 is theory
             (see `matched_sigma`) and best for the equilibria. Other powers fit what was best on
             CelebA's validation images at noise levels of 0.002 to 0.05.
-        compared: whether it is in the figures that set methods side by side, image by image and
-            under other conditions.
+        compared: whether it is in the figures that compare methods image by image and under other
+            conditions.
         smooth: whether its network must have a continuous derivative, which ReLUs have not.
     """
 
@@ -89,12 +88,16 @@ class Method:
         return self.loss is not None
 
     def takes(self, network: nn.Module) -> bool:
-        """Whether such a network will do."""
+        """Whether the method can use such a network."""
         return getattr(network, "smooth", False) or not self.smooth
 
     def build(self, A: LinearOperator | None, network: nn.Module, settings: Settings,
               head: nn.Module | None = None) -> Model:
-        """Its model, of a network and settings, on the network's device; with a head if given."""
+        """Its model, made of a network and settings, on the network's device.
+
+        Args:
+            head: the head's network, for a model with a head.
+        """
         like = next(network.parameters(), torch.empty(()))
         model = self.model(A, Denoiser(network, settings.get("sigma", 0.0)), settings)
         model.to(like.device)  # not of its type: an operator keeps its float64
@@ -129,11 +132,6 @@ def plugins() -> list[Method]:
     return [method for name, method in METHODS.items() if name not in OWN]
 
 
-# --- the methods --------------------------------------------------------------------------------
-# Classical ones, plug-and-play and JFB have Okabe and Ito's colours, safe for colour-blind eyes. An
-# equilibrium has its map's colour. jfb and deq are one map, trained by two gradients.
-
-
 def grid(n: int, **ranges: tuple[float, float]) -> list[Settings]:
     """About n settings, evenly spaced on logarithmic axes from the low to the high end of each."""
     each = max(1, math.floor(n ** (1 / len(ranges)) + 1e-9))
@@ -151,19 +149,21 @@ def prior(noise_std: float, n: int, **more: float) -> list[Settings]:
 def _stopped_descent(A: LinearOperator, d: Tensor, settings: Settings,
                      prior_scale: float) -> Result:
     # The direction with squared singular value s^2 is recovered after about 1 / s^2 steps, and lam
-    # plays the part of the smallest s^2 that is: the steps go with the inverse of the ratio.
+    # stands for the smallest s^2 that is recovered: the steps go with the inverse of its scale.
     steps = min(round(settings["steps"] / prior_scale), 100_000)
     return tikhonov_gradient_descent(A, d, 0.0, settings["step_size"], steps), None
 
 
+# Classical methods, plug-and-play and JFB have Okabe and Ito's colours, safe for colour-blind eyes;
+# an equilibrium has its map's.
 register(Method(
     name="measurement", compared=False, label="Noisy blurred", colour="#999999",
     restore=lambda A, d, s, prior_scale: (A.guess(d), None)))
 register(Method(
     name="direct-inverse", compared=False, label="Direct inverse", colour="#CC79A7",
     restore=lambda A, d, s, prior_scale: (direct_inverse(A, d), None)))
-# For white images lam would go with the noise's variance. But less noise lets finer detail through,
-# and images have the less of it the finer it is: so the best weights fall more slowly.
+# For white images lam would go with the noise's variance. Images have less fine detail, which less
+# noise lets through, so the best weights fall more slowly.
 register(Method(
     name="gradient-descent", compared=False, label="Gradient descent", colour="#E69F00",
     restore=_stopped_descent, noise_power=1.25,
@@ -227,5 +227,5 @@ OWN = frozenset(METHODS)  # the names of those above
 for _found in entry_points(group="jfbnb.methods"):
     try:
         _found.load()
-    except Exception as _error:  # of somebody else's: the methods here work without it
+    except Exception as _error:  # the methods here work without it
         warnings.warn(f"the method {_found.value} cannot be used: {_error}", stacklevel=1)

@@ -1,16 +1,10 @@
-"""How a denoiser and a method's network are trained: once, for notebooks, command and benchmark.
-
-What comes out is stored with a model card, so that anyone can measure it again.
-"""
+"""How a denoiser and a method's network are trained, and what is stored of it."""
 
 import copy
-import json
 import math
-import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -25,18 +19,17 @@ from jfbnb.core.operators import LinearOperator
 from jfbnb.core.protocols import Protocol, measure
 from jfbnb.data import ImageSet, Splits, bundled_photos, random_crops
 from jfbnb.training import processes
-from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.loop import Record, TrainingConfig, train
 from jfbnb.training.losses import BatchLoss, DenoiserLoss, LossSettings
 from jfbnb.training.methods import METHODS, Method, Settings
-from jfbnb.training.weights import describe, save_weights
+from jfbnb.training.weights import describe, fill, read_card, save_weights
 
-BY_COMMAND = "JFBNB_BY_COMMAND"  # set where `jfbnb reproduce` runs the notebooks
 FIXED = 16  # training crops, always the same, on which every training's progress is measured
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a method is tuned and watched on: validation images x, measured by A as d."""
+    """Images x and measurements d of them by A, on which a method is tuned or judged."""
 
     setup: Protocol
     splits: Splits
@@ -48,43 +41,36 @@ class Problem:
 
 def validation_problem(setup: Protocol, splits: Splits, images: int, seed: int,
                        device: torch.device) -> Problem:
-    """Measure the first so many validation images, on a device."""
-    A = setup.operator().to(device)
-    x = splits.validation[:images].as_float().to(device)
-    d = measure(A, x, setup.noise_std, seed, splits.validation.indices[:images])
-    return Problem(setup, splits, A, x, d, seed)
+    """The first so many validation images, measured by a protocol, on a device."""
+    nothing = torch.empty(0, device=device)
+    empty = Problem(setup, splits, setup.operator().to(device), nothing, nothing, seed)
+    return with_images(empty, splits.validation[:images])
 
 
 def with_images(problem: Problem, images: ImageSet) -> Problem:
     """The same on other images."""
-    x = images.as_float().to(problem.x.device)
-    d = measure(problem.A, x, problem.setup.noise_std, problem.seed, images.indices)
-    return replace(problem, x=x, d=d)
+    return _measured(problem, problem.A, images.as_float(), images.indices)
 
 
 def centre_crops(problem: Problem, crop: int, images: int = 4) -> Problem:
     """The problem on the middle of a few of its images, `crop` pixels wide, measured for itself."""
     lo = (problem.setup.image_size - crop) // 2
-    A = problem.setup.operator(crop).to(problem.x.device)
     x = problem.x[:images, :, lo:lo + crop, lo:lo + crop]
-    indices = problem.splits.validation.indices[:len(x)]
-    d = measure(A, x, problem.setup.noise_std, problem.seed, indices)
-    return replace(problem, A=A, x=x, d=d)
+    return _measured(problem, problem.setup.operator(crop), x,
+                     problem.splits.validation.indices[:len(x)])
 
 
 def fixed_crops(problem: Problem, crop: int) -> Problem:
     """The problem on `FIXED` crops of training images, the same and measured alike at all times."""
     images = problem.splits.train.images
-    A = problem.setup.operator(crop).to(problem.x.device)
     x = random_crops(images[::math.ceil(len(images) / FIXED)], crop, problem.seed, 0, 0, 0)
-    x = x.to(problem.x.device)
-    return replace(problem, A=A, x=x, d=measure(A, x, problem.setup.noise_std, problem.seed,
-                                                range(len(x))))
+    return _measured(problem, problem.setup.operator(crop), x, range(len(x)))
 
 
-def by_hand() -> bool:
-    """Whether a notebook is run by its reader, and not by a command."""
-    return "ipykernel" in sys.modules and BY_COMMAND not in os.environ
+def _measured(problem: Problem, A: LinearOperator, x: Tensor, indices: Sequence[int]) -> Problem:
+    A, x = A.to(problem.x.device), x.to(problem.x.device)
+    d = measure(A, x, problem.setup.noise_std, problem.seed, indices)
+    return replace(problem, A=A, x=x, d=d)
 
 
 @dataclass(frozen=True)
@@ -93,11 +79,9 @@ class Run:
 
     Args:
         out: a folder for NAME.safetensors, its model card and history, and the checkpoints; None
-            keeps nothing.
-        command: what the model card says that made it.
+            keeps nothing. What another training left there under the same name is replaced.
+        command: the command that the model card names.
         weights: a folder of finished networks, to take them and not train; "" for none.
-        keep: whether weights in `out` that were trained with other parameters stay there, and the
-            new ones go to out/other.
     """
 
     device: torch.device
@@ -105,12 +89,11 @@ class Run:
     command: str = ""
     weights: str | Path = ""
     log: Callable[[str], None] = print
-    keep: bool = field(default_factory=by_hand)
 
 
 def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, noise_max: float,
                    bf16: bool, run: Run) -> tuple[Denoiser, pd.DataFrame]:
-    """Train a network to take noise out of images, told how much of it there is.
+    """Train a network to predict the noise in images, given the noise level.
 
     Args:
         noise_max: the strongest noise, on images in [0, 1].
@@ -119,44 +102,46 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
         The denoiser, and the records.
     """
     D = Denoiser(network, 0.0)
-    history = _train("denoiser", D, DenoiserLoss(D, noise_max, bf16), splits, config, run, None)
+    if run.weights:
+        return D, pd.DataFrame(_take("denoiser", D, config, run)["history"])
+    history = _train("denoiser", D, DenoiserLoss(D, noise_max, bf16), splits, config, run)
     _store("denoiser", D, history, splits, config, run, {
         "what": f"{type(network).__name__} denoiser, pretrained on Gaussian noise",
         "noise_max": noise_max})
-    return D, history
+    return D, pd.DataFrame(history)
 
 
 def train_method(method: Method, network: nn.Module, settings: Settings, problem: Problem,
                  config: TrainingConfig, losses: LossSettings, run: Run) -> tuple[Model, dict]:
     """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
 
-    Its records have `fixed_mse`, the mean squared error on `fixed_crops` of what the model restores
-    then, solved as for a table. Its model card says how well it restores the problem's images, and
-    four photographs.
+    Its records have `fixed_mse`, the mean squared error of the model on `fixed_crops`, solved as
+    for a table. Its model card has the PSNR on the problem's images and on four photographs.
 
     Args:
         network: the denoiser's; a copy of it is trained.
         settings: the method's, as tuned.
 
     Returns:
-        The model, for crops, and what its model card says of the training: `history` are its
-        records, `start` is the first one's `fixed_mse` before any step.
+        The model, for crops, and its model card: `history` are the records, `start` has `fixed_mse`
+        before the first step.
     """
     A = problem.setup.operator(config.crop).to(run.device)
     model, loss = prepare(method, network, settings, A, losses)
+    if run.weights:
+        return model, _take(method.name, model, config, run)
     fixed = fixed_crops(problem, config.crop)
     start = fixed_error(model.to(run.device), fixed)
     history = _train(method.name, model, loss, problem.splits, config, run,
                      lambda: fixed_error(model, fixed))
     card = {"what": f"{method.label}, trained end to end", "protocol": problem.setup.name,
-            "settings": settings, "loss": asdict(replace(losses, noise_power=method.noise_power)),
-            "start": start}
-    if run.out and not run.weights:  # those that are taken have been measured
+            "noise_std": problem.setup.noise_std, "settings": settings,
+            "loss": asdict(replace(losses, noise_power=method.noise_power)), "start": start}
+    if run.out:
         photographs = bundled_photos("validation", problem.setup.image_size)[:4]
-        others = with_images(problem, photographs)
         card["measured"] = {
             name: {"images": len(some.x), **score(model.on(some.A), some)} for name, some in (
-                ("validation images", problem), ("photographs", others))}
+                ("validation images", problem), ("photographs", with_images(problem, photographs)))}
         run.log(f"{method.label}: {card['measured']['validation images']['psnr']:.2f} dB on "
                 f"{len(problem.x)} validation images")
     return model, _store(method.name, model, history, problem.splits, config, run, card)
@@ -183,12 +168,7 @@ def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOpe
 
 def read_cards(weights: Path, names: Sequence[str]) -> dict[str, dict]:
     """The model cards of some methods in a folder. Raises UserError if one is missing."""
-    try:
-        return {name: json.loads((weights / f"{name}.json").read_text(encoding="utf-8"))
-                for name in names}
-    except (OSError, ValueError) as error:
-        raise UserError(f"no model card in {weights} ({error}): run the earlier notebooks, in "
-                        "order, or `jfbnb reproduce`") from error
+    return {name: read_card(weights / f"{name}.safetensors") for name in names}
 
 
 def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -230,55 +210,50 @@ def score(model: Model, problem: Problem) -> dict[str, float]:
 
 
 def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config: TrainingConfig,
-           run: Run, validate: Callable[[], dict[str, float]] | None) -> pd.DataFrame:
+           run: Run, validate: Callable[[], Record] | None = None) -> list[Record]:
     for D in (part for part in module.modules() if isinstance(part, Denoiser)):
         describe(D.network)  # one that cannot be stored is refused before hours of work
-    return pd.DataFrame(train(
-        module, loss, splits.train.images, config, run.device,
-        run.out / "checkpoints" if run.out else None, validate, run.log,
-        Path(run.weights) / f"{name}.safetensors" if run.weights else None))
+    return train(module, loss, splits.train.images, config, run.device,
+                 run.out / "checkpoints" if run.out else None, validate, run.log)
 
 
-def _store(name: str, module: nn.Module, history: pd.DataFrame, splits: Splits,
+def _store(name: str, module: nn.Module, history: list[Record], splits: Splits,
            config: TrainingConfig, run: Run, card: dict) -> dict:
     """Write a trained network, its card and its history, and return the card."""
-    if run.weights:  # another run's, with what it says of them
-        card = read_cards(Path(run.weights), [name])[name]
-    else:
-        card = {**card, "training data": splits.source, "training images": len(splits.train),
-                "training": asdict(config), "history": history.to_dict(orient="records"),
-                "training seconds": round(history.seconds.sum()),
-                "device": describe_device(run.device), "processes": processes.world_size(),
-                "command": run.command, "torch": torch.__version__}
-    if run.out is None or processes.rank() > 0:
-        return card
-    place = run.out if run.weights else _place(name, module, card, run)
-    atomic_write(place / f"{name}_history.csv", history.to_csv(index=False))
-    if not run.weights:
-        save_weights(place / f"{name}.safetensors", module, card)
-        return card
-    for suffix in (".safetensors", ".json"):
-        with atomic_path(place / f"{name}{suffix}") as temporary:
-            shutil.copyfile(Path(run.weights) / f"{name}{suffix}", temporary)
+    seconds = sum(record["seconds"] for record in history)
+    card = {**card, "training data": splits.source, "training images": len(splits.train),
+            "training": asdict(config), "history": history, "training seconds": round(seconds),
+            "device": describe_device(run.device), "processes": processes.world_size(),
+            "command": run.command, "torch": torch.__version__}
+    if run.out is not None and processes.rank() == 0:
+        table = pd.DataFrame(history).to_csv(index=False)
+        atomic_write(run.out / f"{name}_history.csv", table)
+        save_weights(run.out / f"{name}.safetensors", module, card)
     return card
 
 
-def _place(name: str, module: nn.Module, card: dict, run: Run) -> Path:
-    """Where a network is stored: `run.out`, or a folder in it. See `Run.keep`."""
-    file = run.out / f"{name}.json"
-    if not (run.keep and file.is_file()):
-        return run.out
-    own = {**card, "networks": [describe(D.network) for D in module.modules()
-                                if isinstance(D, Denoiser)]}
+def _take(name: str, module: nn.Module, config: TrainingConfig, run: Run) -> dict:
+    """Take a network from the folder `run.weights`, in place of its training; return its card.
+
+    Raises:
+        UserError: if there is none, or if it was trained with another `config`.
+    """
+    file = Path(run.weights) / f"{name}.safetensors"
     try:
-        before, now = json.loads(file.read_text(encoding="utf-8")), json.loads(json.dumps(own))
-        changed = [part for part in ("networks", "protocol", "noise_max", "loss", "training data",
-                                     "training") if before.get(part) != now.get(part)]
-    except (OSError, ValueError, AttributeError):  # damaged: nothing to keep
-        return run.out
-    if not changed:
-        return run.out
-    run.log(f"{file.with_suffix('.safetensors')} was trained with other parameters "
-            f"({', '.join(changed)}) and is kept: later notebooks read it. This one is in "
-            f"{run.out / 'other'}; name another `profile` above to go on with it")
-    return run.out / "other"
+        card = read_card(file)
+        history, trained = card["history"], TrainingConfig(**card["training"])
+    except (UserError, KeyError, TypeError) as error:
+        raise UserError(f"{file} has no model card with this training ({error}): leave the "
+                        "parameter `weights` empty to train") from error
+    # A finished training was not stopped: its limit may differ.
+    if replace(trained, unconverged_limit=config.unconverged_limit) != config:
+        raise UserError(f"{file} was trained with {asdict(trained)}, not with {asdict(config)}: "
+                        "leave the parameter `weights` empty to train")
+    fill(file, module.to(run.device))
+    if run.out is not None and processes.rank() == 0:
+        for suffix in (".safetensors", ".json"):
+            with atomic_path(run.out / f"{name}{suffix}") as temporary:
+                shutil.copyfile(file.with_suffix(suffix), temporary)
+        table = pd.DataFrame(history).to_csv(index=False)
+        atomic_write(run.out / f"{name}_history.csv", table)
+    return card

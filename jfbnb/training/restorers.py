@@ -1,15 +1,18 @@
 """Methods ready to use, with stored or released weights."""
 
 import contextlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from jfbnb.common import UserError
-from jfbnb.core.models import Model, Restorer
+from jfbnb.core.models import Model, Restorer, Result
+from jfbnb.core.operators import LinearOperator
 from jfbnb.training.methods import METHODS, Method, Settings, get_method
-from jfbnb.training.tuning import Tuning
-from jfbnb.training.weights import load_denoiser, load_weights
+from jfbnb.training.tuning import Tuning, check_settings
+from jfbnb.training.weights import building, load_denoiser, load_weights, read_card
 
 RELEASED = Path(__file__).parents[1] / "weights"  # the paper's networks, in the package
 BEST = RELEASED / "best"  # those to restore with: profile `best`
@@ -19,11 +22,11 @@ def make_methods(names: list[str], weights: Path | None,
                  device: torch.device) -> dict[str, Restorer]:
     """The named methods, with what a run stored in the folder `weights`, or as released.
 
-    Released networks are those of profile `best`, or the paper's where that has none. A folder
-    holds tuning.json, denoiser.safetensors (for those that are not trained), and
-    NAME.safetensors of each trained method. At another noise level than the tuned one the weight of
-    the prior follows the noise, as `Method.noise_power` says. What has no such weight, DE-PROX and
-    DnCNN alone, stays as trained.
+    Released networks are those of profile `best`, or the paper's where that has none. A trained
+    method needs NAME.safetensors and its model card NAME.json in the folder, the others tuning.json
+    and, if they have a network, denoiser.safetensors. At another noise level than that of the
+    tuning the weight of the prior follows the noise, as `Method.noise_power` says. DE-PROX and
+    DnCNN alone have no such weight and stay as trained.
 
     Raises:
         UserError: for an unknown name, or where a file that a method needs is missing.
@@ -45,43 +48,76 @@ def expected_methods(weights: Path | None) -> list[str]:
             if m.name in stored or (not m.trainable and m.candidates(0.01, 1) == [{}])]
 
 
+def load_model(method: Method, weights: Path) -> Model:
+    """A method's model with its weights in a folder; it is `on` no operator yet.
+
+    Raises:
+        UserError: if the folder has no such weights or settings, or damaged ones.
+    """
+    return _build(method, _settings(method, weights)[0], weights)
+
+
 def _released(method: Method) -> Path:
     found = method.trainable and (BEST / f"{method.name}.safetensors").is_file()
     return BEST if found else RELEASED
 
 
-def _make_method(method: Method, weights: Path, device: torch.device) -> Restorer:
-    own, tuning = method.head_of or method, Tuning.load(weights / "tuning.json")
-    settings = tuning.settings(own)
-
-    def prior_scale(noise_std: float) -> float:
-        return (noise_std / tuning.noise_std) ** own.noise_power
-
-    if own.restore:
-        return Restorer(lambda A, d, noise_std: own.restore(A, d, settings, prior_scale(noise_std)))
-    model = load_model(own, settings, weights).to(device)
-    if method.head_of is None:
-        return Restorer(lambda A, d, noise_std: model.on(A, prior_scale(noise_std))(d),
-                        model=lambda A, noise_std: model.on(A, prior_scale(noise_std)))
-    if model.H is None:
-        raise UserError(f"the weights {weights / own.name}.safetensors have no head: "
-                        f"{method.name} needs one")
-    return Restorer(lambda A, d, noise_std: model.on(A, prior_scale(noise_std))(d), own.name,
-                    lambda A, y, d, noise_std: model.on(A, prior_scale(noise_std)).apply_head(y, d))
-
-
-def load_model(method: Method, settings: Settings, weights: Path) -> Model:
-    """A method's model with its weights in a folder; it is `on` no operator yet.
-
-    Raises:
-        UserError: if the folder has no such weights, or damaged ones.
-    """
+def _settings(method: Method, weights: Path) -> tuple[Settings, float]:
+    """A method's settings in a folder, and the noise level at which they were chosen."""
     if not method.trainable:
-        D = load_denoiser(weights / "denoiser.safetensors")
-        return method.build(None, D.network, settings)
-    file = weights / f"{method.name}.safetensors"
-    model = load_weights(file, lambda network, head=None: method.build(None, network, settings,
-                                                                       head))
+        tuning = Tuning.load(weights / "tuning.json")
+        return tuning.settings(method), tuning.noise_std
+    file = weights / f"{method.name}.json"
+    card = read_card(file)
+    noise_std = card.get("noise_std")
+    return check_settings(method, card.get("settings"), noise_std, f"the card {file}"), noise_std
+
+
+def _build(method: Method, settings: Settings, weights: Path) -> Model:
+    with building():
+        if not method.trainable:
+            D = load_denoiser(weights / "denoiser.safetensors")
+            return method.build(None, D.network, settings)
+        file = weights / f"{method.name}.safetensors"
+        model = load_weights(file, lambda network, head=None: method.build(None, network, settings,
+                                                                           head))
     if not torch.as_tensor(getattr(model.T, "tau", 1.0)).isfinite():  # its logarithm may be
         raise UserError(f"the weights {file} have a tau that is not finite: fetch them again")
     return model
+
+
+def _make_method(method: Method, weights: Path, device: torch.device) -> Restorer:
+    own = method.head_of or method
+    settings, noise_std = _settings(own, weights)
+    model = None if own.restore else _build(own, settings, weights).to(device)
+    stored = _Stored(own.name, settings, noise_std, model)
+    if method.head_of is None:
+        return Restorer(stored.restore, model=None if model is None else stored.on)
+    if model.H is None:
+        raise UserError(f"the weights {weights / own.name}.safetensors have no head: "
+                        f"{method.name} needs one")
+    return Restorer(stored.restore, own.name, stored.apply_head)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A method with settings and perhaps a network. It can be pickled: it names the method."""
+
+    name: str
+    settings: Settings
+    noise_std: float
+    model: Model | None
+
+    def prior_scale(self, noise_std: float) -> float:
+        return (noise_std / self.noise_std) ** METHODS[self.name].noise_power
+
+    def on(self, A: LinearOperator, noise_std: float) -> Model:
+        return self.model.on(A, self.prior_scale(noise_std))
+
+    def restore(self, A: LinearOperator, d: Tensor, noise_std: float) -> Result:
+        if self.model is None:
+            return METHODS[self.name].restore(A, d, self.settings, self.prior_scale(noise_std))
+        return self.on(A, noise_std)(d)
+
+    def apply_head(self, A: LinearOperator, y: Tensor, d: Tensor, noise_std: float) -> Tensor:
+        return self.on(A, noise_std).apply_head(y, d)

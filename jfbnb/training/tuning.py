@@ -14,7 +14,27 @@ from jfbnb.core.metrics import psnr
 from jfbnb.core.operators import LinearOperator
 from jfbnb.training.methods import Method, Settings
 
-# --- tuning -------------------------------------------------------------------------------------
+
+def check_settings(method: Method, settings: object, noise_std: object, source: str) -> Settings:
+    """The settings, if they are all that a method needs.
+
+    Args:
+        noise_std: of the measurements on which they were chosen.
+        source: where they were read, for the message.
+
+    Raises:
+        UserError: if one is missing, or if one is no number above 0 and up to 1e5.
+    """
+    settings = settings if isinstance(settings, dict) else {}
+    missing = [key for key in method.candidates(0.01, 1)[0] if key not in settings]
+    if missing:
+        raise UserError(f"{source} has no {' and no '.join(missing)} for {method.name}: run the "
+                        "earlier notebooks, in order, or `jfbnb reproduce`")
+    for value in (noise_std, *settings.values()):
+        if type(value) not in (int, float) or not 0 < value <= 1e5:
+            raise UserError(f"{source} holds no tuned parameters of {method.name} "
+                            f"({reprlib.repr(value)} is no number between 0 and 1e5)")
+    return settings
 
 
 @dataclass
@@ -44,13 +64,9 @@ class Tuning:
         return candidates[best]
 
     def settings(self, method: Method) -> Settings:
-        """Raises UserError where a setting that the method needs is missing."""
-        chosen = self.chosen.get((method.shares_tuning_with or method).name, {})
-        missing = [k for k in method.candidates(self.noise_std, 1)[0] if k not in chosen]
-        if missing:
-            raise UserError(f"the tuning has no {' and no '.join(missing)} for {method.name}: run "
-                            "the earlier notebooks, in order, or `jfbnb reproduce`")
-        return chosen
+        """A method's chosen settings. Errors as in `check_settings`."""
+        chosen = self.chosen.get((method.shares_tuning_with or method).name)
+        return check_settings(method, chosen, self.noise_std, "the tuning")
 
     def save(self, path: Path) -> None:
         atomic_write(path, json.dumps(asdict(self), indent=1) + "\n")
@@ -63,13 +79,10 @@ class Tuning:
                             "or `jfbnb reproduce`")
         try:
             tuning = Tuning(**json.loads(path.read_text(encoding="utf-8")))
-            values = [v for settings in tuning.chosen.values() for v in settings.values()]
-        except (TypeError, ValueError, AttributeError, RecursionError) as error:
+            if not (isinstance(tuning.chosen, dict) and isinstance(tuning.searches, dict)):
+                raise ValueError("its settings are no tables")
+        except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} holds no tuned parameters ({error})") from error
-        for value in (tuning.noise_std, *values):
-            if type(value) not in (int, float) or not 0 < value <= 1e5:
-                raise UserError(f"{path} holds no tuned parameters ({reprlib.repr(value)} is no "
-                                "number between 0 and 1e5)")
         return tuning
 
 

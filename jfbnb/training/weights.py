@@ -10,15 +10,12 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from jfbnb.common import UserError, atomic_path, atomic_write
 from jfbnb.core.denoisers import LARGEST, NETWORKS, Denoiser
 
 Built = TypeVar("Built", bound=nn.Module)
-# --- weights: safetensors beside a JSON model card ----------------------------------------------
-
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.int64: "I64", torch.bool: "BOOL"}
 
 
 def save_weights(path: str | Path, module: nn.Module, card: dict) -> None:
@@ -63,64 +60,75 @@ def load_weights(path: str | Path, build: Callable[..., Built],
                  networks: Sequence[type[nn.Module]] = ()) -> Built:
     """The module that `save_weights` stored. Nothing that the file names is imported.
 
-    Its own list of its tensors is looked at before any of them is read.
-
     Args:
         build: called with the file's networks, untrained, in order; returns the module.
-        networks: classes that the file may name, besides `NETWORKS`.
+        networks: classes that the file may name by their `__qualname__`, besides `NETWORKS`.
 
     Raises:
         UserError: if there is no such file, if it is damaged or holds something else, or for a
             network of another class.
     """
-    path = Path(path)
+    tensors, metadata = _read(path)
+    try:
+        descriptions = json.loads(metadata.get("networks", "null"))
+    except (ValueError, RecursionError):
+        descriptions = None
+    if not (isinstance(descriptions, list) and all(map(_is_description, descriptions))):
+        raise UserError(f"the weights {path} do not say of which networks they are: those of an "
+                        "earlier release must be fetched again")
+    known = [*networks, *NETWORKS]
+    try:
+        with building():
+            with torch.device("meta"):  # no memory, whatever size is claimed
+                wanted = build(*(_untrained(d, known) for d in descriptions)).state_dict()
+            if _shapes(tensors) != _shapes(wanted):
+                raise UserError(f"the weights {path} do not fit the networks that they name: "
+                                f"{descriptions}")
+            module = build(*(_untrained(d, known) for d in descriptions))
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise UserError(f"the weights {path} are of something else ({error})") from error
+    return _load(path, module, tensors)
 
-    def whole(descriptions: list[dict]) -> Built:
-        try:
-            return build(*(_untrained(d, [*networks, *NETWORKS]) for d in descriptions))
-        except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-            raise UserError(f"the weights {path} are of something else ({error})") from error
 
-    with _opened(path) as stored:
-        descriptions = json.loads((stored.metadata() or {}).get("networks", "null"))
-        if not (isinstance(descriptions, list) and all(map(_is_description, descriptions))):
-            raise UserError(f"the weights {path} do not say of which networks they are: those of "
-                            "an earlier release must be fetched again")
-        with torch.device("meta"):  # hardly any memory, whatever size is claimed
-            wanted = shapes(whole(descriptions))
-        if tensor_list(stored) != wanted:
-            raise UserError(f"the weights {path} do not fit the networks that they name: "
-                            f"{descriptions}")
-    module = whole(descriptions)
-    fill(path, module)
-    return module
+def load_denoiser(path: str | Path, networks: Sequence[type[nn.Module]] = ()) -> Denoiser:
+    """Read a denoiser; arguments and errors as in `load_weights`."""
+    return load_weights(path, lambda network: Denoiser(network, 0.0), networks)
 
 
-def fill(path: Path, module: nn.Module) -> None:
-    """Load a file's tensors into a module, in place.
-
-    Raises:
-        UserError: if they are not the module's own, or not all finite.
-    """
-    with _opened(path) as stored:
-        if tensor_list(stored) != shapes(module):
-            raise UserError(f"the weights {path} are not those of {type(module).__name__}")
-        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
-    if not all(value.isfinite().all() for value in tensors.values()):
-        raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
-    module.load_state_dict(tensors)
+def fill(path: str | Path, module: nn.Module) -> None:
+    """Load a file's tensors into a module, in place. Raises UserError if they are of another."""
+    tensors, _ = _read(path)
+    if _shapes(tensors) != _shapes(module.state_dict()):
+        raise UserError(f"the weights {path} are not those of {type(module).__name__}")
+    _load(path, module, tensors)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    if not path.is_file():
-        raise UserError(f"no weights at {path}: train them first (notebooks 03 and 04, or "
-                        "`jfbnb reproduce`), or give the folder that has them")
+def building() -> Iterator[None]:
+    """Modules made within are of float32, as weights files are, and draw no random numbers.
+
+    Neither the program's default type nor its global generator is changed.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
     try:
-        with safe_open(path, "pt") as stored:
-            yield stored
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def read_card(path: str | Path) -> dict:
+    """The model card beside a weights file. Raises UserError if it is missing or damaged."""
+    file = Path(path).with_suffix(".json")
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(card, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"no model card {file} ({error}): run the earlier notebooks, in order, or "
+                        "`jfbnb reproduce`") from error
+    return card
 
 
 def tensor_list(stored: safe_open) -> dict[str, tuple[str, list[int]]]:
@@ -129,14 +137,32 @@ def tensor_list(stored: safe_open) -> dict[str, tuple[str, list[int]]]:
     return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
 
 
-def shapes(module: nn.Module) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of each tensor of a module, as `tensor_list` has them."""
-    return {name: (DTYPES.get(v.dtype, str(v.dtype)), list(v.shape))
-            for name, v in module.state_dict().items()}
+def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, and its metadata."""
+    if not Path(path).is_file():
+        raise UserError(f"no weights at {path}: train them first (notebooks 03 and 04, or "
+                        "`jfbnb reproduce`), or give the folder that has them")
+    try:
+        with safe_open(path, "pt") as stored:
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            return tensors, stored.metadata() or {}
+    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
+        raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
+
+
+def _load(path: str | Path, module: Built, tensors: dict[str, Tensor]) -> Built:
+    if not all(value.isfinite().all() for value in tensors.values()):
+        raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
+    module.load_state_dict(tensors)
+    return module
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    return {name: (value.dtype, value.shape) for name, value in tensors.items()}
 
 
 def _is_description(found: object) -> bool:
-    """True for what `describe` may have stored, with numbers of a bearable size."""
+    """True for what `describe` may have stored, with numbers up to `LARGEST`."""
     return (isinstance(found, dict) and set(found) == {"class", "arguments"}
             and isinstance(found["class"], str) and isinstance(found["arguments"], dict)
             and all(isinstance(v, str | bool | None)
@@ -151,8 +177,3 @@ def _untrained(description: dict, known: list[type[nn.Module]]) -> nn.Module:
                         f"of {', '.join(k.__qualname__ for k in known)}: import it yourself and "
                         "give it by `networks`, or add it to jfbnb.core.denoisers.NETWORKS")
     return kind(**description["arguments"])
-
-
-def load_denoiser(path: str | Path, networks: Sequence[type[nn.Module]] = ()) -> Denoiser:
-    """Read a denoiser; arguments and errors as in `load_weights`."""
-    return load_weights(path, lambda network: Denoiser(network, 0.0), networks)

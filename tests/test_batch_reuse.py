@@ -1,4 +1,4 @@
-"""Training that comes back to its batches, and Muon: against solves from the start, and an SVD."""
+"""Reuse of batches, against solves from the start; and Muon, against an SVD."""
 
 from collections import Counter
 from dataclasses import replace
@@ -20,7 +20,7 @@ from jfbnb.training.losses import EquilibriumLoss, ImplicitLoss, LossSettings, d
 from jfbnb.training.muon import LENGTH, Muon, polar_factor
 
 CPU = torch.device("cpu")
-VISITED = LossSettings(0.01, 1e-3, 30, 1, penalty=0.0, batch_reuse=4)
+REUSED = LossSettings(0.01, 1e-3, 30, 1, penalty=0.0, batch_reuse=4)
 STILL = TrainingConfig(1, batch_size=4, crop=16, learning_rate=0.0, seed=0, unconverged_limit=1.0)
 
 
@@ -47,14 +47,15 @@ def model(std: float = 0.008) -> Equilibrium:
 
 
 @pytest.mark.parametrize("batch_reuse", [2, 8])
-def test_a_batch_is_visited_so_often_and_others_lie_between(batch_reuse):
-    met = [loop._which(step, batch_reuse) for step in range(losses.REUSE_BUFFER * 40)]
+def test_a_batch_is_used_so_often_and_others_lie_between(batch_reuse):
+    used = [loop.batch_number(step, batch_reuse) for step in range(losses.REUSE_BUFFER * 40)]
+    assert [loop.batch_number(step, 1) for step in range(500)] == list(range(500))
     when = {}
-    for step, batch in enumerate(met):
+    for step, batch in enumerate(used):
         when.setdefault(batch, []).append(step)
     gaps = {b - a for steps in when.values() for a, b in pairwise(steps)}
     assert gaps == {losses.REUSE_BUFFER}
-    counts = Counter(met)
+    counts = Counter(used)
     n = losses.REUSE_BUFFER
     whole = range(n, n * (40 // batch_reuse))  # none is left out
     assert {counts[batch] for batch in whole} == {batch_reuse}
@@ -64,15 +65,11 @@ def test_a_batch_is_visited_so_often_and_others_lie_between(batch_reuse):
     assert set(per_pool.values()) == {losses.REUSE_BUFFER // batch_reuse}  # solves are due evenly
 
 
-def test_without_visits_the_batches_come_in_order():
-    assert [loop._which(step, 1) for step in range(500)] == list(range(500))
-
-
-# --- what is gone on from -----------------------------------------------------------------------
+# --- the stored state ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [EquilibriumLoss, ImplicitLoss])
-def test_it_solves_once_and_goes_on_from_what_it_tracked(kind, images, monkeypatch):
+def test_it_solves_once_and_then_starts_from_what_it_tracked(kind, images, monkeypatch):
     solves = []
 
     def counted(*arguments, **options):
@@ -84,18 +81,18 @@ def test_it_solves_once_and_goes_on_from_what_it_tracked(kind, images, monkeypat
     for module in (loop, losses):
         monkeypatch.setattr(module, "REUSE_BUFFER", 2)
     m = model()
-    loss = kind(m, VISITED)
+    loss = kind(m, REUSED)
     history = train(m, loss, images, replace(STILL, epochs=8), CPU)
-    # Two places of four visits each; the second begins with its second visit.
-    assert len(solves) == len({loop._which(step, 4) for step in range(16)}) == 5
+    # Two batches, each used four times; the second starts with its second use.
+    assert len(solves) == len({loop.batch_number(step, 4) for step in range(16)}) == 5
     assert len(loss.memory) == 2
     assert {"iterations", "converged", "mse"} <= set(history[0])
 
 
-def test_visits_lead_to_the_fixed_point(images):
+def test_reuse_leads_to_the_fixed_point(images):
     """A hundred applications at fixed weights, against a solve to 1e-6, in value and gradient."""
     m = model()
-    loss = EquilibriumLoss(m, replace(VISITED, tolerance=0.08, batch_reuse=1000))
+    loss = EquilibriumLoss(m, replace(REUSED, tolerance=0.08, batch_reuse=1000))
     x, keys = images[:4, :, :16, :16].float() / 255, (0, 1)
     d = draw_measurement(m.T.A, x, 0.01, keys, range(4))
     exact, _ = anderson(m.T, m.T.start(d), 1e-6, 200, given=d)
@@ -105,7 +102,7 @@ def test_visits_lead_to_the_fixed_point(images):
         now = loss.memory[keys][0]
         far = (now - exact).norm() if far is None else far
     assert (now - exact).norm() < 1e-2 * far and (now - exact).norm() < 1e-4 * exact.norm()
-    exactly = replace(VISITED, tolerance=1e-6, max_iterations=200, batch_reuse=1)
+    exactly = replace(REUSED, tolerance=1e-6, max_iterations=200, batch_reuse=1)
     wanted, _ = EquilibriumLoss(m, exactly)(x, keys, range(4))
     weights = list(m.parameters())
     for a, b in zip(torch.autograd.grad(errors.sum(), weights, allow_unused=True),
@@ -114,13 +111,13 @@ def test_visits_lead_to_the_fixed_point(images):
             torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3 * b.abs().max().item())
 
 
-def test_the_slowest_direction_gets_sharper_from_visit_to_visit(images):
-    """One power iteration a visit, against the eigenvalue that ARPACK finds."""
+def test_the_growth_estimate_improves_with_each_use(images):
+    """One power iteration a use, against the eigenvalue that ARPACK finds."""
     from scipy.sparse.linalg import LinearOperator as Operator
     from scipy.sparse.linalg import eigs
 
     m = model().double()
-    loss = EquilibriumLoss(m, replace(VISITED, tolerance=1e-2, penalty=1.0, stability_every=1,
+    loss = EquilibriumLoss(m, replace(REUSED, tolerance=1e-2, penalty=1.0, stability_every=1,
                                       batch_reuse=1000))
     x, keys = images[:1, :, :16, :16].double() / 255, (0, 1)
     found = [loss(x, keys, range(1))[1]["growth"].item() for _ in range(60)]
@@ -140,23 +137,23 @@ def test_the_slowest_direction_gets_sharper_from_visit_to_visit(images):
 def test_a_batch_whose_state_is_gone_or_runs_away_is_solved_again(images):
     x = images[:4, :, :16, :16].float() / 255
 
-    def batch_reuse(loss: EquilibriumLoss) -> list[bool]:
+    def solves(loss: EquilibriumLoss) -> list[bool]:
         """Whether each of three solves."""
         return ["iterations" in loss(x, (0, 1), range(4))[1] for _ in range(3)]
 
-    loss = EquilibriumLoss(model(), VISITED)
-    assert batch_reuse(loss) == [True, False, False] and not batch_reuse(loss)[0]
+    loss = EquilibriumLoss(model(), REUSED)
+    assert solves(loss) == [True, False, False] and not solves(loss)[0]
     loss.memory.clear()
-    assert batch_reuse(loss)[0]
-    wild = EquilibriumLoss(model(std=1.0), VISITED)  # no contraction: applied over and over, it
-    found = batch_reuse(wild)  # would reach 1e30 before the batch is replaced
+    assert solves(loss)[0]
+    wild = EquilibriumLoss(model(std=1.0), REUSED)  # no contraction: applied over and over, it
+    found = solves(wild)  # would reach 1e30 before the batch is replaced
     assert sum(found) > 1 and not wild.memory.keys() - {(0, 1)}
 
 
 def test_every_batch_weighs_alike_under_drawn_conditions(images):
     """The gradient is that of the logarithm of the batch's mean, however strong the noise was."""
     m = model()
-    loss = EquilibriumLoss(m, replace(VISITED, conditions=Conditions(), batch_reuse=1))
+    loss = EquilibriumLoss(m, replace(REUSED, conditions=Conditions(), batch_reuse=1))
     x = images[:4, :, :16, :16].float() / 255
     for key in range(4):
         value, figures = loss(x, (0, key), range(4))
