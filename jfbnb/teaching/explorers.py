@@ -39,19 +39,20 @@ WITHOUT_KERNEL = "An explorer: run the notebook to turn the knobs."
 BUSY = "working; where cells below still run, they come first"
 ACCEPTED = "image/*,.tif,.tiff"  # of a browser's files
 SOLVERS = {"Picard": picard, "Anderson": anderson}
+WIDE = {"continuous_update": False, "style": {"description_width": "110px"},
+        "layout": {"flex": "0 0 auto", "width": "380px"}}  # so that a slider can be set with care
 BAD, HOPELESS = 1e6, 1e12  # condition numbers: from the second on float64 knows no inverse
 
 
 def slider(label: str, value: float, low: float, high: float, step: float = 0.05,
            kind: type[w.ValueWidget] = w.FloatSlider, **options: object) -> w.ValueWidget:
     """From low to high in steps, answered when it is let go."""
-    return kind(value=value, min=low, max=high, step=step, description=label,
-                continuous_update=False, layout=w.Layout(flex="0 0 auto", width="380px"),
-                style={"description_width": "110px"}, **options)
+    return kind(value=value, min=low, max=high, step=step, description=label, **WIDE, **options)
 
 
 int_slider = partial(slider, kind=w.IntSlider)
-log_slider = partial(slider, kind=w.FloatLogSlider, readout_format=".2g")  # low and high: of 10
+# Its low and high are exponents of 10.
+log_slider = partial(slider, kind=w.FloatLogSlider, readout_format=".2g")
 
 
 def row(*widgets: w.Widget) -> w.HBox:
@@ -215,7 +216,7 @@ class TikhonovExplorer(Explorer):
         super().__init__(lam=log_slider("λ", 0.01, -5, 0),
                          step=slider("step η", 1.0, 0.1, 2.2, 0.1),
                          k=w.SelectionSlider(options=(0, *self.COUNTS), value=20,
-                                             description="iteration k", continuous_update=False))
+                                             description="iteration k", **WIDE))
 
     def draw(self, lam: float, step: float, k: int) -> tuple[Figure, str]:
         def at(count: int) -> Tensor:
@@ -461,13 +462,14 @@ class MethodsExplorer(Explorer):
         self.picture.show(shown, truth="Original")
         return line
 
-    def _restore(self, name: str, A: LinearOperator, d: Tensor, *condition: object) -> Tensor:
-        """Computed once for each image, noise and kernel."""
-        key = (name, *condition)
+    def _restore(self, name: str, A: LinearOperator, d: Tensor, image: str, noise: float,
+                 std: float) -> Tensor:
+        """Computed once for each image, noise level and kernel."""
+        key = name, image, noise, std
         if key not in self.restored:
             if name not in self.loaded:
                 self.loaded |= make_methods([name], self.weights, torch.device("cpu"))
-            self.restored[key] = A.visible(self.loaded[name](A, d, self.controls["noise"].value)[0])
+            self.restored[key] = A.visible(self.loaded[name](A, d, noise)[0])
         return self.restored[key]
 
 
