@@ -242,7 +242,7 @@ def test_a_method_of_an_installed_package(tmp_path):
     metadata = tmp_path / "my_package-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
-    (metadata / "entry_points.txt").write_text('[jfbnb.training.methods]\nmine = my_package\n')
+    (metadata / "entry_points.txt").write_text('[jfbnb.methods]\nmine = my_package\n')
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(
         filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))}
     first = "import my_package; from jfbnb.training.methods import METHODS; print(list(METHODS))"
