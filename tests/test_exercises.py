@@ -26,13 +26,12 @@ def x():
 def test_right_and_wrong(name, capsys):
     question = EXERCISES[name]
     wrong = ([*question.wrong] if isinstance(question, Choice)
-             else [slip() for slip in question.slips.values()] + [12345.0])
-    right = question.right if isinstance(question, Choice) else question.right()
-    assert question.judge(right) == RIGHT
+             else [*question.slips, 12345.0])
+    assert question.judge(question.right) == RIGHT
     for given in wrong:
         assert question.judge(given).startswith("not so: ")
     answer(name)
-    answer(name, right)
+    answer(name, question.right)
     assert capsys.readouterr().out == f"{name}: no answer yet\n{name}: right\n"
 
 
@@ -41,15 +40,15 @@ def test_other_words_and_spellings():
     assert EXERCISES["1.1"].judge("wider") == "'wider' is none of better, worse"
     assert EXERCISES["1.2"].judge("much") == "'much' is no number"
     assert EXERCISES["3.1"].judge(0.1) == RIGHT
-    assert "sign" in EXERCISES["1.2"].judge(-EXERCISES["1.2"].right())
-    assert "variance" in EXERCISES["1.3"].judge(EXERCISES["1.3"].right() ** 2)
+    assert "sign" in EXERCISES["1.2"].judge(-EXERCISES["1.2"].right)
+    assert "variance" in EXERCISES["1.3"].judge(EXERCISES["1.3"].right ** 2)
 
 
 def test_numbers_are_those_of_an_experiment(x):
     A, noise = get_protocol("paper").operator(), get_protocol("paper").noise_std
     rounded = (A(x) * 255).round() / 255
     assert EXERCISES["1.2"].judge(psnr(direct_inverse(A, rounded), x).mean().item()) == RIGHT
-    sigma = EXERCISES["1.3"].right()
+    sigma = EXERCISES["1.3"].right
     reached = psnr(direct_inverse(A, measure(A, x, sigma, 0, range(2))), x).mean().item()
     assert reached == pytest.approx(30, abs=1)
     weights = torch.logspace(-3, -0.5, 51).tolist()

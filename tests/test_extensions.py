@@ -2,7 +2,6 @@
 
 import importlib.util
 import inspect
-import json
 import os
 import subprocess
 import sys
@@ -21,14 +20,24 @@ from jfbnb.core.models import Equilibrium
 from jfbnb.core.operators import Blur, LinearOperator
 from jfbnb.core.protocols import Protocol, measure
 from jfbnb.data import Splits, bundled_photos
+from jfbnb.teaching.conditions import Condition, evaluate_conditions
+from jfbnb.teaching.figures import learning_curves
+from jfbnb.teaching.tables import table2
 from jfbnb.training.equilibria import check_equilibrium
-from jfbnb.training.evaluation import evaluate
+from jfbnb.training.evaluation import evaluate, summarise
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import EquilibriumLoss, LossSettings
 from jfbnb.training.methods import METHODS
-from jfbnb.training.recipes import Run, prepare, train_denoiser, train_method, validation_problem
+from jfbnb.training.recipes import (
+    Run,
+    prepare,
+    train_denoiser,
+    train_method,
+    trainings,
+    validation_problem,
+)
 from jfbnb.training.restorers import RELEASED, make_methods
-from jfbnb.training.tuning import Tuning
+from jfbnb.training.tuning import Tuning, tune
 from jfbnb.training.weights import load_denoiser
 
 CPU = torch.device("cpu")
@@ -193,38 +202,52 @@ def test_a_map_and_a_gradient(splits):
     torch.testing.assert_close(state, same, rtol=0, atol=1e-4)  # relaxing moves no fixed point
 
 
-SMALL = ("n_train=4", "n_validation=1", "n_test=2", "candidates=1", "search_images=1",
-         "max_steps=20", "depth=2", "width=4", "pretrain_epochs=1", "pretrain_crop=16",
-         "budget=300", "batch_size=4", "crop=16", "unconverged_limit=1", "further_iterations=5",
-         "condition_images=1", "released_images=1")
+@pytest.fixture
+def mine():
+    """The method above, registered."""
+    exec(METHOD, {})
+    yield METHODS["mine"]
+    del METHODS["mine"]
 
 
-def test_a_method(image_folder, tmp_path):
-    """One entry of an installed package: tuned, trained, evaluated, drawn, by `jfbnb reproduce`."""
+def test_a_method(splits, mine, tmp_path):
+    """Tuned, trained, stored, evaluated and drawn as notebook 5 does it."""
+    protocol = Protocol("blur", 32, partial(Blur, kernel_size=5, kernel_std=2.0), 0.01)
+    problem = validation_problem(protocol, splits, 2, 0, CPU)
+    network, tuning = load_denoiser(RELEASED / "denoiser.safetensors").network, Tuning(0.01, 2)
+    settings = tune(mine, tuning, problem.A, problem.d, problem.x, 2, network)
+    assert max(tried["psnr"] for tried in tuning.searches["mine"]) > 10
+    _, card = train_method(mine, network, settings, problem, BRIEF, LOSSES,
+                           Run(CPU, tmp_path, log=str.encode))
+    tuning.save(tmp_path / "tuning.json")
+    methods = make_methods(["measurement", "mine"], tmp_path, CPU)
+    metrics = evaluate(methods, problem.A, problem.x, problem.d, 0.01, ["a", "b"])
+    table = table2(summarise(metrics), {"mine": 1.0}).set_index("Method")
+    assert table["PSNR (dB)"]["My own"] > table["PSNR (dB)"][METHODS["measurement"].label]
+    rows, curves = trainings({"mine": card})
+    assert list(rows.Method) == ["My own"] and (rows["Loss after"] < rows["Loss before"]).all()
+    (ax,) = learning_curves(curves).axes
+    assert ax.lines[0].get_color() == "#ABCDEF" and ax.lines[0].get_label() == "My own"
+    condition = Condition(splits.test, Blur(32, 5, 1.0), Blur(32, 5, 1.0), 0.02)
+    found = evaluate_conditions({"protocol": methods}, {("kernel", "1"): condition}, [],
+                                splits.validation, 0, CPU)
+    assert "mine" in set(found.method)
+
+
+def test_a_method_of_an_installed_package(tmp_path):
+    """Its entry point is found, whichever is imported first."""
     (tmp_path / "my_package.py").write_text(METHOD)
     metadata = tmp_path / "my_package-1.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: my-package\nVersion: 1\n")
     (metadata / "entry_points.txt").write_text('[jfbnb.methods]\nmine = my_package\n')
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "JFBNB_WORK": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-m", "jfbnb", "reproduce", "--data", str(image_folder),
-         *(word for text in SMALL for word in ("-p", text))],
-        capture_output=True, text=True, check=False, env=environment, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr + done.stdout
-    figures, runs = tmp_path / "figures" / "quick", tmp_path / "runs" / "quick"
-    assert "My own" in (figures / "table2_comparison.md").read_text()
-    for table in ("metrics", "conditions"):
-        assert "mine" in set(pd.read_csv(figures / f"{table}.csv").method), table
-    assert "My own" in set(pd.read_csv(figures / "rivals.csv").Method)
-    tuning = json.loads((runs / "tuning.json").read_text())
-    assert tuning["searches"]["mine"][0]["psnr"] > 10 and (runs / "mine.safetensors").exists()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(
+        filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))}
     first = "import my_package; from jfbnb.training.methods import METHODS; print(list(METHODS))"
-    for words in (["-m", "jfbnb", "deblur", "--help"], ["-c", first]):  # whichever comes first
+    for words in (["-m", "jfbnb", "deblur", "--help"], ["-c", first]):
         listed = subprocess.run([sys.executable, *words], capture_output=True, text=True,
                                 check=True, env=environment)
         assert "mine" in listed.stdout and "cannot be used" not in listed.stderr
-    assert "mine" not in METHODS
 
 
 def test_measurements_have_the_operators_shape():

@@ -3,15 +3,8 @@
 import base64
 import io
 import re
-import shutil
-import struct
-import subprocess
-import sys
 import threading
-import time
-import zlib
 from datetime import UTC, datetime
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -29,7 +22,6 @@ from jfbnb.core.maps import SplittingMap
 from jfbnb.core.metrics import psnr
 from jfbnb.core.operators import Blur
 from jfbnb.data import bundled_photos
-from jfbnb.photo import files as images
 from jfbnb.photo import kernel_option
 from jfbnb.photo.model_check import Warning
 from jfbnb.photo.restore import Restored
@@ -41,11 +33,10 @@ from jfbnb.teaching.explorers import (
     MethodsExplorer,
     SolverExplorer,
     TikhonovExplorer,
-    read_upload,
 )
 from jfbnb.teaching.figures import GRADIENT_COLOURS
 from jfbnb.teaching.swipe import compare, to_png
-from jfbnb.teaching.your_photograph import PhotographExplorer
+from jfbnb.teaching.your_photograph import KernelControls, PhotographExplorer
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model
 
@@ -82,17 +73,6 @@ def test_comparison_carries_pictures_and_metrics(x):
     assert shown._repr_mimebundle_()[0]["text/html"].count("<script>") == 1
 
 
-def test_comparison_asks_nothing_of_the_outside(x):
-    page = compare({"a": x, "b": x}).to_html()
-    assert not re.search(r"https?:|//\w+\.|import |fetch\(|XMLHttp", page.replace("// ", ""))
-
-
-def test_two_comparisons_on_a_page_have_names_of_their_own(x):
-    shown = compare({"a": x, "b": x})
-    names = [re.search(r'id="(jfbnb-\w+)"', shown.to_html())[1] for _ in range(2)]
-    assert names[0] != names[1]
-
-
 def test_pictures_are_exact_to_8_bits(x):
     pixels = torch.tensor(list(Image.open(io.BytesIO(to_png(x[0]))).convert("RGB").tobytes()))
     assert torch.equal(pixels.view(64, 64, 3).permute(2, 0, 1), (x[0] * 255).round().long())
@@ -101,8 +81,8 @@ def test_pictures_are_exact_to_8_bits(x):
 @pytest.mark.parametrize(("images", "truth", "message"), [
     ({"a": torch.zeros(3, 8, 8)}, None, "at least two"),
     ({"a": torch.zeros(3, 8, 8), "b": torch.zeros(3, 8, 9)}, None, "one size"),
-    ({"a": torch.zeros(3, 8, 8), "b": torch.zeros(2, 3, 8, 8)}, None, "one image"),
-    ({"a": torch.zeros(3, 8, 8), "b": [1, 2]}, None, "not an image"),
+    ({"a": torch.zeros(3, 8, 8), "b": torch.zeros(2, 3, 8, 8)}, None, "not one image"),
+    ({"a": torch.zeros(3, 8, 8), "b": [1, 2]}, None, "not one image"),
     ({"a": torch.zeros(3, 8, 8), "b": torch.zeros(3, 8, 8)}, "c", "truth is 'c'"),
 ])
 def test_what_cannot_be_compared_is_said(images, truth, message):
@@ -110,61 +90,47 @@ def test_what_cannot_be_compared_is_said(images, truth, message):
         compare(images, truth)
 
 
-def test_colab_is_told_to_show_widgets_and_nobody_else(monkeypatch):
-    """Its module stood in for: where it is not loaded, nothing of it is asked for."""
-    told = []
-    output = ModuleType("google.colab.output")
-    output.enable_custom_widget_manager = lambda: told.append(True)
-    monkeypatch.setitem(sys.modules, "google.colab.output", output)
-    swipe.enable_on_colab()
-    assert not told
-    monkeypatch.setitem(sys.modules, "google", ModuleType("google"))
-    monkeypatch.setitem(sys.modules, "google.colab", ModuleType("google.colab"))
-    swipe.enable_on_colab()
-    assert told == [True]
-
-
-def test_script_is_valid_javascript():
-    if shutil.which("node") is None:
-        pytest.skip("node is not installed; the browser tests run the script")
-    subprocess.run(["node", "--check", swipe.__file__.replace("swipe.py", "swipe.js")],
-                   check=True)
-
-
 # --- the explorers ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["blur", "tikhonov", "denoiser", "solver", "gradient"])
+NAMES = ("blur", "tikhonov", "denoiser", "solver", "gradient")
+
+
+def ends(control) -> list:
+    """The values at both ends of a slider, or all of a menu."""
+    if hasattr(control, "options"):
+        return list(control.options)
+    return [control.base**end if hasattr(control, "base") else end
+            for end in (control.min, control.max)]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_control_changes_the_picture_and_reset_restores_it(make, name):
     explorer = make[name]()
     first, numbers = explorer.picture.value, explorer.status.value
-    assert first[:4] == b"\x89PNG"
     if name == "gradient":  # paths have a length, so that the learning rate shows
         explorer.controls["steps"].value = 5
     for control in explorer.controls.values():
         before, value = explorer.picture.value, control.value
-        if hasattr(control, "options"):
-            control.value = next(o for o in control.options if o != control.value)
-        else:
-            low = control.base ** control.min if hasattr(control, "base") else control.min
-            high = control.base ** control.max if hasattr(control, "base") else control.max
-            control.value = high if control.value < (low + high) / 2 else low
+        far = [end for end in ends(control) if end != value]
+        control.value = far[-1]
         assert explorer.picture.value != before, control.description
         control.value = value
     explorer.reset()
     assert explorer.picture.value == first and explorer.status.value == numbers
 
 
-@pytest.mark.parametrize("name", ["blur", "tikhonov", "denoiser", "solver", "gradient"])
-@pytest.mark.parametrize("end", ["min", "max"])
-def test_sliders_at_their_ends_do_not_break_an_explorer(make, name, end):
+@pytest.mark.parametrize("name", NAMES)
+def test_sliders_at_their_ends_do_not_break_an_explorer(make, name):
     explorer = make[name]()
-    for control in explorer.controls.values():
-        if hasattr(control, "min"):
-            value = getattr(control, end)
-            control.value = control.base**value if hasattr(control, "base") else value
-    assert "color:#b00020" not in explorer.status.value
-    assert not re.search(r"\bnan\b|-inf", explorer.status.value)
+    for end in (0, -1):
+        explorer.resetting = True  # all at once, then one drawing
+        for control in explorer.controls.values():
+            control.value = ends(control)[end]
+        explorer.resetting = False
+        explorer.refresh()
+        assert "color:#b00020" not in explorer.status.value
+        assert not re.search(r"\bnan\b|-inf", explorer.status.value)
 
 
 def test_an_explorer_says_what_is_wrong_and_lives_on(make, monkeypatch):
@@ -205,28 +171,22 @@ def test_solver_explorer_says_that_it_diverges(x):
     assert explorer.picture.value[:4] == b"\x89PNG"
 
 
-def test_explorers_have_a_picture_for_those_without_a_kernel(make):
-    """With the line of numbers below it, and what to do."""
-    explorer = make["denoiser"]()
+def test_explorers_have_a_picture_for_those_without_a_kernel():
+    """With the line of numbers, and the colours of the legend."""
+    explorer = GradientExplorer()
     bundle, metadata = explorer._repr_mimebundle_()
-    assert {"image/png", "application/vnd.jupyter.widget-view+json"} <= set(bundle)
-    assert metadata["image/png"]["alt"].startswith("picture: noisy y; picture: denoised")
-    assert "noisy" in bundle["text/plain"] and "run the notebook" in bundle["text/plain"]
-    sizes = [Image.open(io.BytesIO(content)).size for content in
-             (base64.b64decode(bundle["image/png"]), explorer.picture.value)]
-    assert sizes[0][1] > sizes[1][1] - 30
-    before = explorer.picture.value
-    explorer.refresh()
-    assert explorer.picture.value == before  # the note is on the stored picture alone
-
-
-def test_what_is_kept_without_a_kernel_has_the_colours_of_its_legend():
-    bundle, _ = GradientExplorer()._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert metadata["image/png"]["alt"].startswith("plot: ")
+    assert "cosine" in bundle["text/plain"] and "run the notebook" in bundle["text/plain"]
     kept = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).convert("RGB")
+    assert kept.height > Image.open(io.BytesIO(explorer.picture.value)).height - 30
     pixels = np.unique(np.asarray(kept).reshape(-1, 3), axis=0).astype(int)
     for gradient in ("exact", "Neumann", "JFB"):
         wanted = [round(255 * part) for part in to_rgb(GRADIENT_COLOURS[gradient])]
         assert np.abs(pixels - wanted).max(axis=1).min() <= 8, gradient
+    before = explorer.picture.value
+    explorer.refresh()
+    assert explorer.picture.value == before  # the note is on the stored picture alone
 
 
 def test_an_explorer_says_that_it_works_and_draws_once_for_a_reset(make, monkeypatch):
@@ -253,20 +213,17 @@ def test_tikhonov_explorer_explains_the_largest_step(make):
 def test_gradient_explorer_shows_where_jfb_goes_uphill():
     """On the way, by the numbers of notebook 4; at the start nowhere."""
     explorer = GradientExplorer()
-    for degrees in range(-165, 195, 15):
-        for gamma in (0.5, 0.95):
-            explorer.controls["gamma"].value, explorer.controls["degrees"].value = gamma, degrees
-            assert "uphill" not in explorer.status.value
+    for degrees in range(-165, 195, 30):
+        gradients = explorer.gradients(0.95, degrees, 1)
+        jfb, exact = (gradients[kind](explorer.START) for kind in ("JFB", "exact"))
+        assert torch.dot(jfb, exact) > 0
     explorer.controls["gamma"].value, explorer.controls["degrees"].value = 0.9, -45
+    assert "uphill" not in explorer.status.value
     found = []
-    for steps in range(0, 41, 2):
+    for steps in range(5, 41, 5):
         explorer.controls["steps"].value = steps
         found.append("uphill" in explorer.status.value)
-    assert not found[0] and any(found)
-    explorer.controls["degrees"].value, explorer.controls["steps"].value = 0, 0
-    same = explorer.picture.value
-    explorer.controls["degrees"].value = 180
-    assert explorer.picture.value != same
+    assert any(found)
 
 
 def test_closed_form_of_gradient_descent(x):
@@ -282,8 +239,8 @@ def test_toy_gradients_are_those_of_the_paper(kind, cosine):
     """Against finite differences of the loss at the solved fixed point."""
     explorer = GradientExplorer()
     theta = torch.tensor([-0.8, 0.5], dtype=torch.float64)
-    T = explorers.ToyMap(0.6, 1.0, theta)
-    goal = T.solution(torch.tensor(explorer.GOAL, dtype=torch.float64))
+    T = explorers.ToyMap(0.6, 180 / torch.pi, theta)
+    goal = T.solution(explorer.GOAL)
 
     def loss(point):
         return 0.5 * (T.solution(point) - goal).square().sum()
@@ -306,9 +263,9 @@ def test_solver_explorer_shows_what_the_solver_did(make):
 # --- any methods on any image -------------------------------------------------------------------
 
 
-def png(width: int, height: int) -> bytes:
+def png(width: int, height: int, colour: str = "red") -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height), (200, 100, 50)).save(buffer, "png")
+    Image.new("RGB", (width, height), colour).save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -327,74 +284,29 @@ def sent(comparison: swipe.Comparison) -> dict[str, np.ndarray]:
 
 def test_methods_explorer_restores_what_is_chosen():
     explorer = MethodsExplorer()
-    assert explorer.comparison.figures.count("<figure ") == 4
-    explorer.methods.value = ("tikhonov",)
-    assert explorer.comparison.figures.count("<figure ") == 3
-    before = explorer.comparison.figures
-    explorer.image.value = explorer.image.options[1]
-    assert explorer.comparison.figures != before and explorer.status.value == ""
-    upload(explorer.upload, "mine.png", png(300, 200))
-    assert explorer.image.value == "mine.png" and "128 x 128" in explorer.status.value
-    assert "blurred already is for Your photograph" in explorer.status.value
-    drawn = []
-    explorer.comparison.observe(drawn.append, "figures")
-    explorer.reset()
-    assert explorer.methods.value == MethodsExplorer.START and explorer.status.value == ""
-    assert len(drawn) == 1
-
-
-def test_methods_explorer_at_the_ends_of_its_sliders():
-    explorer = MethodsExplorer()
-    explorer.methods.value = ("gradient-descent", "tikhonov")
-    for end in ("min", "max"):
-        for control in (explorer.noise, explorer.std):
-            before, value = explorer.comparison.figures, getattr(control, end)
-            control.value = control.base**value if hasattr(control, "base") else value
-            assert explorer.comparison.figures != before and explorer.status.value == ""
-    explorer.methods.value = ()
-    assert explorer.comparison.figures.count("<figure ") == 2
-
-
-def too_large() -> bytes:
-    """The beginning of a PNG of 20000 x 20000 pixels."""
-    header = b"IHDR" + struct.pack(">II", 20_000, 20_000) + bytes([8, 2, 0, 0, 0])
-    return (b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
-            + struct.pack(">I", zlib.crc32(header)) + png(30, 20)[33:])
-
-
-BAD_PICTURES = [(b"", "empty"), (b"not an image", "known formats"),
-                (png(300, 200)[:200], "cannot read"), (too_large(), "too many")]
-
-
-@pytest.mark.parametrize(("content", "message"), BAD_PICTURES)
-def test_bad_uploads_are_a_line(content, message):
-    explorer = MethodsExplorer()
-    shown = explorer.comparison.figures
-    upload(explorer.upload, "bad.png", content)
-    assert message in explorer.status.value and "bad.png" in explorer.status.value
-    assert explorer.comparison.figures == shown
-    explorer.methods.value = ("tikhonov",)
-    assert explorer.status.value == ""
-
-
-def test_whatever_the_decoder_raises_is_a_line(monkeypatch):
-    def fail(*_):
-        raise struct.error("unpack requires a buffer of 4 bytes")
-
-    monkeypatch.setattr(images, "_read", fail)
-    with pytest.raises(UserError, match="cannot read the image"):
-        read_upload(png(30, 20), 32)
-
-
-def test_another_file_of_the_same_name_is_shown():
-    explorer = MethodsExplorer()
-    explorer.methods.value = ()
-    for colour in ("red", "blue"):
-        content = io.BytesIO()
-        Image.new("RGB", (140, 140), colour).save(content, "png")
-        upload(explorer.upload, "mine.png", content.getvalue())
-        assert (sent(explorer.comparison)["Original"] == Image.new("RGB", (1, 1), colour)
+    assert explorer.picture.figures.count("<figure ") == 4
+    explorer.controls["methods"].value = ("tikhonov",)
+    assert explorer.picture.figures.count("<figure ") == 3
+    for name in ("image", "noise", "std"):
+        before, control = explorer.picture.figures, explorer.controls[name]
+        control.value = ends(control)[1]
+        assert explorer.picture.figures != before and explorer.status.value == ""
+    shown = explorer.picture.figures
+    upload(explorer.upload, "<bad>.png", b"not an image")
+    assert "&lt;bad&gt;.png: cannot read" in explorer.status.value
+    assert explorer.picture.figures == shown
+    for colour in ("red", "blue"):  # another file of the same name
+        content = png(140, 160, colour)
+        upload(explorer.upload, "mine.png", content)
+        assert explorer.controls["image"].value == "mine.png"
+        assert "blurred already is for Your photograph" in explorer.status.value
+        assert (sent(explorer.picture)["Original"] == Image.new("RGB", (1, 1), colour)
                 .getpixel((0, 0))).all()
+    drawn = []
+    explorer.picture.observe(drawn.append, "figures")
+    explorer.reset()
+    assert explorer.controls["methods"].value == ("tikhonov", "jfb")
+    assert explorer.status.value == "" and len(drawn) == 1
 
 
 def test_uploads_are_blurred_as_scenes_that_go_on():
@@ -403,9 +315,9 @@ def test_uploads_are_blurred_as_scenes_that_go_on():
     content = io.BytesIO()
     Image.fromarray(scene).save(content, "png")
     explorer = MethodsExplorer()
-    explorer.noise.value = 1e-3
+    explorer.controls["noise"].value = 1e-3
     upload(explorer.upload, "mine.png", content.getvalue())
-    pictures = sent(explorer.comparison)
+    pictures = sent(explorer.picture)
     assert np.array_equal(pictures["Original"], scene[2:-2, 2:-2])
     row = np.exp(-0.5 * np.arange(-2, 3) ** 2 / 5)
     kernel = np.outer(row, row)[..., None] / row.sum() ** 2
@@ -414,41 +326,13 @@ def test_uploads_are_blurred_as_scenes_that_go_on():
     assert all(picture.shape == (128, 128, 3) for picture in pictures.values())
 
 
-def test_uploads_keep_their_middle():
-    image = read_upload(png(300, 200), 32)
-    assert image.shape == (1, 3, 32, 32)
-    expected = torch.tensor([200, 100, 50]) / 255
-    torch.testing.assert_close(image[0].mean(dim=(1, 2)), expected, rtol=0, atol=1e-3)
-
-
-def test_missing_weights_are_a_line(tmp_path):
-    explorer = MethodsExplorer(tmp_path)
-    assert "no tuned parameters" in explorer.status.value
-    assert explorer.comparison.figures.count("<figure ") == 2  # original and measurement
-
-
 def test_one_missing_network_leaves_the_other_methods(weights):
     (weights / "jfb.safetensors").unlink()
     explorer = MethodsExplorer(weights)
     assert "no weights at" in explorer.status.value
-    assert 'data-label="Tikhonov"' in explorer.comparison.figures
-    explorer.methods.value = ("tikhonov",)
+    assert 'data-label="Tikhonov"' in explorer.picture.figures
+    explorer.controls["methods"].value = ("tikhonov",)
     assert explorer.status.value == ""
-
-
-@pytest.mark.parametrize("name", ["blur", "tikhonov", "denoiser", "solver", "gradient"])
-def test_explorers_answer_fast(make, name):
-    """0.3 s is the aim on two cores; the test allows for a busy machine."""
-    explorer = make[name]()
-    control = list(explorer.controls.values())[-1]
-    seconds = []
-    low, high = ((control.min, control.max) if hasattr(control, "min")
-                 else (control.options[0], control.options[-1]))
-    for value in (low, high, low):
-        clock = time.perf_counter()
-        control.value = value if not hasattr(control, "base") else control.base**value
-        seconds.append(time.perf_counter() - clock)
-    assert min(seconds) < 1.0
 
 
 # --- your photograph ----------------------------------------------------------------------------
@@ -508,8 +392,7 @@ def test_example_is_what_a_camera_sees_and_comes_out_better():
     np.testing.assert_allclose(result, pictures["restored"], atol=1.01 / 255)  # ties are rounded
 
 
-@pytest.mark.parametrize(("text", "dtype"), [
-    ("motion:7,-40", "uint8"), ("gaussian:1.5", "uint16"), ("disk:2.5", "float32")])
+@pytest.mark.parametrize(("text", "dtype"), [("gaussian:1.5", "uint16"), ("disk:2.5", "float32")])
 def test_upload_is_restored_in_its_own_depth(explorer, text, dtype):
     truth, d = blurred(text, 0.01)
     full = 1 if dtype == "float32" else np.iinfo(dtype).max
@@ -534,8 +417,8 @@ def test_upload_is_restored_in_its_own_depth(explorer, text, dtype):
     assert decibels(result / full, truth) > decibels(d / full, truth) + 1.5
 
 
-def test_every_kind_of_kernel_has_its_own_sliders(explorer):
-    controls = explorer.kernel
+def test_every_kind_of_kernel_has_its_own_sliders():
+    controls = KernelControls()
     std, size = controls.shapes["gaussian"]
     for kind, own in controls.shapes.items():
         controls.kind.value = kind
@@ -565,30 +448,18 @@ def test_kernel_is_read_from_a_file(explorer):
     assert "kernel psf.png" in explorer.status.value
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("psf.png", b"no picture", " psf.png"),
-    ("psf.txt", b"0 0 0\n0 0 0", "the kernel psf.txt has the sum 0"),
-    ("psf.npy", b"", "cannot read the kernel psf.npy"),
-    ("psf.png", png(600, 600), "at most")])
-def test_bad_kernels_are_a_line(explorer, name, content, message):
+def test_bad_input_is_a_line(explorer):
     shown = explorer.comparison.figures
-    explorer.kernel.kind.value = "a file"
-    upload(explorer.kernel.file, name, content)
-    assert message in explorer.kernel.about.value
-    press(explorer)
-    assert message in explorer.status.value and explorer.comparison.figures == shown
-    explorer.kernel.kind.value = "disk"
-    assert "color" not in explorer.kernel.about.value
-    press(explorer)
-    assert "kernel disk:3" in explorer.status.value
-
-
-@pytest.mark.parametrize(("content", "message"), BAD_PICTURES)
-def test_bad_photographs_are_a_line(explorer, content, message):
-    shown = explorer.comparison.figures
-    upload(explorer.upload, "<bad>.png", content)
-    assert message in explorer.status.value and "&lt;bad&gt;.png" in explorer.status.value
+    upload(explorer.upload, "<bad>.png", b"not an image")
+    assert "&lt;bad&gt;.png: cannot read" in explorer.status.value
     assert explorer.comparison.figures == shown
+    explorer.kernel.kind.value = "a file"
+    upload(explorer.kernel.file, "psf.txt", b"0 0 0\n0 0 0")
+    press(explorer)
+    for line in (explorer.kernel.about.value, explorer.status.value):
+        assert "the kernel psf.txt has the sum 0" in line
+    explorer.kernel.kind.value = "motion"
+    assert "color" not in explorer.kernel.about.value
     upload(explorer.upload, "small.png", png(6, 5))
     press(explorer)
     assert "smaller than the 9 x 7 blur kernel" in explorer.status.value
@@ -725,30 +596,24 @@ def test_a_large_result_is_written_not_linked(explorer, tmp_path, monkeypatch):
     assert "cannot write" in explorer.status.value and explorer.button.description == "Restore"
 
 
-@pytest.mark.parametrize(("error", "message"), [
-    (MemoryError(), "MemoryError"), (RuntimeError("no memory"), "no memory")])
-def test_a_photograph_explorer_lives_on(explorer, monkeypatch, error, message):
+def test_a_photograph_explorer_lives_on_without_memory(explorer, monkeypatch):
     def fail(*_):
-        raise error
+        raise MemoryError
 
     with monkeypatch.context() as patch:
         patch.setattr(your_photograph, "restore", fail)
         press(explorer)
-    assert message in explorer.status.value and explorer.button.description == "Restore"
+    assert "MemoryError" in explorer.status.value and explorer.button.description == "Restore"
     press(explorer)
     assert offered(explorer)
 
 
 def test_photographs_without_weights(tmp_path):
+    """The example is there, and so is a small picture of it for those without a kernel."""
     explorer = PhotographExplorer(weights=tmp_path)
     assert "no tuned parameters" in explorer.status.value
-    bundle, metadata = explorer._repr_mimebundle_()
-    assert set(bundle) >= {"text/plain", "image/png"} and "restored" in metadata["image/png"]["alt"]
-
-
-def test_a_notebook_keeps_a_small_picture_of_a_photograph(explorer):
     upload(explorer.upload, "mine.png", png(3000, 2000))
-    bundle, _ = explorer._repr_mimebundle_()
+    bundle, metadata = explorer._repr_mimebundle_()
     picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
     assert picture.size == (800, 267) and len(bundle["image/png"]) < 200_000
-    assert bundle["text/plain"] == explorers.WITHOUT_KERNEL
+    assert "restored" in metadata["image/png"]["alt"]

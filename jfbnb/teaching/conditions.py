@@ -1,5 +1,6 @@
 """Methods under other blurs, noise levels and images than they were made for (notebook 5)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from jfbnb.core.metrics import psnr
 from jfbnb.core.models import Restorer
-from jfbnb.core.operators import LinearOperator
+from jfbnb.core.operators import Blur, LinearOperator
 from jfbnb.core.protocols import measure
-from jfbnb.data import ImageSet
+from jfbnb.data import PHOTOS, ImageSet, bundled_photos
 from jfbnb.training.evaluation import evaluate, summarise
 from jfbnb.training.methods import METHODS, Settings
 
@@ -23,12 +24,12 @@ FURTHER = 300  # evaluations of T in which they are
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Images, what measures them, what the methods are told of that, and the noise level.
+    """Images, how they are measured, and the operator that the methods are given.
 
     Args:
         true_A: the operator that measures.
-        A: the one that the methods are told.
-        noise_std: of the measurements; the methods are told it.
+        A: the one that the methods are given.
+        noise_std: of the measurements; the methods are given it.
     """
 
     images: ImageSet
@@ -40,6 +41,41 @@ class Condition:
         """Some images and their measurements, under this condition."""
         x = images.as_float().to(device)
         return x, measure(self.true_A.to(device), x, self.noise_std, seed, images.indices)
+
+
+def study_conditions(
+    A: Blur, noise_std: float, images: ImageSet, seen: Sequence[str]
+) -> tuple[dict[tuple[str, object], Condition], dict[str, object]]:
+    """The conditions of notebook 5: other kernels and noise levels, a wrong blur, other images.
+
+    Args:
+        A, noise_std: the protocol's; images: on which the first three studies are made.
+        seen: photographs that networks were trained on.
+
+    Returns:
+        The conditions by study and name, and by study the name of the protocol's own.
+    """
+    size, kernel, std = images.images.shape[-1], A.kernel_size, A.kernel_std
+    usual = Condition(images, A, A, noise_std)
+    conditions = {}
+    for name, (side, width) in {"5 x 5, std 1": (5, 1.0), "5 x 5, std √5": (5, 5**0.5),
+                                "5 x 5, std 5": (5, 5.0), "9 x 9, std √5": (9, 5**0.5)}.items():
+        B = Blur(size, side, width)
+        conditions["kernel", name] = (
+            usual if (side, width) == (kernel, std) else Condition(images, B, B, noise_std))
+    for value in (0.002, 0.005, 0.01, 0.02, 0.05):
+        conditions["noise", value] = (
+            usual if value == noise_std else Condition(images, A, A, value))
+    for value in sorted((1.8, 2.0, std, 2.5, 3.0)):  # of the true blur; methods are given A
+        conditions["true kernel std", round(value, 2)] = (
+            usual if value == std else Condition(images, Blur(size, kernel, value), A, noise_std))
+    for split in ("validation", "test", "train"):
+        crops = bundled_photos(split, size)
+        for photo in (photo for photo in PHOTOS[split] if photo not in seen):
+            own = [i for i, name in enumerate(crops.names) if name.startswith(f"{photo}/")]
+            conditions["photograph", photo] = Condition(
+                crops[own[0] : own[-1] + 1][: len(images)], A, A, noise_std)
+    return conditions, {study: name for (study, name), c in conditions.items() if c is usual}
 
 
 def evaluate_conditions(

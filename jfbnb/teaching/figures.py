@@ -71,21 +71,19 @@ def save_figure(figure: Figure, path: str | Path, source: str = "") -> Displayed
 
 
 def described(figure: Figure) -> str:
-    """What a figure shows, for those who do not see it: its panels by their titles and axes."""
+    """Alternative text: a figure's panels by their titles, axes and legends."""
     panels = []
     for ax in figure.axes:
         title, x, y = ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
         if ax.images:
-            words = ", ".join(part for part in (title, x, y) if part)
-            panels.append(f"picture: {words}" if words else "picture")
+            parts = "picture", ", ".join(filter(None, (title, x, y)))
         else:
-            axes = f"{y or 'values'} against {x}" if x else y
             legend = ax.get_legend()
-            named = [text.get_text() for text in legend.get_texts()] if legend else []
-            panels.append(": ".join(part for part in ("plot", title, axes, ", ".join(named))
-                                    if part))
-    words = "; ".join(dict.fromkeys(panels))
-    return " ".join(re.sub(r"[$\\{}]", "", words).split())
+            named = ", ".join(text.get_text() for text in legend.get_texts()) if legend else ""
+            axes = f"{y or 'values'} against {x}" if x else y
+            parts = "plot", title, axes, named
+        panels.append(": ".join(filter(None, parts)))
+    return " ".join(re.sub(r"[$\\{}]", "", "; ".join(dict.fromkeys(panels))).split())
 
 
 def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:
@@ -96,7 +94,8 @@ def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:
     for column in text.select_dtypes("float"):
         spec = next((spec for word, spec in FORMATS.items() if word in column.lower()), ".2f")
         text[column] = [format(v, spec) if pd.notna(v) else "" for v in text[column]]
-    markdown = text.to_markdown(index=False, disable_numparse=True, colalign=_alignment(table))
+    alignment = ["right" if pd.api.types.is_numeric_dtype(table[c]) else "left" for c in table]
+    markdown = text.to_markdown(index=False, disable_numparse=True, colalign=alignment)
     atomic_write(path.with_suffix(".md"), f"{markdown}\n\n{caption}\n")
     latex = text.to_latex(index=False, escape=True, caption=caption, label=f"tab:{path.name}")
     atomic_write(path.with_suffix(".tex"), latex.replace("±", r"$\pm$"))
@@ -107,10 +106,6 @@ def save_data(table: pd.DataFrame, path: str | Path) -> None:
     """Write `path`.csv alone, in full precision: data for programs, too long to be read."""
     with atomic_path(Path(path).with_suffix(".csv")) as temporary:
         table.to_csv(temporary, index=False)
-
-
-def _alignment(table: pd.DataFrame) -> list[str]:
-    return ["right" if pd.api.types.is_numeric_dtype(table[c]) else "left" for c in table]
 
 
 def show(axes: Axes, image: Tensor, title: str = "") -> None:
@@ -146,13 +141,19 @@ def image_table(rows: dict[str, Tensor]) -> Figure:
     return figure
 
 
+def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-",
+                  label: str = "") -> None:
+    """A curve in its method's colour, with its method's label unless another is given."""
+    ax.plot(x, y, color=METHODS[method].colour, label=label or METHODS[method].label, marker=marker,
+            markersize=4, linestyle=linestyle)
+
+
 def learning_curves(curves: pd.DataFrame) -> Figure:
     """PSNR on the fixed crops against the computation spent: `recipes.trainings` has both."""
     figure, (ax,) = new_figure(height=4.6)
     for name in [name for name in METHODS if name in set(curves.method)]:
-        own, method = curves[curves.method == name], METHODS[name]
-        ax.plot(own.applications / 1000, own.psnr, color=method.colour, marker="o", markersize=4,
-                label=method.label)
+        own = curves[curves.method == name]
+        labelled_line(ax, own.applications / 1000, own.psnr, name, "o")
     ax.set(xlabel="thousands of applications of the network to a crop",
            ylabel="PSNR on the fixed crops (dB)", title="Learning curves",
            ylim=(curves.groupby("method").psnr.last().min() - 1.5, None))
@@ -165,18 +166,16 @@ def more_computation(table: pd.DataFrame) -> Figure:
     figure, (ax,) = new_figure()
     for name, own in table.groupby("method", sort=False):
         labelled_line(ax, own.evaluations, own.psnr, name, "o")
-    _logarithmic(ax)
     ax.set(xlabel="evaluations of T for an image", ylabel="PSNR (dB)", title="More computation")
+    _logarithmic(ax, table.evaluations.unique())
     ax.legend()
     return figure
 
 
-def _logarithmic(ax: Axes) -> None:
-    """x on a logarithmic axis, its ticks plain numbers."""
-    ax.set_xscale("log")
-    ax.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
-    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
-    ax.xaxis.set_major_formatter("{x:g}")
+def _logarithmic(ax: Axes, at: list) -> None:
+    """A logarithmic x axis with plain numbers at the places that were computed."""
+    ax.set(xscale="log", xticks=at, xticklabels=at)
+    ax.minorticks_off()
 
 
 def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
@@ -184,29 +183,20 @@ def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
     """Fig. 1: average loss per image against the epoch, in the method's colour.
 
     Args:
-        start: a method's name and its loss, from which the training sets out: a dashed line.
+        start: the method that training starts from and its loss: a dashed line.
     """
     figure, (ax,) = new_figure()
     if start is not None:
         ax.axhline(start[1], color=METHODS[start[0]].colour, linestyle="--",
                    label=METHODS[start[0]].label)
         epochs, loss = [0, *epochs], [start[1], *loss]
-    ax.plot(epochs, loss, "o-", color=METHODS[method].colour, markersize=4,
-            label=METHODS[method].label)
-    ax.set(xlabel="epoch", ylabel="average loss per image\n(mean squared error)",
-           title=title, yscale="log")
-    if start is not None:
-        ax.legend()
+    labelled_line(ax, epochs, loss, method, "o")
+    ax.set(xlabel="epoch", ylabel="average loss per image\n(mean squared error)", title=title,
+           yscale="log")
     ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
     ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.legend()
     return figure
-
-
-def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-",
-                  label: str = "") -> None:
-    """A curve in its method's colour, under its method's label unless another is given."""
-    ax.plot(x, y, color=METHODS[method].colour, label=label or METHODS[method].label, marker=marker,
-            markersize=4, linestyle=linestyle)
 
 
 def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[float]],
@@ -223,12 +213,12 @@ def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[floa
                       label=f"{kind.name}, {solver}")
     left.set(xlabel="evaluations of $T$", ylabel="relative distance to the fixed point",
              title="One equilibrium, four ways to it")
-    left.legend()
     right.semilogy(range(1, len(residuals) + 1), residuals.cpu(), color=SplittingMap.colour,
                    alpha=0.5)
     right.axhline(tolerance, color="black", linestyle=":", label="the solver stops here")
     right.set(xlabel="evaluations of $T$", ylabel=r"residual $\|T(x) - x\| / \|x\|$",
               title=f"Splitting, Anderson: {residuals.shape[1]} images")
+    left.legend()
     right.legend()
     return figure
 
@@ -238,10 +228,9 @@ def gradient_angles(terms: list[int], cosines: dict[str, list[float]]) -> Figure
     figure, (ax,) = new_figure()
     for kind in MAPS:
         ax.plot(terms, cosines[kind.name], "o-", color=kind.colour, label=kind.name)
-    ax.set(xscale="log", xticks=terms, xticklabels=terms, xlabel="terms $k$ (JFB has one)",
-           ylabel="cosine to the exact gradient", title="Neumann-k after training",
-           ylim=(None, 1.03))
-    ax.minorticks_off()
+    ax.set(xlabel="terms $k$ (JFB has one)", ylabel="cosine to the exact gradient",
+           title="Neumann-k after training", ylim=(None, 1.03))
+    _logarithmic(ax, terms)
     ax.legend()
     return figure
 
@@ -253,12 +242,12 @@ def gradient_cost(cost: pd.DataFrame) -> Figure:
         cost: columns gradient (a key of GRADIENT_COLOURS), K, seconds, MB.
     """
     figure, axes = new_figure(columns=2, width=9, height=3.6)
-    for gradient, part in cost.groupby("gradient", sort=False):
-        for ax, column in zip(axes, ("seconds", "MB"), strict=True):
+    for ax, column, label in zip(axes, ("seconds", "MB"), ("seconds", "peak memory (MB)"),
+                                 strict=True):
+        for gradient, part in cost.groupby("gradient", sort=False):
             ax.plot(part.K, part[column], "o-", color=GRADIENT_COLOURS[gradient], label=gradient)
-    axes[0].set(xlabel="iterations $K$ of the solve", ylabel="seconds", title="Time of one step")
-    axes[1].set(xlabel="iterations $K$ of the solve", ylabel="peak memory (MB)", yscale="log",
-                title="Memory of one step")
+        ax.set(xlabel="iterations $K$ of the solve", ylabel=label, title="One training step")
+    axes[1].set_yscale("log")
     axes[0].legend()
     return figure
 
@@ -286,49 +275,35 @@ def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
             at = conditions.index(usual[study]) if named else usual[study]
             ax.axvline(at, color=METHODS["measurement"].colour, linewidth=8, alpha=0.25, zorder=0)
         for (method, version), rows in part.groupby(["method", "version"], sort=False):
-            shift = 0.8 * ((methods.index(method) + 0.5) / len(methods) - 0.5)
-            at = [conditions.index(c) + shift for c in rows.condition] if named else rows.condition
-            _points(ax, rows.assign(at=at), METHODS[method].colour, *VERSIONS[version], not named)
+            colour, (linestyle, marker) = METHODS[method].colour, VERSIONS[version]
+            at = rows.condition
+            if named:
+                shift = 0.8 * ((methods.index(method) + 0.5) / len(methods) - 0.5)
+                at = rows.condition.map(conditions.index) + shift
+            else:
+                ax.plot(at, rows.psnr, color=colour, linestyle=linestyle)
+            for points, face in ((~(rows.converged < 1), colour), (rows.converged < 1, "white")):
+                ax.scatter(at[points], rows.psnr[points], s=34, marker=marker, facecolors=face,
+                           edgecolors=colour, linewidths=1.6, zorder=3)
         if named:
-            ax.set(xticks=range(len(conditions)), xlim=(-0.5, len(conditions) - 0.5),
-                   xticklabels=[name.replace(", ", "\n").replace("_", " ") for name in conditions])
-            ax.set_xticks([k + 0.5 for k in range(len(conditions) - 1)], minor=True)
-            ax.grid(False, axis="x")
-            ax.grid(axis="x", which="minor")
-            ax.tick_params(axis="x", which="both", length=0)
-            if len(conditions) > 4:
-                ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=35, ha="right")
+            ax.set_xticks(range(len(conditions)), [name.replace("_", " ") for name in conditions],
+                          rotation=35, ha="right")
         elif max(conditions) > 10 * min(conditions):
-            ax.set(xscale="log", xticks=conditions, xticklabels=conditions)
-            ax.minorticks_off()
+            _logarithmic(ax, conditions)
         ax.set(title=title, xlabel=xlabel, ylabel="PSNR (dB)")
-    figure.legend(handles=_condition_handles(table), loc="outside upper center", ncols=4,
-                  fontsize=12, frameon=False)
+    figure.legend(handles=_condition_handles(methods, list(dict.fromkeys(table.version))),
+                  loc="outside upper center", ncols=4, fontsize=12, frameon=False)
     return figure
 
 
-def _points(ax: Axes, rows: pd.DataFrame, colour: str, linestyle: str, marker: str,
-            joined: bool) -> None:
-    """One version of one method, `at` its places."""
-    if joined:
-        ax.plot(rows["at"], rows.psnr, color=colour, linestyle=linestyle)
-    hollow = rows.converged < 1  # not for a method without a solver, which has no such share
-    for part, face, order in ((rows[~hollow], colour, 3), (rows[hollow], "white", 4)):
-        ax.scatter(part["at"], part.psnr, s=34, marker=marker, facecolors=face, edgecolors=colour,
-                   linewidths=1.6, zorder=order)
-
-
-def _condition_handles(table: pd.DataFrame) -> list[Line2D]:
+def _condition_handles(methods: list[str], versions: list[str]) -> list[Line2D]:
     """The legend's: methods by colour, then what lines and markers mean."""
-    handles = [Line2D([], [], color=METHODS[m].colour, label=METHODS[m].label, linewidth=3)
-               for m in dict.fromkeys(table.method)]
-    for version in dict.fromkeys(table.version):
-        linestyle, marker = VERSIONS[version]
-        label = version if version == "tuned here" else f"trained: {version}"
-        handles.append(Line2D([], [], color="black", linestyle=linestyle, marker=marker,
-                              label=label))
-    handles.append(Line2D([], [], color="black", linestyle="none", marker="o",
-                          markerfacecolor="white", label="not all converged"))
-    handles.append(Line2D([], [], color=METHODS["measurement"].colour, linewidth=8, alpha=0.25,
-                          label="the protocol's"))
-    return handles
+    def line(label: str, **style: object) -> Line2D:
+        return Line2D([], [], label=label, **{"color": "black", **style})
+
+    return [
+        *(line(METHODS[m].label, color=METHODS[m].colour, linewidth=3) for m in methods),
+        *(line(v if v == "tuned here" else f"trained: {v}", linestyle=VERSIONS[v][0],
+               marker=VERSIONS[v][1]) for v in versions),
+        line("not all converged", linestyle="none", marker="o", markerfacecolor="white"),
+        line("the protocol's", color=METHODS["measurement"].colour, linewidth=8, alpha=0.25)]

@@ -1,15 +1,8 @@
-"""The swipe comparison, and one explorer for each notebook. This module only draws.
-
-`compare` needs no kernel once it is shown. An explorer does: it answers each slider by computing
-anew, and shows what goes wrong as a line of its own.
-"""
+"""The swipe comparison: images under a handle, in the browser alone. See `compare`."""
 
 import base64
 import html
-import importlib
 import io
-import itertools
-import sys
 import uuid
 from pathlib import Path
 
@@ -35,15 +28,6 @@ STYLE = """
 """
 
 
-def enable_on_colab() -> None:
-    """On Google Colab: turn on the switch without which it shows no widgets of other packages."""
-    if "google.colab" in sys.modules:
-        importlib.import_module("google.colab.output").enable_custom_widget_manager()
-
-
-enable_on_colab()
-
-
 def to_png(image: Tensor) -> bytes:
     """An image (3, H, W) in [0, 1], clipped, as 8-bit PNG."""
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
@@ -55,8 +39,8 @@ def to_png(image: Tensor) -> bytes:
 class Comparison(anywidget.AnyWidget):
     """Any two of some labelled images under one handle; see `compare`.
 
-    Shown by itself it is plain HTML with its script inside, so that it lives on in an exported
-    page. Inside other widgets it is a widget.
+    Shown by itself it is plain HTML with its script inside, so that it works in an exported page.
+    Inside other widgets it is a widget.
     """
 
     _esm = SCRIPT + """
@@ -81,9 +65,18 @@ export default {
 
     def show(self, images: dict[str, Tensor], truth: str | None = None) -> None:
         """Replace the images; see `compare`."""
+        if len(images) < 2:
+            raise UserError(f"{len(images)} image to compare: give at least two")
+        if truth is not None and truth not in images:
+            raise UserError(f"truth is {truth!r}: choose one of {', '.join(images)}")
         images = {label: _single(label, image) for label, image in images.items()}
-        _check_comparable(images, truth)
-        self.figures = _figures(images, truth)
+        sizes = {tuple(image.shape) for image in images.values()}
+        if len(sizes) > 1:
+            raise UserError(f"images of the shapes {sorted(sizes)}: give images of one size")
+        figures = "".join(_figure(label, image, images.get(truth), label == truth)
+                          for label, image in images.items())
+        self.figures = (f'<div class="jfbnb-compare" data-left="0" data-right="{len(images) - 1}">'
+                        f"{figures}</div>")
 
     def to_html(self) -> str:
         """One self-contained piece of HTML: the pictures, and the script that joins them."""
@@ -100,7 +93,7 @@ def compare(images: dict[str, Tensor], truth: str | None = None) -> Comparison:
     """Any two of the images under one swipe handle, chosen by two menus.
 
     Mouse, touch and arrow keys move the handle; both images zoom and move together; pixel values
-    are shown under the pointer. Nothing is asked of the kernel, nor of the network.
+    are shown under the pointer. All of it runs in the browser, without kernel or network.
 
     Args:
         images: label -> image (3, H, W) or (1, 3, H, W) in [0, 1], at least two, of one size.
@@ -113,39 +106,20 @@ def compare(images: dict[str, Tensor], truth: str | None = None) -> Comparison:
 
 
 def _single(label: str, image: Tensor) -> Tensor:
-    if not isinstance(image, Tensor) or image.dim() not in (3, 4):
-        raise UserError(f"{label!r} is not an image: give a tensor (3, H, W) in [0, 1]")
-    image = image[0] if image.dim() == 4 and len(image) == 1 else image
-    if image.dim() != 3 or len(image) != 3:
-        raise UserError(f"{label!r} has the shape {tuple(image.shape)}: give one image (3, H, W)")
-    return image.detach().cpu()
+    shape = tuple(getattr(image, "shape", ()))
+    if not isinstance(image, Tensor) or shape[:-2] not in ((3,), (1, 3)):
+        raise UserError(f"{label!r} is not one image: give a tensor (3, H, W) in [0, 1]")
+    return image.detach().cpu().reshape(shape[-3:])
 
 
-def _check_comparable(images: dict[str, Tensor], truth: str | None) -> None:
-    if len(images) < 2:
-        raise UserError(f"{len(images)} image to compare: give at least two")
-    for (first, a), (second, b) in itertools.pairwise(images.items()):
-        if a.shape != b.shape:
-            raise UserError(f"{first!r} is {tuple(a.shape)} and {second!r} {tuple(b.shape)}: only "
-                            "images of one size can be compared")
-    if truth is not None and truth not in images:
-        raise UserError(f"truth is {truth!r}: choose one of {', '.join(images)}")
-
-
-def _figures(images: dict[str, Tensor], truth: str | None) -> str:
-    """The images as HTML that a reader can do with when no script runs."""
-    parts = []
-    for label, image in images.items():
-        metrics = ""
-        if truth is not None and label != truth:
-            pair = image[None], images[truth][None]
-            metrics = f"{psnr(*pair).item():.2f} dB, SSIM {ssim(*pair).item():.3f}"
-        name = html.escape(label)
-        picture = base64.b64encode(to_png(image)).decode()
-        parts.append(
-            f'<figure data-label="{name}" data-metrics="{metrics}"'
-            f'{" data-truth" if label == truth else ""}>'
+def _figure(label: str, image: Tensor, truth: Tensor | None, is_truth: bool) -> str:
+    """An image as HTML that can be read without a script, too."""
+    metrics = ""
+    if truth is not None and not is_truth:
+        pair = image[None], truth[None]
+        metrics = f"{psnr(*pair).item():.2f} dB, SSIM {ssim(*pair).item():.3f}"
+    name, picture = html.escape(label), base64.b64encode(to_png(image)).decode()
+    return (f'<figure data-label="{name}" data-metrics="{metrics}"'
+            f'{" data-truth" if is_truth else ""}>'
             f'<img alt="{name}" src="data:image/png;base64,{picture}">'
             f"<figcaption>{name}<br>{metrics}</figcaption></figure>")
-    return (f'<div class="jfbnb-compare" data-left="0" data-right="{len(images) - 1}">'
-            + "".join(parts) + "</div>")

@@ -17,7 +17,6 @@ import ipywidgets as w
 import numpy as np
 import skimage.data
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
 
@@ -26,7 +25,18 @@ from jfbnb.core.models import Restorer
 from jfbnb.photo import kernel_option
 from jfbnb.photo.files import Picture, read_pictures, write_pictures
 from jfbnb.photo.restore import Restored, restore
-from jfbnb.teaching.explorers import ACCEPTED, WITHOUT_KERNEL, int_slider, log_slider, slider
+from jfbnb.teaching.explorers import (
+    ACCEPTED,
+    WITHOUT_KERNEL,
+    button,
+    int_slider,
+    log_slider,
+    message,
+    observe,
+    row,
+    slider,
+    stored,
+)
 from jfbnb.teaching.swipe import Comparison, to_png
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import expected_methods, make_methods
@@ -52,17 +62,15 @@ class KernelControls(w.HBox):
             "a file": [self.file]}
         self.outline = w.Image(format="png", layout=w.Layout(width=f"{OUTLINE}px"))
         self.about = w.HTML(layout=w.Layout(width="200px"))
-        shapes = list(itertools.chain(*self.shapes.values()))
-        self.controls = [self.kind, *shapes]
+        self.controls = [self.kind, *itertools.chain(*self.shapes.values())]
         std.observe(lambda _: setattr(size, "value", 2 * math.ceil(3 * std.value) + 1), "value")
-        for control in self.controls:
-            control.observe(lambda _: self.adapt(), "value")
+        observe(self.controls, self.adapt)
         super().__init__([w.VBox(self.controls), w.VBox([self.outline, self.about])],
                          layout=w.Layout(flex_flow="row wrap"))
         self.adapt()
 
     def kernel(self) -> tuple[str, Tensor]:
-        """How the command is told this kernel, and the kernel.
+        """The kernel as the command takes it, and the kernel.
 
         Raises:
             UserError: where no file is given, or one that holds no kernel.
@@ -82,7 +90,7 @@ class KernelControls(w.HBox):
         raise UserError("no kernel is given: upload a picture of it, a .npy or a .txt")
 
     def adapt(self) -> None:
-        """Show the sliders that count, and the kernel or what is wrong with it."""
+        """Show the sliders of this kind, and the kernel or what is wrong with it."""
         for kind, controls in self.shapes.items():
             for control in controls:
                 control.layout.display = "" if kind == self.kind.value else "none"
@@ -90,7 +98,7 @@ class KernelControls(w.HBox):
         try:
             _, kernel = self.kernel()
         except UserError as error:
-            self.about.value = _line(str(error), wrong=True)
+            self.about.value = message(str(error), wrong=True)
             return
         self.about.value = f"{kernel.shape[1]} x {kernel.shape[0]} pixels"
         grey = (kernel / kernel.max()).expand(1, 3, -1, -1)
@@ -129,51 +137,40 @@ class PhotographExplorer(w.VBox):
         self.method = w.Dropdown(options=[(METHODS[name].label, name)
                                           for name in expected_methods(weights)],
                                  value=method, description="method")
-        self.button = w.Button()
+        self.button = button("Restore", self.press)
+        self.start_anew = button("Reset", lambda: (self.reset(), self.press()))
         self.status = w.HTML()
         self.zoom = w.Dropdown(options=["whole", "a part at full size"], description="show")
         self.across = slider("across (%)", 50, 0, 100, 1)
         self.down = slider("down (%)", 50, 0, 100, 1)
         self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})
-        self.start_anew = w.Button(description="Reset", layout=w.Layout(width="80px"))
-        self._observe()
-        controls = w.HBox([
-            w.VBox([self.upload, self.path, self.noise, self.estimated, self.border, self.method]),
-            w.VBox([self.kernel, w.HBox([self.button, self.start_anew])]),
-        ], layout=w.Layout(flex_flow="row wrap"))
-        super().__init__([controls, self.status, w.HBox([self.zoom, self.across, self.down]),
-                          self.comparison])
-        self.reset()
-        self.restore()
-
-    def _observe(self) -> None:
         self.settings = [self.noise, self.estimated, *self.kernel.controls, self.border,
                          self.method]
         self.defaults = [control.value for control in self.settings]
-        for control in self.settings:
-            control.observe(lambda _: self.adapt(), "value")
-        for control in (self.zoom, self.across, self.down):
-            control.observe(lambda _: self.show(), "value")
-        self.upload.observe(lambda _: self.take_upload(), "value")
-        self.path.observe(lambda _: self.take_path(), "value")
-        self.button.on_click(lambda _: self.press())
-        self.start_anew.on_click(lambda _: (self.reset(), self.press()))
+        observe(self.settings, self.adapt)
+        observe([self.zoom, self.across, self.down], self.show)
+        observe([self.upload], self.take_upload)
+        observe([self.path], self.take_path)
+        super().__init__([
+            row(w.VBox([self.upload, self.path, self.noise, self.estimated, self.border,
+                        self.method]),
+                w.VBox([self.kernel, w.HBox([self.button, self.start_anew])])),
+            self.status, row(self.zoom, self.across, self.down), self.comparison])
+        self.reset()
+        self.restore()
 
     def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
         """The widget, and both pictures, small, for those who read without a kernel."""
         pair = torch.cat([_fit(x, 400) for x in (self.pages[0].pixels, self.result)], dim=2)
-        smaller = io.BytesIO()
-        Image.open(io.BytesIO(to_png(pair))).quantize(64).save(smaller, "png")
-        bundle = {**super()._repr_mimebundle_(**kwargs), "text/plain": WITHOUT_KERNEL,
-                  "image/png": base64.b64encode(smaller.getvalue()).decode()}
-        return bundle, {"image/png": {"alt": f"{self.name}, as it was given and restored"}}
+        return stored(super()._repr_mimebundle_(**kwargs), to_png(pair), WITHOUT_KERNEL,
+                      f"{self.name}, as it was given and restored")
 
     def reset(self) -> None:
         """The example, and all controls as they were."""
         for control, value in zip(self.settings, self.defaults, strict=True):
             control.value = value
         self.upload.value, self.path.value = (), ""
-        self.have("example.png", [example()])
+        self.begin("example.png", [example()])
 
     # --- what is given --------------------------------------------------------------------------
 
@@ -183,21 +180,20 @@ class PhotographExplorer(w.VBox):
             self.take(file["name"], io.BytesIO(file["content"]))
 
     def take_path(self) -> None:
-        """Take the file that has the path where the kernel runs."""
+        """Take the file at a path where the kernel runs."""
         if self.path.value:
             self.take(Path(self.path.value).name, Path(self.path.value))
 
     def take(self, name: str, source: Path | io.BytesIO) -> None:
         """Read a picture and show it, or say why not."""
         try:
-            self.have(name, read_pictures(source))
-        except UserError as error:
-            self.say(f"{name}: {error}", wrong=True)
-        except MemoryError:
-            self.say(f"{name}: memory ran out: take a smaller picture", wrong=True)
+            self.begin(name, read_pictures(source))
+        except (UserError, MemoryError) as error:
+            self.say(f"{name}: {str(error) or 'memory ran out: take a smaller picture'}",
+                     wrong=True)
 
-    def have(self, name: str, pages: list[Picture]) -> None:
-        """Have a file's pages in place of what was there, still to be restored."""
+    def begin(self, name: str, pages: list[Picture]) -> None:
+        """Replace the picture; it is restored later."""
         self.name, self.pages, self.result = name, pages, pages[0].pixels
         self.zoom.value, self.across.value, self.down.value = "whole", 50, 50
         self.show()
@@ -227,21 +223,20 @@ class PhotographExplorer(w.VBox):
         self.worker.start()
 
     def restore(self) -> None:
-        """Restore every page, show the first, offer the file."""
-        self._lock(True)
+        """Restore every page, show the first, offer the file; no other picture meanwhile."""
+        busy = self.upload, self.path, self.start_anew
+        self.button.description = "Stop"
+        for control in busy:
+            control.disabled = True
         try:
             self._restore()
             self.button.button_style = ""
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             self.say(str(error) or type(error).__name__, wrong=True)
         finally:
-            self._lock(False)
-
-    def _lock(self, busy: bool) -> None:
-        """While it restores, it takes no other picture, and can be stopped."""
-        self.button.description = "Stop" if busy else "Restore"
-        for control in (self.upload, self.path, self.start_anew):
-            control.disabled = busy
+            self.button.description = "Restore"
+            for control in busy:
+                control.disabled = False
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -306,13 +301,8 @@ class PhotographExplorer(w.VBox):
 
     def say(self, line: str, *warnings: str, wrong: bool = False, link: str = "") -> None:
         """A line, in red if something is wrong, with a link; and warnings."""
-        self.status.value = _line(line, link, wrong) + "".join(
-            _line(text, wrong=True) for text in warnings)
-
-
-def _line(text: str, link: str = "", wrong: bool = False) -> str:
-    colour = ' style="color:#b00020"' if wrong else ""
-    return f"<div{colour}>{html.escape(text)}{'; ' if link else ''}{link}</div>"
+        self.status.value = message(line, wrong, link) + "".join(
+            message(text, wrong=True) for text in warnings)
 
 
 def _fit(x: Tensor, side: int) -> Tensor:

@@ -1,0 +1,27 @@
+"""Notebook 4: a network so small that its derivative in all parameters is one dense matrix."""
+
+import torch
+from torch import Tensor
+
+from jfbnb.core.denoisers import Denoiser, DnCNN, matched_sigma
+from jfbnb.core.maps import SplittingMap
+from jfbnb.core.models import Equilibrium
+from jfbnb.core.protocols import Protocol
+from jfbnb.training.loop import TrainingConfig, train
+from jfbnb.training.losses import DenoiserLoss, EquilibriumLoss, LossSettings
+
+
+def train_tiny(protocol: Protocol, images: Tensor, seed: int) -> SplittingMap:
+    """A map for 12 x 12 pixels with a DnCNN of two layers, trained with JFB; in float64.
+
+    Args:
+        images: (N, 3, H, W) uint8, to train on.
+    """
+    torch.manual_seed(seed)
+    D = Denoiser(DnCNN(2, 3), matched_sigma(protocol.noise_std, 0.1))
+    T = SplittingMap(protocol.operator(12), D, 0.1)
+    config = TrainingConfig(4, 16, 12, 3e-3, seed, unconverged_limit=1.0)
+    settings = LossSettings(protocol.noise_std, 1e-3, 20, 4, 0.9, 1.0)
+    for loss in (DenoiserLoss(D, 0.1), EquilibriumLoss(Equilibrium(T), settings)):
+        train(T, loss, images, config, torch.device("cpu"), log=lambda line: None)
+    return T.double()
