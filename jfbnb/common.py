@@ -18,7 +18,13 @@ UNFINISHED = ".unfinished-"  # how the name of a file begins that is still being
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: what is wrong and what to do."""
+    """Bad input. The message is one line: what is wrong and what to do.
+
+    >>> import jfbnb
+    >>> jfbnb.disk(-1)
+    Traceback (most recent call last):
+    jfbnb.common.UserError: disk radius -1: choose a positive number of pixels, at most 83
+    """
 
     def _render_traceback_(self) -> list[str]:
         """In a notebook, too: IPython asks for what to show in the place of a traceback."""

@@ -32,6 +32,11 @@ class DnCNN(nn.Module):
 
     Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W).
     The attribute `bf16` runs the convolutions in bfloat16; see `precision`.
+
+    >>> import jfbnb, torch
+    >>> R = jfbnb.DnCNN(depth=3, width=8)
+    >>> R(torch.rand(1, 3, 16, 16), 0.05).abs().max().item()  # untrained
+    0.0
     """
 
     smooth = False  # a ReLU has a kink
@@ -156,6 +161,12 @@ class Denoiser(nn.Module):
     Raises:
         UserError: for images of another type than the network's weights, or where its output has
             another shape than its input.
+
+    >>> import jfbnb, torch
+    >>> D = jfbnb.Denoiser(jfbnb.DnCNN(depth=3, width=8), sigma=0.05)
+    >>> x = torch.rand(1, 3, 16, 16)
+    >>> torch.equal(D(x), x)  # untrained
+    True
     """
 
     def __init__(self, network: nn.Module, sigma: float | Tensor):

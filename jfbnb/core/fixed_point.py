@@ -138,6 +138,12 @@ def solve(T: Callable[..., Tensor], d: Tensor, tolerance: float = 1e-4, max_iter
         solver: `picard`, `anderson` or `descent`; by default `T.solver`, else `anderson`. The
             other arguments and errors are the solver's.
         start: where to start, by default `T.start(d)`.
+
+    >>> import jfbnb, torch
+    >>> d = torch.ones(1, 1)
+    >>> x, info = jfbnb.solve(lambda x, d: x / 2 + d, d, start=torch.zeros(1, 1))
+    >>> round(x.item(), 3), info.converged.item()
+    (2.0, True)
     """
     x0 = T.start(d) if start is None else start
     chosen = solver or getattr(T, "solver", anderson)

@@ -21,6 +21,12 @@ def jfb(T: Map, x_star: Tensor) -> Tensor:
 
     One tracked application of T at the solution. Memory and time do not depend on how x* was
     found.
+
+    >>> import jfbnb, torch
+    >>> a = torch.tensor(0.5, requires_grad=True)
+    >>> jfbnb.jfb(lambda x: a * x + 1, torch.tensor(2.0)).backward()
+    >>> a.grad  # dT/da = x*; the exact derivative of x* = 1 / (1 - a) is 4
+    tensor(2.)
     """
     return T(x_star.detach())
 

@@ -34,6 +34,10 @@ def gaussian(std: float, size: int | None = None) -> Tensor:
 
     Raises:
         UserError: for a std that is not positive or too large, or a size that is not odd.
+
+    >>> import jfbnb
+    >>> jfbnb.gaussian(1.0).shape
+    torch.Size([7, 7])
     """
     if size is None:
         size = 2 * math.ceil(3 * _length("std", std)) + 1
@@ -52,6 +56,10 @@ def motion(length: float, angle: float) -> Tensor:
 
     Raises:
         UserError: for another length, or an angle that is not finite.
+
+    >>> import jfbnb
+    >>> jfbnb.motion(9, 0).shape
+    torch.Size([1, 9])
     """
     if _length("motion length", length) < 1 or not math.isfinite(angle):
         raise UserError(f"motion of {length} pixels at {angle} degrees: give at least 1 pixel, as "
@@ -74,6 +82,10 @@ def disk(radius: float) -> Tensor:
 
     Raises:
         UserError: for another radius.
+
+    >>> import jfbnb
+    >>> jfbnb.disk(3).shape
+    torch.Size([7, 7])
     """
     _length("disk radius", radius)
     return _covered(lambda x, y: x**2 + y**2 <= radius**2, radius)

@@ -27,6 +27,15 @@ class LinearOperator(nn.Module):
 
     Raises:
         UserError: from A(x), where x is no tensor of floats.
+
+    >>> import jfbnb
+    >>> class RowSums(jfbnb.LinearOperator):
+    ...     def forward(self, x):
+    ...         return x.sum(dim=-1)
+    ...     def adjoint(self, d):
+    ...         return d[..., None].expand(*d.shape, 8)
+    >>> RowSums().check_adjoint(3, 8, 8) < 1e-12
+    True
     """
 
     def __call__(self, x: Tensor) -> Tensor:

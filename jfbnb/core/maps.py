@@ -141,6 +141,13 @@ class SplittingMap(WeightedMap):
     halves are `PreconditionedMap`'s in the other order. So x* solves Eq. 4, z* = D(x*), and the
     Jacobian's spectral radius is the same; but the image is the denoiser's output, so nothing
     stands between D and the loss when it is differentiated.
+
+    >>> import jfbnb, torch
+    >>> A = jfbnb.Blur(16, kernel_size=5, kernel_std=1.0)
+    >>> D = jfbnb.Denoiser(jfbnb.DnCNN(depth=3, width=8), sigma=0.05)
+    >>> T, d = jfbnb.SplittingMap(A, D, tau=0.1), torch.rand(1, 3, 16, 16)
+    >>> T(T.start(d), d).shape
+    torch.Size([1, 3, 16, 16])
     """
 
     name, colour = "splitting", "#0072B2"

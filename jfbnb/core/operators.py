@@ -129,6 +129,11 @@ class Convolution(LinearOperator):
     Raises:
         UserError: for an invalid kernel, or one larger than the scene; for another border; from
             A(x) and adjoint(d), for another height or width.
+
+    >>> import jfbnb, torch
+    >>> A = jfbnb.Convolution((20, 30), jfbnb.disk(2))
+    >>> A(torch.ones(1, 3, 20, 30)).shape
+    torch.Size([1, 3, 16, 26])
     """
 
     def __init__(self, image_size: int | tuple[int, int], kernel: Tensor | np.ndarray,
@@ -255,6 +260,10 @@ class Blur(Convolution):
 
     Raises:
         UserError: if the kernel is invalid or larger than the image.
+
+    >>> import jfbnb
+    >>> jfbnb.Blur(16, kernel_size=5, kernel_std=1.0).spectrum.shape
+    torch.Size([16, 16])
     """
 
     def __init__(self, image_size: int | tuple[int, int], kernel_size: int, kernel_std: float,
@@ -299,6 +308,10 @@ class Downsampling(Convolution):
 
     Raises:
         UserError: for a factor below 1, and as `Convolution`.
+
+    >>> import jfbnb, torch
+    >>> jfbnb.Downsampling(16, factor=2)(torch.ones(1, 3, 16, 16)).shape
+    torch.Size([1, 3, 8, 8])
     """
 
     def __init__(self, image_size: int | tuple[int, int], factor: int,
@@ -327,6 +340,11 @@ class Inpainting(LinearOperator):
 
     Raises:
         UserError: for a mask of zeros, or of other values; from A(x), for another size.
+
+    >>> import jfbnb, torch
+    >>> jfbnb.Inpainting(torch.eye(2))(torch.full((1, 1, 2, 2), 0.5))
+    tensor([[[[0.5000, 0.0000],
+              [0.0000, 0.5000]]]])
     """
 
     def __init__(self, mask: Tensor | np.ndarray):
@@ -375,6 +393,10 @@ class MRI(LinearOperator):
     Raises:
         UserError: for a mask of zeros, or of other values, or a phase of another shape; from A(x)
             and adjoint(d), for another height or width.
+
+    >>> import jfbnb, torch
+    >>> jfbnb.MRI(torch.ones(8, 8))(torch.ones(1, 3, 8, 8)).shape
+    torch.Size([1, 3, 8, 8, 2])
     """
 
     def __init__(self, mask: Tensor | np.ndarray, phase: Tensor | np.ndarray | None = None):

@@ -179,7 +179,8 @@ def input_hashes(path: Path, parameters: Parameters) -> dict[str, str]:
         if not networks:
             raise UserError(f"no trained networks in the weights folder {weights}: leave the "
                             "parameter `weights` empty to train")
-        hashes["weights"] = files_hash(networks)
+        cards = [card for file in networks if (card := file.with_suffix(".json")).is_file()]
+        hashes["weights"] = files_hash([*networks, *cards])
     return hashes
 
 
