@@ -1,5 +1,6 @@
 # make reproduce   run the six notebooks, regenerate every figure and table
 # make test        lint, unit tests, the notebooks against their stored outputs, and in a browser
+# make test-fast   lint, and the tests of the mathematics
 # make book        the executed notebooks as pages that open from disk, in build/book/
 # make fuzz        thousands of bad inputs of every kind: docs/robustness.md
 # make faults      runs killed at random moments, full disks, ...: the same
@@ -22,14 +23,21 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/.installed
 
-.PHONY: reproduce test book fuzz faults lab bench lock publish
+.PHONY: reproduce test test-fast lint book fuzz faults lab bench lock publish
 
 reproduce: $(INSTALLED)
 	$(BIN)/jfbnb reproduce --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") \
 	  $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
-test: $(INSTALLED)
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+MATHEMATICS := operators solvers energy diagnostics kernels peers networks computation
+test-fast: lint
+	$(BIN)/python -m pytest --numprocesses 2 $(MATHEMATICS:%=tests/test_%.py)
+
+test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 # On a copy, with runs/ and figures/ of its own.
 	rm -rf build/nbval

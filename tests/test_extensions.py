@@ -133,7 +133,7 @@ def trained(method, network, settings, problem):
     (partial(Blur, kernel_size=5, kernel_std=5**0.5, border="unknown"), (28, 28), ("jfb",)),
 ])
 def test_an_operator(splits, make, shape, to_train):
-    """Restored by every method but the direct inverse, trained with, certified."""
+    """Restored by every method but the direct inverse, trained with, its equilibrium checked."""
     assert make(32).check_adjoint(3, 32, 32) < 1e-12
     setup = Protocol("another", 32, make, 0.01)
     problem = validation_problem(setup, splits, 2, 0, CPU)
@@ -153,7 +153,7 @@ def test_an_operator(splits, make, shape, to_train):
 
 
 def test_a_network(splits, tmp_path):
-    """Trained, saved, loaded in a fresh process, certified."""
+    """Trained, saved, loaded in a fresh process, its equilibrium checked."""
     (tmp_path / "shrinking.py").write_text(NETWORK)
     spec = importlib.util.spec_from_file_location("shrinking", tmp_path / "shrinking.py")
     sys.modules["shrinking"] = module = importlib.util.module_from_spec(spec)
@@ -184,7 +184,7 @@ def test_a_network(splits, tmp_path):
 
 
 def test_a_map_and_a_gradient(splits):
-    """A method made of both is trained, and the trained map is solved and certified."""
+    """A method made of both is trained, and the trained map is solved and checked."""
     method = replace(METHODS["jfb"], name="relaxed", colour="#123456", head=False,
                      model=lambda A, D, s: Equilibrium(Relaxed(A, D, s["tau"])),
                      loss=lambda model, s: EquilibriumLoss(model, s, gradient=two_terms))
