@@ -188,8 +188,9 @@ def test_a_grid_is_measured_once_and_drawn(images, weights, tmp_path, monkeypatc
         "images": 2, "psnr": 1.0, "converged": 1.0, "most_evaluations": 1, "worst_drift": 0.0,
         "radius_max": 0.5, "norm_max": 0.5})
     assert grid.main(words) == 0 and not called
+    settings = {"tau": 0.1, "sigma": 0.1}
     save_weights(weights / "jfb.safetensors", METHODS["jfb"].build(
-        None, DnCNN(2, 4), {"tau": 0.1, "sigma": 0.1}, DnCNN(2, 4)), {})
+        None, DnCNN(2, 4), settings, DnCNN(2, 4)), {"noise_std": 0.01, "settings": settings})
     assert grid.main(words) == 0 and len(called) == 4  # of other weights all is measured anew
     assert grid.main([*words, "--methods", "unrolled"]) == 1
     assert "error: unrolled has no equilibrium" in capsys.readouterr().out

@@ -368,7 +368,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
     assert dict(asked)["load_splits"][-1] is p["random_degradations"]
 
     path = notebooks()[2 if name == "denoiser" else 3]
-    wanted = {"setup": get_protocol(p["protocol"]), "place": CPU, **p}
+    wanted = {**p, "protocol": get_protocol(p["protocol"]), "device": CPU}
 
     def needed(node: ast.stmt) -> bool:
         if isinstance(node, ast.Assign):
@@ -591,7 +591,6 @@ from jfbnb.core.gradients import neumann
 from jfbnb.training import loop, losses
 from jfbnb.training.loop import train
 from jfbnb.training.methods import METHODS
-from jfbnb.training.sources import digest
 torch.manual_seed(0)
 images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
 settings = losses.LossSettings(0.01)

@@ -611,7 +611,7 @@ def test_a_photograph_explorer_lives_on_without_memory(explorer, monkeypatch):
 def test_photographs_without_weights(tmp_path):
     """The example is there, and so is a small picture of it for those without a kernel."""
     explorer = PhotographExplorer(weights=tmp_path)
-    assert "no tuned parameters" in explorer.status.value
+    assert "no model card" in explorer.status.value
     upload(explorer.upload, "mine.png", png(3000, 2000))
     bundle, metadata = explorer._repr_mimebundle_()
     picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
