@@ -87,7 +87,7 @@ def test_the_command_names_every_profile(capsys):
     assert "quick, cpu, paper, best or best-gpu" in " ".join(capsys.readouterr().out.split())
 
 
-def test_best_is_cpus_data_with_a_unet_everywhere():
+def test_best_is_cpus_data_with_a_unet_over_random_degradations():
     best, cpu = load_profile("best"), load_profile("cpu")
     assert (best["network"], best["random_degradations"]) == ("UNet", True)
     assert all(best[k] == cpu[k] for k in ("data", "n_train", "n_validation", "n_test", "seed"))

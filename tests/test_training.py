@@ -228,7 +228,7 @@ def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
                  )[0]["loss"] == pytest.approx(3.6)
 
 
-def test_contraction_estimate_finds_the_slowest_mode():
+def test_growth_estimate_finds_the_slowest_mode():
     torch.manual_seed(0)
     Q, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
     J = Q @ torch.diag(torch.linspace(0.1, 0.8, 20, dtype=torch.float64)) @ Q.T
@@ -244,7 +244,7 @@ def test_contraction_estimate_finds_the_slowest_mode():
     torch.testing.assert_close(again, estimate, rtol=1e-3, atol=0)
 
 
-def test_penalty_lowers_the_contraction():
+def test_penalty_lowers_the_growth():
     """A linear denoiser with factor 1.2 is pushed below the tolerated 0.5."""
 
     class Gain(torch.nn.Module):
@@ -389,7 +389,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
         assert (seen["losses"].conditions == RANDOM_DEGRADATIONS) is profile.startswith("best")
 
 
-def test_the_command_trains_a_unet_everywhere(image_folder, tmp_path, monkeypatch):
+def test_the_command_trains_a_unet_over_random_degradations(image_folder, tmp_path, monkeypatch):
     """From the denoiser on, on faces and photographs, by the parameters of the profile `best`."""
     photographs = bundled_photos("beside", 128)[::60]
     monkeypatch.setattr("jfbnb.data.bundled_photos", lambda *_: photographs)
