@@ -115,12 +115,16 @@ def parse_yaml(text: str | bytes, source: str) -> Any:
         raise UserError(f"{source} is no YAML: {reason}") from error
 
 
-def pick_device(device: str) -> torch.device:
+def pick_device(device: str | torch.device) -> torch.device:
     """Turn "auto", "cpu" or "cuda" into a device; on a GPU convolutions are then float32's own.
+
+    A device stays what it is, so that a cell `device = pick_device(device)` may be run again.
 
     Raises:
         UserError: for another name, or for "cuda" where there is no CUDA device.
     """
+    if isinstance(device, torch.device):
+        return device
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"unknown device {device!r}: choose auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():

@@ -7,6 +7,16 @@ import sys
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
+from jfbnb.common import pick_device
+from jfbnb.core.protocols import get_protocol
+
+
+def test_a_setup_cell_may_be_run_again():
+    """It puts what a parameter names in the place of the name."""
+    for find, name in ((get_protocol, "code"), (pick_device, "cpu")):
+        found = find(name)
+        assert found != name and find(found) is found
+
 
 def test_bad_input_is_one_line_in_a_notebook_too(tmp_path, monkeypatch, capsys):
     """As in notebook 5, opened first. Other errors keep their traceback."""

@@ -45,8 +45,13 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
 )}
 
 
-def get_protocol(name: str) -> Protocol:
-    """The protocol of that name, one of `PROTOCOLS`. Raises UserError for another name."""
+def get_protocol(name: str | Protocol) -> Protocol:
+    """The protocol of that name, one of `PROTOCOLS`. Raises UserError for another name.
+
+    A protocol stays what it is: a cell `protocol = get_protocol(protocol)` may be run again.
+    """
+    if isinstance(name, Protocol):
+        return name
     if name not in PROTOCOLS:
         raise UserError(f"unknown protocol {name!r}: choose one of {', '.join(PROTOCOLS)}")
     return PROTOCOLS[name]

@@ -140,6 +140,7 @@ class Trainer:
         self.parts = max(RECORDS, math.ceil(config.epochs))
         self.history: list[Record] = []
         self.steps, self.applications = 0, 0
+        self.order = 0, torch.empty(0, dtype=torch.long)  # an epoch, and its order of images
         self.file: Path | None = None
 
     @property
@@ -199,9 +200,10 @@ class Trainer:
         """Epoch, step in it, and the images of the next batch."""
         number, size = batch_number(self.steps, self.batch_reuse), self.config.batch_size
         epoch, step = number // self.batches + 1, number % self.batches
-        generator = seeded_generator(self.config.seed, epoch)
-        order = torch.randperm(len(self.images), generator=generator)
-        return epoch, step, order[step * size:(step + 1) * size]
+        if self.order[0] != epoch:
+            generator = seeded_generator(self.config.seed, epoch)
+            self.order = epoch, torch.randperm(len(self.images), generator=generator)
+        return epoch, step, self.order[1][step * size:(step + 1) * size]
 
     def backward(self, losses: Tensor, batch_size: int) -> Tensor:
         """The gradient of a batch's mean loss, cut to `clip`, and the step's learning rate.

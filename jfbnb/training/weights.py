@@ -131,12 +131,6 @@ def read_card(path: str | Path) -> dict:
     return card
 
 
-def tensor_list(stored: safe_open) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of each tensor in an open safetensors file; reads none of them."""
-    slices = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
-    return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
-
-
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, and its metadata."""
     if not Path(path).is_file():
