@@ -171,11 +171,11 @@ def our_step(bf16: bool, profile: str, problem: Problem, solver: str, effort: fl
 
     Args:
         bf16: whether the first evaluations of T and the gradient are in bfloat16.
-        profile: which trains so; "" for a loss without head and penalty, as the peers have it.
+        profile: which trains so; "" for a loss without penalty, as the peers have it.
     """
     config, losses = training(profile or "cpu", effort, bf16)
     if not profile:
-        losses = replace(losses, penalty=0.0, heads=False)
+        losses = replace(losses, penalty=0.0)
     model, loss = prepare(JFB, problem.network, problem.settings, problem.A, losses)
     steps = itertools.count()
 

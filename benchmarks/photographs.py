@@ -37,7 +37,7 @@ from jfbnb.teaching.figures import image_row, new_figure, save_data, save_figure
 from jfbnb.training.methods import JFB
 from jfbnb.training.restorers import make_methods
 
-METHODS = ("jfb", "jfb-energy", "jfb-head", "tikhonov", "total-variation")
+METHODS = ("jfb", "jfb-energy", "tikhonov", "total-variation")
 HELD_OUT = "chelsea"  # tunes the other operators' weights, which are measured on the others
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # of a prior, over the one tuned for the blur
 FRAME = 8  # pixels at the border that are judged apart

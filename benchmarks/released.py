@@ -22,17 +22,16 @@ from jfbnb.training.restorers import BEST, RELEASED, make_methods
 
 PART = 100  # images between two writes
 SETS = {"DnCNN 8 x 32": RELEASED, "U-Net": BEST}
-SHOWN = ("jfb", "jfb-head", "jfb-energy")
+SHOWN = ("jfb", "jfb-energy")
 
 
 def weights_of(folder: Path, method: str) -> str | None:
     """A hash of a method's weights in a folder, whatever their names; None where it has none."""
-    own = METHODS[method].head_of or METHODS[method]
     try:
         make_methods([method], folder, torch.device("cpu"))
     except UserError:
         return None
-    return digest(sorted(map(digest, load_file(folder / f"{own.name}.safetensors").values())))[:16]
+    return digest(sorted(map(digest, load_file(folder / f"{method}.safetensors").values())))[:16]
 
 
 def measure_released(bench: Bench) -> None:

@@ -59,10 +59,7 @@ def weights(tmp_path) -> Path:
     save_weights(folder / "denoiser.safetensors", Denoiser(DnCNN(2, 4), 0.04), {})
     for method in METHODS.values():
         if method.trainable:
-            model = method.build(None, DnCNN(2, 4), tuning.settings(method),
-                                 DnCNN(2, 4) if method.head else None)
-            if method.head:  # an untrained network is the identity
-                torch.nn.init.normal_(model.H.network.layers[-1].weight, std=0.01)
+            model = method.build(None, DnCNN(2, 4), tuning.settings(method))
             save_weights(folder / f"{method.name}.safetensors", model, {
                 "settings": tuning.settings(method), "noise_std": tuning.noise_std})
     tuning.save(folder / "tuning.json")
@@ -75,7 +72,8 @@ def make_tuning() -> Tuning:
               "total-variation": {"weight": 1e-3}, "plug-and-play": prior,
               "feedforward": {"sigma": 0.04}, "feedforward-tikhonov": {"lam": 0.005, "sigma": 0.04},
               "unrolled": {**prior, "iterations": 3}, "de-grad": {**prior, "eta": 1.0},
-              "de-prox": {"sigma": 0.04, "eta": 1.0}, "de-admm": prior}
+              "de-prox": {"sigma": 0.04, "eta": 1.0}, "plug-and-play-admm": prior,
+              "annealed": {"weight": 0.5, "first": 0.1, "last": 0.01, "iterations": 8}}
     return Tuning(noise_std=0.01, images=1, chosen=chosen, searches={})
 
 

@@ -27,8 +27,7 @@ def train_in(folder: Path, die: bool = False, log=lambda line: None) -> tuple[Eq
     network = DnCNN(3, 6)
     torch.nn.init.normal_(network.layers[-1].weight, std=0.05)
     model = Equilibrium(SplittingMap(Blur(12, 5, 2.0), Denoiser(network, 0.03), 0.1))
-    loss = EquilibriumLoss(model.add_head().double(), LossSettings(0.01, 1e-3, 8, 1,
-                                                                   max_growth=0.1))
+    loss = EquilibriumLoss(model.double(), LossSettings(0.01, 1e-3, 8, 1, max_growth=0.1))
 
     def batch_loss(x, keys, indices):
         if die and keys[1] == 3 and processes.rank() == 1:

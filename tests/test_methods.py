@@ -6,6 +6,7 @@ import shutil
 from functools import partial
 
 import pytest
+import scipy.linalg
 import torch
 from conftest import MAPS, make_map
 from safetensors import safe_open
@@ -59,10 +60,9 @@ def test_a_method_that_lacks_what_it_needs_is_refused(monkeypatch):
         return d, None
 
     for parts, message in (
-            ({}, "'mine': give one of restore, model and head_of"),
-            ({"restore": restores, "model": JFB.model}, "give one of restore, model and head_of"),
-            ({"restore": restores, "loss": JFB.loss}, "'mine' has a loss, but no model to train"),
-            ({"head_of": METHODS["unrolled"]}, "'mine' is head_of 'unrolled', which has no head")):
+            ({}, "'mine': give either restore or model"),
+            ({"restore": restores, "model": JFB.model}, "give either restore or model"),
+            ({"restore": restores, "loss": JFB.loss}, "'mine' has a loss, but no model to train")):
         with pytest.raises(UserError, match=message):
             Method(**look, **parts)
     mine = register(Method(**look, restore=restores))
@@ -117,13 +117,12 @@ def test_explicit_networks(problem):
     torch.testing.assert_close(model(d)[0], T(T(d, d), d), rtol=0, atol=1e-12)
 
 
-def test_a_model_on_another_operator_has_the_same_weights_and_head(problem):
+def test_a_model_on_another_operator_has_the_same_weights(problem):
     A, D, d = problem
     wide = Blur(16, 5, 3.0)
     for model in (Equilibrium(make_map(SplittingMap, A, D)), Feedforward(A, D, 0.01)):
-        model.add_head()
         other = model.on(wide, 2.0)
-        assert other.T.A is wide and model.T.A is A and other.H is model.H
+        assert other.T.A is wide and model.T.A is A
         assert {id(p) for p in other.parameters()} == {id(p) for p in model.parameters()}
     assert torch.equal(other(d)[0], D(tikhonov(wide, d, 0.02)))
 
@@ -148,7 +147,6 @@ def test_every_learned_method_can_be_trained_and_used(weights, method):
     if method.name == "jfb-energy":  # an energy of 0 is a saddle: pretraining leaves it
         torch.nn.init.normal_(network.layers[-1].weight, std=0.05)
     model, loss = prepare(method, network, settings, A, LossSettings(0.01, 1e-3, 8, 1))
-    assert (model.H is not None) == method.head
     history = train(model, loss, images, TrainingConfig(25, 4, 16, 3e-3, 0, 1.0), CPU,
                     log=lambda _: None)
     assert sum(r["loss"] for r in history[-5:]) < sum(r["loss"] for r in history[:5])
@@ -168,23 +166,19 @@ class Linear(torch.nn.Module):
         return self.convolve(x)
 
 
-def test_a_head_acts_on_the_solution_and_leaves_it_alone(problem):
-    A, D, x = problem
-    d = A(x)
-    model = Equilibrium(make_map(SplittingMap, A, D))
-    loss = EquilibriumLoss(model, EXACTLY)
-    _, figures = loss(x, (0,), range(2))
-    head = Linear().double()
-    model.add_head(head)
-    star, info = model(d)
-    x_star = A.solve_normal(A.adjoint(d) + model.T.tau * star, model.T.tau)
-    assert info.converged.all()
-    assert torch.equal(model.apply_head(star, d), x_star - head.convolve(x_star))
-    both, parts = loss(x, (0,), range(2))
-    assert torch.equal(parts["mse"], figures["mse"])
-    torch.testing.assert_close(both, parts["mse"] + parts["head_mse"])
-    both.sum().backward()
-    assert head.convolve.weight.grad.abs().sum() > 0
+@torch.no_grad()
+def test_annealed_splitting_is_its_steps_written_out(problem):
+    """Two steps of half-quadratic splitting by SciPy's dense solver, with falling levels."""
+    A, D, d = problem
+    model = METHODS["annealed"].build(A, D.network, {
+        "weight": 0.3, "first": 0.1, "last": 0.02, "iterations": 2, "sigma": 0.0}).double()
+    dense = A(torch.eye(256, dtype=torch.float64).reshape(256, 1, 16, 16)).reshape(256, 256).T
+    z = d
+    for sigma, tau in ((0.1, 0.3 * 0.2**2), (0.02, 0.3)):
+        b = dense.T @ d.reshape(6, 256).T + tau * z.reshape(6, 256).T
+        x = scipy.linalg.solve(dense.T @ dense + tau * torch.eye(256, dtype=d.dtype), b)
+        z = D(torch.from_numpy(x.T.reshape(2, 3, 16, 16)), torch.tensor(sigma, dtype=d.dtype))
+    torch.testing.assert_close(model(d)[0], z, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("make", "method"), [
@@ -293,7 +287,7 @@ def test_a_folder_that_lacks_what_a_method_needs(weights, tmp_path):
     for name, message in (
             ("jbf", "unknown method 'jbf': choose from"),
             ("tikhonov", r"no tuned parameters at .*tuning\.json"),
-            ("de-grad", "no weights at"), ("deq-head", "have no head: deq-head needs one"),
+            ("de-grad", "no weights at"),
             ("unrolled", "have a tau that is not finite")):
         with pytest.raises(UserError, match=message):
             make_methods([name], weights, CPU)
@@ -305,8 +299,7 @@ def test_methods_can_be_pickled(weights, problem):
     """As pools of processes do. Applying one leaves it as it was."""
     A, _, d = problem
     d = d.float()
-    for method in make_methods(["tikhonov", "plug-and-play", "jfb", "jfb-head"], weights,
-                               CPU).values():
+    for method in make_methods(["tikhonov", "plug-and-play", "jfb"], weights, CPU).values():
         copy = pickle.loads(pickle.dumps(method))
         copy(A, d, 0.1)
         assert torch.equal(copy(A, d, 0.02)[0], method(A, d, 0.02)[0])
@@ -317,7 +310,7 @@ def test_methods_are_made_without_a_draw_from_the_global_generator(weights):
     torch.manual_seed(0)
     wanted = torch.rand(3)
     torch.manual_seed(0)
-    make_methods(["plug-and-play", "jfb-head", "unrolled"], weights, CPU)
+    make_methods(["plug-and-play", "jfb", "unrolled"], weights, CPU)
     assert torch.equal(torch.rand(3), wanted)
 
 

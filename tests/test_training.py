@@ -602,7 +602,7 @@ def noting(loss, names):
 
 for method in METHODS.values():
     if method.trainable:
-        model = method.build(None, DnCNN(2, 4), chosen, DnCNN(2, 4) if method.head else None)
+        model = method.build(None, DnCNN(2, 4), chosen)
         loss = method.loss(model, settings)
         for given in (loss, outside.Loss(loss), noting(loss, {"b", "a", "c"})):
             print(method.name, digest(train, model, given, images, config))

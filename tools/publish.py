@@ -29,7 +29,7 @@ PUBLISHED = "figures/published"  # all else in figures/ is whoever runs the note
 PROFILES = ("quick", "cpu")  # those whose results are published
 RESULTS = "benchmarks/results"
 LABELS = {"measurement": "First guess", "jfb": "JFB", "jfb-energy": "JFB, energy",
-          "jfb-head": "the DnCNN's", "total-variation": "Total variation", "tikhonov": "Tikhonov",
+          "total-variation": "Total variation", "tikhonov": "Tikhonov",
           "skimage": "scikit-image's best"}
 DRAWING = 8192  # colours, antialiasing included; a photograph has more
 Read = Callable[[str], str]  # a project file's text, by its path

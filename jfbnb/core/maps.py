@@ -62,10 +62,6 @@ class ImplicitMap(nn.Module):
         """The image in a state."""
         return state
 
-    def head_input(self, image: Tensor, d: Tensor) -> Tensor:
-        """The input of a head after the map, by default the image."""
-        return image
-
 
 class WeightedMap(ImplicitMap):
     """A map with a weight tau > 0 of the denoiser against the data.
@@ -154,10 +150,6 @@ class SplittingMap(WeightedMap):
 
     def forward(self, z: Tensor, d: Tensor) -> Tensor:
         return self.D(self.data_step(z, d), self.sigma)
-
-    def head_input(self, image: Tensor, d: Tensor) -> Tensor:
-        """x*, D's input, so that a head replaces the last D but need not keep T stable."""
-        return self.data_step(image, d)
 
 
 class EnergyMap(SplittingMap):

@@ -23,39 +23,19 @@ Result = tuple[Tensor, SolveInfo | None]
 
 
 class Model(nn.Module):
-    """A model made of a map T, and optionally a head H, another denoiser after it.
-
-    The head makes the paper's prediction equation a network too. It acts on the solution alone, so
-    it does not affect the iteration.
-    """
+    """A model made of a map T."""
 
     tolerance, max_iterations = 1e-4, 100  # of the solver, if the model has one
 
     def __init__(self, T: ImplicitMap):
         super().__init__()
         self.T = T
-        self.register_module("H", None)
 
     def on(self, A: LinearOperator, prior_scale: float = 1.0) -> Self:
         """The same model, with the same weights, for another operator; see `ImplicitMap.on`."""
         other = copy.copy(self)
         other._modules = {**self._modules, "T": self.T.on(A, prior_scale)}
         return other
-
-    @property
-    def head_sigma(self) -> float | Tensor:
-        """The noise level that the head receives."""
-        return self.T.D.sigma
-
-    def add_head(self, network: nn.Module | None = None) -> Self:
-        """Add a head made of a network, by default a copy of the model's own; return the model."""
-        self.H = Denoiser(network or copy.deepcopy(self.T.D.network), self.head_sigma)
-        self.H.to(self.T.D.sigma.device)
-        return self
-
-    def apply_head(self, image: Tensor, d: Tensor) -> Tensor:
-        """The head's image, computed from the model's."""
-        return self.H(self.T.head_input(image, d))
 
 
 class Equilibrium(Model):
@@ -81,18 +61,42 @@ class Unrolled(Model):
         return self.T.image(state), None
 
 
+class Annealed(Model):
+    """Half-quadratic splitting with a falling noise level (DPIR, Zhang et al. 2021), untrained.
+
+    The two steps of `SplittingMap`, `iterations` times, with D's noise level sigma falling from
+    `first` to `last` in equal ratios and tau = weight (last / sigma)^2. It ends there: it is no
+    fixed-point iteration.
+
+    Args:
+        first, last: on images in [0, 1]; the last is the noise of the measurements.
+    """
+
+    def __init__(self, A: LinearOperator | None, D: Denoiser, weight: float, first: float,
+                 last: float, iterations: int):
+        super().__init__(ImplicitMap(A, D))
+        self.weight, self.first, self.last, self.iterations = weight, first, last, iterations
+
+    def forward(self, d: Tensor) -> Result:
+        A, D = self.T.A, self.T.D
+        last, z = self.last * self.T.prior_scale**0.5, A.guess(d)
+        for k in range(self.iterations):
+            sigma = self.first * (last / self.first) ** (k / max(1, self.iterations - 1))
+            tau = self.weight * (last / sigma) ** 2
+            z = D(A.solve_normal(A.adjoint(d) + tau * z, tau, z), sigma)
+        return z, None
+
+
 class Feedforward(Model):
     """Section 1's "standard deep neural network": D(d), or D of the Tikhonov solution.
 
     The second is the learned post-processing of Jin et al. (2017): an inverse first, in closed
-    form, then a network that removes its artefacts. A head receives noise level 0.
+    form, then a network that removes its artefacts.
 
     Args:
         lam: weight of Tikhonov's regulariser; None applies D to `A.guess(d)`, which is d for a
             blur.
     """
-
-    head_sigma = 0.0
 
     def __init__(self, A: LinearOperator, D: Denoiser, lam: float | None = None):
         super().__init__(ImplicitMap(A, D))
@@ -111,20 +115,14 @@ class Restorer:
     It raises UserError where d is no tensor of floats.
 
     Args:
-        restore: the method, without its head if it has one.
-        base: for a method with a head, the name of the method without it.
-        head: (A, image, d, noise_std) -> image. Apply it alone where `base`'s image is known.
-        model: (A, noise_std) -> `Model`, for a method with a network and without a head, to solve
-            it in another way.
+        restore: the method.
+        model: (A, noise_std) -> `Model`, for a method with a network, to solve it in another way.
     """
 
     restore: Callable[[LinearOperator, Tensor, float], Result]
-    base: str = ""
-    head: Callable[[LinearOperator, Tensor, Tensor, float], Tensor] | None = None
     model: Callable[[LinearOperator, float], Model] | None = None
 
     @torch.no_grad()
     def __call__(self, A: LinearOperator, d: Tensor, noise_std: float) -> Result:
         require_floats(d)
-        y, info = self.restore(A, d, noise_std)
-        return (y if self.head is None else self.head(A, y, d, noise_std)), info
+        return self.restore(A, d, noise_std)

@@ -85,12 +85,12 @@ EXERCISES: dict[str, Choice | Number] = {
     "4.3": Choice("x*", {
         "z*": "which of the two maps ends with the denoiser?"}),
     "5.1": Choice("DnCNN", {
-        "DE-PROX": "it has no weight to follow the noise, but it is told the blur; who is not?",
+        "JFB, DE-PROX": "no weight of it follows the noise, but it is told the blur; who is not?",
         "Tikhonov": "its weight follows the noise: sort the changes",
         "Total variation": "its weight follows the noise: sort the changes",
-        "JFB": "its weight follows the noise: sort the changes"}),
+        "JFB, splitting": "its weight follows the noise: sort the changes"}),
     "5.2": Choice("Direct inverse", dict.fromkeys(
-        ("JFB", "Tikhonov", "Total variation", "DnCNN", "Gradient descent"),
+        ("JFB, splitting", "Tikhonov", "Total variation", "DnCNN", "Gradient descent"),
         "which image has the most values far out of [0, 1]?")),
     "5.3": Choice("smooth", {
         "full of detail": "look at it under the swipe handle: what is there to restore?"}),

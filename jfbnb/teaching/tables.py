@@ -51,8 +51,7 @@ def table2(summary: pd.DataFrame, applications: Mapping[str, float] | None = Non
     rows["± SSIM"] = ours.ssim_se.reindex(order)
     rows["Converged"] = ours.converged.reindex(order)
     rows["Seconds per image"] = ours.seconds_per_image.reindex(order)
-    own = [(METHODS[m].head_of or METHODS[m]).name if m in METHODS else m for m in order]
-    rows[SPENT] = pd.Series(applications or {}, dtype=float).reindex(own).values
+    rows[SPENT] = pd.Series(applications or {}, dtype=float).reindex(order)
     rows["Published PSNR"] = published.psnr.reindex(order)
     rows["Published PSNR, range 1"] = published.usual_psnr.reindex(order, fill_value="")
     rows["Published SSIM"] = published.ssim.reindex(order)

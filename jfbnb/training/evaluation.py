@@ -64,21 +64,14 @@ def join(tables: list[pd.DataFrame]) -> pd.DataFrame:
 
 def _restore_all(methods: dict[str, Restorer], A: LinearOperator, d: Tensor,
                  noise_std: float) -> dict[str, tuple[Tensor, SolveInfo | None, float]]:
-    """Each method's images, how its solve ended, and its seconds.
-
-    A head acts on the image of its base, if that is there, and the base's seconds are added.
-    """
+    """Each method's images, how its solve ended, and its seconds."""
     done: dict[str, tuple[Tensor, SolveInfo | None, float]] = {}
     for name, method in methods.items():
         clock = time.perf_counter()
-        if method.head is not None and method.base in done:
-            y, info, before = done[method.base]
-            y = method.head(A, y, d, noise_std)
-        else:
-            (y, info), before = method(A, d, noise_std), 0.0
+        y, info = method(A, d, noise_std)
         if y.is_cuda:
             torch.cuda.synchronize()
-        done[name] = y, info, before + time.perf_counter() - clock
+        done[name] = y, info, time.perf_counter() - clock
     return done
 
 

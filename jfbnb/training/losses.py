@@ -39,15 +39,14 @@ class LossSettings:
         power_iterations: of the estimate of T's growth factor.
         max_growth, penalty: adds `penalty * max(0, growth - max_growth)^2`, both counted from 1 in
             units of the map's `scale`; with a penalty of 0 nothing is estimated.
-        bf16: for the first evaluations of a solve, the tracked application and the head; of an
-            explicit model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
+        bf16: for the first evaluations of a solve, and the tracked application; of an explicit
+            model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
             of about 3e-3, and the estimate's differences would drown in the rounding.
         conditions: from which each step's operator and noise level are drawn; None keeps the
             protocol's. All batches then have the same weight: the loss is the logarithm of the
             batch's error.
         noise_power: how the prior's weight follows a drawn noise level, as in `methods.Method`.
         stability_every: the penalty is computed for one of so many crops, and multiplied by it.
-        heads: whether the methods that have a head train one.
         batch_reuse: how often an equilibrium's training uses a batch. It solves for x* the first
             time. Later the T(x*) of the time before, `REUSE_BUFFER` steps ago, stands for x*.
     """
@@ -62,13 +61,11 @@ class LossSettings:
     conditions: Conditions | None = None
     noise_power: float = 2.0
     stability_every: int = 4
-    heads: bool = True
     batch_reuse: int = 1
 
     def random_degradations(self) -> Self:
-        """The same over `RANDOM_DEGRADATIONS`. No head: one tried with the U-Net gained nothing."""
-        return replace(self, conditions=RANDOM_DEGRADATIONS, stability_every=8, heads=False,
-                       batch_reuse=8)
+        """The same over `RANDOM_DEGRADATIONS`."""
+        return replace(self, conditions=RANDOM_DEGRADATIONS, stability_every=8, batch_reuse=8)
 
     @classmethod
     def read(cls, card: dict) -> Self:
@@ -218,18 +215,10 @@ def _mean_square(error: Tensor) -> Tensor:
 
 def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
             d: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The error of an image y, plus that of its head's image if it has one; and the two.
-
-    Only the part of the image counts that the measurement shows.
-    """
+    """The loss of an image y, of the part that the measurement shows, and its squared error."""
     visible = model.T.A.visible
     loss = _mean_square(visible(y - x))
     figures = {"mse": loss.detach()}
-    if model.H is not None:
-        with precision(model, settings.bf16):
-            head = _mean_square(visible(model.apply_head(y, d) - x))
-        figures["head_mse"] = head.detach()
-        loss = loss + head
     if settings.conditions is not None:  # the gradient of its logarithm, on the usual scale
         total, count = processes.add_up([loss.detach().sum().item(), float(len(loss))], x.device)
         loss = loss * (TYPICAL * count / max(total, 1e-30))

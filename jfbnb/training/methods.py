@@ -28,7 +28,7 @@ from jfbnb.core.baselines import (
 )
 from jfbnb.core.denoisers import Denoiser, matched_sigma
 from jfbnb.core.maps import ADMMMap, EnergyMap, GradientMap, ProximalMap, SplittingMap
-from jfbnb.core.models import Equilibrium, Feedforward, Model, Result, Unrolled
+from jfbnb.core.models import Annealed, Equilibrium, Feedforward, Model, Result, Unrolled
 from jfbnb.core.operators import LinearOperator
 from jfbnb.training.losses import EquilibriumLoss, ExplicitLoss, ImplicitLoss, LossSettings
 
@@ -37,7 +37,7 @@ Settings = dict[str, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to restore an image: by `restore`, by a `model` of a network, or as `head_of` one.
+    """One way to restore an image: by `restore`, or by a `model` of a network.
 
     Args:
         name: on the command line and in files; label and colour: in tables and figures.
@@ -47,8 +47,6 @@ class Method:
             are loaded, so nothing may be derived from it here.
         loss: (model, settings) -> the loss that trains the model, as in `losses`. Without one the
             method uses the pretrained denoiser as it is.
-        head: whether a second network is trained along.
-        head_of: the method whose head this one is.
         candidates: (noise level, about how many) -> settings to choose from on validation images.
         shares_tuning_with: another method with the same candidates and, untrained, the same images.
         noise_power: the weight of the prior goes with this power of the noise level. 2 is theory
@@ -65,8 +63,6 @@ class Method:
     restore: Callable[[LinearOperator, Tensor, Settings, float], Result] | None = None
     model: Callable[[LinearOperator, Denoiser, Settings], Model] | None = None
     loss: Callable[[Model, LossSettings], Callable] | None = None
-    head: bool = False
-    head_of: "Method | None" = None
     candidates: Callable[[float, int], list[Settings]] = field(default=lambda noise_std, n: [{}])
     shares_tuning_with: "Method | None" = None
     noise_power: float = 2.0
@@ -74,13 +70,10 @@ class Method:
     smooth: bool = False
 
     def __post_init__(self) -> None:
-        if sum(way is not None for way in (self.restore, self.model, self.head_of)) != 1:
-            raise UserError(f"method {self.name!r}: give one of restore, model and head_of")
+        if (self.restore is None) == (self.model is None):
+            raise UserError(f"method {self.name!r}: give either restore or model")
         if self.loss and not self.model:
             raise UserError(f"method {self.name!r} has a loss, but no model to train")
-        if self.head_of and not self.head_of.head:
-            raise UserError(f"method {self.name!r} is head_of {self.head_of.name!r}, which has no "
-                            "head")
 
     @property
     def trainable(self) -> bool:
@@ -91,17 +84,12 @@ class Method:
         """Whether the method can use such a network."""
         return getattr(network, "smooth", False) or not self.smooth
 
-    def build(self, A: LinearOperator | None, network: nn.Module, settings: Settings,
-              head: nn.Module | None = None) -> Model:
-        """Its model, made of a network and settings, on the network's device.
-
-        Args:
-            head: the head's network, for a model with a head.
-        """
+    def build(self, A: LinearOperator | None, network: nn.Module, settings: Settings) -> Model:
+        """Its model, made of a network and settings, on the network's device."""
         like = next(network.parameters(), torch.empty(()))
         model = self.model(A, Denoiser(network, settings.get("sigma", 0.0)), settings)
         model.to(like.device)  # not of its type: an operator keeps its float64
-        return model if head is None else model.add_head(head)
+        return model
 
 
 METHODS: dict[str, Method] = {}
@@ -181,44 +169,48 @@ register(Method(
 PLUG_AND_PLAY = register(Method(
     name="plug-and-play", label="Plug-and-play", colour="#56B4E9", candidates=prior,
     model=lambda A, D, s: Equilibrium(SplittingMap(A, D, s["tau"]))))
+PLUG_AND_PLAY_ADMM = register(Method(
+    name="plug-and-play-admm", label="Plug-and-play, ADMM", colour="#01665E", candidates=prior,
+    model=lambda A, D, s: Equilibrium(ADMMMap(A, D, s["tau"]))))
+# Levels above 0.1 are unknown to the denoisers here.
+register(Method(
+    name="annealed", label="Falling noise level", colour="#9970AB", compared=False,
+    candidates=lambda noise_std, n: [{**s, "first": 0.1, "last": noise_std, "iterations": 8}
+                                     for s in grid(n, weight=(0.05, 2.0))],
+    model=lambda A, D, s: Annealed(A, D, s["weight"], s["first"], s["last"], s["iterations"])))
 register(Method(
     name="feedforward", compared=False, label="DnCNN", colour="#B8A000",
     candidates=lambda noise_std, n: grid(n, sigma=(1e-3, 1e-1)),
     model=lambda A, D, s: Feedforward(A, D), loss=ExplicitLoss))
-TIKHONOV_NETWORK = register(Method(
-    name="feedforward-tikhonov", label="Tikhonov + DnCNN", colour="#8C510A", head=True,
+register(Method(
+    name="feedforward-tikhonov", label="Tikhonov + DnCNN", colour="#8C510A",
     candidates=lambda noise_std, n: grid(n, lam=(1.5e-3, 6e-3), sigma=(0.03, 0.1)),
     noise_power=1.5,
     model=lambda A, D, s: Feedforward(A, D, s["lam"]), loss=ExplicitLoss))
-register(Method(
-    name="feedforward-tikhonov-head", label="Tikhonov + 2 DnCNN", colour="#DFC27D",
-    head_of=TIKHONOV_NETWORK))
 register(Method(
     name="unrolled", label="Deep unrolling", colour="#762A83", noise_power=1.0,
     candidates=lambda noise_std, n: prior(noise_std, n, iterations=5),
     model=lambda A, D, s: Unrolled(SplittingMap(A, D, s["tau"]), int(s["iterations"])),
     loss=ExplicitLoss))
 register(Method(
-    name="de-grad", compared=False, label="DE-GRAD", colour=GradientMap.colour,
+    name="de-grad", compared=False, label="JFB, DE-GRAD", colour=GradientMap.colour,
     candidates=lambda noise_std, n: prior(noise_std, n, eta=1.0),
     model=lambda A, D, s: Equilibrium(GradientMap(A, D, s["tau"], s["eta"])),
     loss=EquilibriumLoss))
 register(Method(
-    name="de-prox", compared=False, label="DE-PROX", colour=ProximalMap.colour,
-    candidates=lambda noise_std, n: grid(n, eta=(1.0, 1.9), sigma=(0.02, 0.08)),
+    name="de-prox", compared=False, label="JFB, DE-PROX", colour=ProximalMap.colour,
+    candidates=lambda noise_std, n: grid(n, eta=(1.0, 1.9), sigma=(0.005, 0.08)),
     model=lambda A, D, s: Equilibrium(ProximalMap(A, D, s["eta"])), loss=EquilibriumLoss))
 register(Method(
-    name="de-admm", compared=False, label="DE-ADMM", colour=ADMMMap.colour,
-    candidates=prior, model=lambda A, D, s: Equilibrium(ADMMMap(A, D, s["tau"])),
+    name="de-admm", compared=False, label="JFB, DE-ADMM", colour=ADMMMap.colour,
+    candidates=prior, shares_tuning_with=PLUG_AND_PLAY_ADMM, model=PLUG_AND_PLAY_ADMM.model,
     loss=EquilibriumLoss))
-DEQ = register(Method(
-    name="deq", label="Deep equilibrium", colour="#000000", head=True, candidates=prior,
+register(Method(
+    name="deq", label="Exact gradient, splitting", colour="#000000", candidates=prior,
     shares_tuning_with=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=ImplicitLoss))
-register(Method(name="deq-head", label="Deep equilibrium + head", colour="#777777", head_of=DEQ))
 JFB = register(Method(
-    name="jfb", label="JFB", colour=SplittingMap.colour, head=True, candidates=prior,
+    name="jfb", label="JFB, splitting", colour=SplittingMap.colour, candidates=prior,
     shares_tuning_with=PLUG_AND_PLAY, model=PLUG_AND_PLAY.model, loss=EquilibriumLoss))
-register(Method(name="jfb-head", label="JFB + head", colour="#7FB8DE", head_of=JFB))
 register(Method(
     name="jfb-energy", label="JFB, energy", colour=EnergyMap.colour, compared=False, smooth=True,
     candidates=prior, shares_tuning_with=PLUG_AND_PLAY, loss=EquilibriumLoss,

@@ -161,8 +161,6 @@ def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOpe
             losses: LossSettings) -> tuple[Model, BatchLoss]:
     """A method's model as its training begins, and the loss that trains it."""
     model = method.build(A, copy.deepcopy(network), settings)
-    if method.head and losses.heads:
-        model.add_head()
     return model, method.loss(model, replace(losses, noise_power=method.noise_power))
 
 
@@ -196,14 +194,10 @@ def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 @torch.no_grad()
 def score(model: Model, problem: Problem) -> dict[str, float]:
-    """Mean PSNR in dB on a problem's images, the head's too, and the share that converged."""
-    def quality(y: Tensor) -> float:
-        return psnr(problem.A.visible(y), problem.A.visible(problem.x)).mean().item()
-
+    """Mean PSNR in dB on a problem's images, and the share that converged."""
     y, info = model(problem.d)
-    found = {"psnr": quality(y)}
-    if model.H is not None:
-        found["psnr_head"] = quality(model.apply_head(y, problem.d))
+    visible = problem.A.visible
+    found = {"psnr": psnr(visible(y), visible(problem.x)).mean().item()}
     if info is not None:
         found["converged"] = info.converged.float().mean().item()
     return found

@@ -43,9 +43,8 @@ def expected_methods(weights: Path | None) -> list[str]:
         stored |= {path.stem for path in folder.glob("*.safetensors")}
         with contextlib.suppress(UserError):
             stored |= Tuning.load(folder / "tuning.json").chosen.keys()
-    own = {name: method.head_of or method for name, method in METHODS.items()}
-    return [name for name, m in own.items()
-            if m.name in stored or (not m.trainable and m.candidates(0.01, 1) == [{}])]
+    return [name for name, m in METHODS.items()
+            if name in stored or (not m.trainable and m.candidates(0.01, 1) == [{}])]
 
 
 def load_model(method: Method, weights: Path) -> Model:
@@ -79,24 +78,17 @@ def _build(method: Method, settings: Settings, weights: Path) -> Model:
             D = load_denoiser(weights / "denoiser.safetensors")
             return method.build(None, D.network, settings)
         file = weights / f"{method.name}.safetensors"
-        model = load_weights(file, lambda network, head=None: method.build(None, network, settings,
-                                                                           head))
+        model = load_weights(file, lambda network: method.build(None, network, settings))
     if not torch.as_tensor(getattr(model.T, "tau", 1.0)).isfinite():  # its logarithm may be
         raise UserError(f"the weights {file} have a tau that is not finite: fetch them again")
     return model
 
 
 def _make_method(method: Method, weights: Path, device: torch.device) -> Restorer:
-    own = method.head_of or method
-    settings, noise_std = _settings(own, weights)
-    model = None if own.restore else _build(own, settings, weights).to(device)
-    stored = _Stored(own.name, settings, noise_std, model)
-    if method.head_of is None:
-        return Restorer(stored.restore, model=None if model is None else stored.on)
-    if model.H is None:
-        raise UserError(f"the weights {weights / own.name}.safetensors have no head: "
-                        f"{method.name} needs one")
-    return Restorer(stored.restore, own.name, stored.apply_head)
+    settings, noise_std = _settings(method, weights)
+    model = None if method.restore else _build(method, settings, weights).to(device)
+    stored = _Stored(method.name, settings, noise_std, model)
+    return Restorer(stored.restore, None if model is None else stored.on)
 
 
 @dataclass(frozen=True)
@@ -118,6 +110,3 @@ class _Stored:
         if self.model is None:
             return METHODS[self.name].restore(A, d, self.settings, self.prior_scale(noise_std))
         return self.on(A, noise_std)(d)
-
-    def apply_head(self, A: LinearOperator, y: Tensor, d: Tensor, noise_std: float) -> Tensor:
-        return self.on(A, noise_std).apply_head(y, d)

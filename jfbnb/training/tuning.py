@@ -37,6 +37,9 @@ def check_settings(method: Method, settings: object, noise_std: object, source: 
     return settings
 
 
+TOLERANCE = 1e-3  # of the solves that a search scores: that of training, ten times a table's
+
+
 @dataclass
 class Tuning:
     """Each method's settings, chosen on validation images, with the searches that chose them.
@@ -55,11 +58,18 @@ class Tuning:
 
     def search(self, method: str, candidates: list[Settings],
                score: Callable[[Settings], dict[str, float]]) -> Settings:
-        """Score every candidate, keep them all, choose the one with the highest "psnr"."""
+        """Score every candidate, keep them all, choose the one with the highest "psnr".
+
+        Where some candidates' solves all converge, it is one of these.
+        """
         tried = [{**candidate, **score(candidate)} for candidate in candidates]
         self.searches[method] = tried
-        best = max(range(len(tried)), key=lambda i: (tried[i]["psnr"] == tried[i]["psnr"],
-                                                     tried[i]["psnr"]))  # NaN is worst
+
+        def rank(i: int) -> tuple[bool, bool, float]:  # NaN is worst
+            known = tried[i]["psnr"] == tried[i]["psnr"]
+            return known, tried[i].get("converged", 1.0) == 1.0, tried[i]["psnr"]
+
+        best = max(range(len(tried)), key=rank)
         self.chosen[method] = candidates[best]
         return candidates[best]
 
@@ -88,19 +98,19 @@ class Tuning:
 
 @torch.no_grad()
 def tune(method: Method, tuning: Tuning, A: LinearOperator, d: Tensor, x: Tensor, n: int,
-         network: nn.Module | None = None, max_iterations: int = 15) -> Settings:
+         network: nn.Module | None = None) -> Settings:
     """Search about n settings of a method, before any training, on images x measured as d.
 
     Args:
-        network: the pretrained denoiser's, for those that have one.
-        max_iterations: of a method's fixed-point solver.
+        network: the pretrained denoiser's, for those that have one. An equilibrium is solved to
+            `TOLERANCE`, or for as many evaluations as in a table.
     """
     def score(settings: Settings) -> dict[str, float]:
         if method.restore:
             y, info = method.restore(A, d, settings, 1.0)
         else:
             model = method.build(A, network, settings)
-            model.max_iterations = max_iterations
+            model.tolerance = TOLERANCE
             y, info = model(d)
         figures = {"psnr": psnr(A.visible(y), A.visible(x)).mean().item()}
         if info is not None:
