@@ -22,7 +22,6 @@ from torch import Tensor
 
 from jfbnb.common import UserError, pick_device
 from jfbnb.core import kernels
-from jfbnb.core.diagnostics import jacobian_norm, spectral_radius
 from jfbnb.core.fixed_point import solve
 from jfbnb.core.metrics import psnr
 from jfbnb.core.models import Equilibrium
@@ -85,14 +84,10 @@ def point(model: Equilibrium, x: Tensor, d: Tensor) -> dict[str, float]:
                          for z in (state, later))
         parts.append((before, after - before, info.converged, info.iterations, later))
     before, drift, converged, iterations, later = (torch.cat(p) for p in zip(*parts, strict=True))
-    radius, norm = (
-        measured(lambda z: T(z, d[:1]), later[:1], 20, torch.Generator().manual_seed(0)).item()
-        for measured in (spectral_radius, jacobian_norm))
     return {"images": len(x), "psnr": before.mean().item(),
             "converged": converged.float().mean().item(),
             "most_evaluations": iterations.max().item(),
-            "worst_drift": drift.abs().nan_to_num(nan=math.inf).max().item(),
-            "radius_max": radius, "norm_max": norm}
+            "worst_drift": drift.abs().nan_to_num(nan=math.inf).max().item()}
 
 
 def measure_grid(bench: Bench) -> None:
@@ -137,8 +132,7 @@ def overview(rows: pd.DataFrame) -> pd.DataFrame:
         "Points": points.size(), "on every image": points.everywhere.sum(),
         "Converged": points.converged.mean(), "at worst converged": points.converged.min(),
         "Evaluations at most": points.most_evaluations.max(),
-        "Change (dB)": points.worst_drift.max(), "Radius at most": points.radius_max.max(),
-        "Norm at most": points.norm_max.max(),
+        "Change (dB)": points.worst_drift.max(),
     }).reset_index().rename(columns={"method": "Method", "kind": "Images"}).assign(
         Method=lambda table: [METHODS[name].label for name in table.Method])
 

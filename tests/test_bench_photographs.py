@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pytest
-import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import photographs as bench
+import pytest
 import scenes
+import torch
 
 from jfbnb.core import kernels
 from jfbnb.core.models import Model

@@ -136,7 +136,7 @@ def test_a_block_is_a_table_of_the_files_it_names(publish, monkeypatch):
     text = publish.filled(files.__getitem__)["README.md"]
     assert text.startswith("<!-- runs/a.md -->\nnew\n<!-- end runs/a.md -->\nprose\n")
     # Paired: +0.5 and -0.5 on the two images, a standard error of 0.5.
-    assert re.search(r"\| Deep equilibrium \| +\+0\.000 \| 0\.500 \|", text)
+    assert re.search(r"\| Exact gradient, splitting \| +\+0\.000 \| 0\.500 \|", text)
     assert publish.filled({**files, "README.md": text}.__getitem__)["README.md"] == text
 
 
@@ -174,8 +174,7 @@ def test_all_that_is_shown_was_made_by_this_version():
 
 
 @pytest.mark.parametrize("profile", ["quick", "cpu"])
-def test_learning_rates_are_the_best_of_the_stored_search(profile, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_learning_rates_are_the_best_of_the_stored_search(profile):
     from rates import best_rates
 
     found = best_rates(ROOT / "notebooks" / "profiles" / "rates" / f"{profile}.csv")

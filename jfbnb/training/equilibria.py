@@ -1,7 +1,6 @@
 """Is what the solver returns an equilibrium?"""
 
 import pandas as pd
-import torch
 from torch import Tensor
 
 from jfbnb.core.diagnostics import jacobian_norm, spectral_radius
@@ -22,14 +21,14 @@ def check_equilibrium(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], fu
     Each image is solved as for the tables, by `models.Equilibrium`. From there T is applied without
     acceleration, `further` times at most, until one application changes the image by less than 5e-7
     of its norm, a few roundings of float32. A map that does not use Anderson is solved further by
-    its own solver. The end is taken for x*, where T's Jacobian is measured. The norm found by power
-    iteration is a lower bound, so this is evidence and no proof.
+    its own solver. The end is taken for x*, where T's Jacobian is measured. Its radius and norm are
+    estimates from below, so this is evidence and no proof.
 
     Returns:
         Columns image, evaluations (of T, to the tolerance; infinite if it is not reached),
         residual, distance (|x - x*| / |x*|), psnr (dB), further (applications of T after the
-        solve), residual_later, psnr_later, drift (psnr_later - psnr), radius, norm: the spectral
-        radius and the norm of the Jacobian, as in `diagnostics`.
+        solve), residual_later, psnr_later, drift (psnr_later - psnr), radius, radius_residual,
+        norm: the spectral radius and the norm of the Jacobian, as in `diagnostics`.
     """
     size = together(x)
     parts = []
@@ -40,21 +39,19 @@ def check_equilibrium(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], fu
     for start in range(0, len(x), size):
         part = slice(start, start + size)
 
-        def apply(z: Tensor, part: slice = part) -> Tensor:
-            return T(z, d[part])
-
         state, info = solve(T, d[part], tolerance, max_iterations)
         own = getattr(T, "solver", anderson)
         onward = picard if own is anderson else own
         later, rest = solve(T, d[part], ROUNDING / scale_of(T), further, onward, state)
         distance = (state - later).flatten(1).norm(dim=1) / later.flatten(1).norm(dim=1)
-        radius, norm = (measured(apply, later, 30, torch.Generator().manual_seed(seed)).cpu()
-                        for measured in (spectral_radius, jacobian_norm))
+        radius, radius_residual = spectral_radius(T, later, d[part], seed=seed)
         before, after = quality(state, part), quality(later, part)
         parts.append(pd.DataFrame({
             "image": names[part],
             "evaluations": info.iterations.double().where(info.converged, float("inf")).cpu(),
             "residual": info.residual.cpu(), "distance": distance.cpu(), "psnr": before,
             "further": rest.iterations.cpu(), "residual_later": rest.residual.cpu(),
-            "psnr_later": after, "drift": after - before, "radius": radius, "norm": norm}))
+            "psnr_later": after, "drift": after - before, "radius": radius,
+            "radius_residual": radius_residual, "norm": jacobian_norm(T, later, d[part],
+                                                                      seed=seed)}))
     return pd.concat(parts, ignore_index=True)
