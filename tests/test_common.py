@@ -25,7 +25,7 @@ def test_bad_input_is_one_line_in_a_notebook_too(tmp_path, monkeypatch, capsys):
     shell.run_cell("from pathlib import Path\nfrom jfbnb.training.tuning import Tuning")
     assert not shell.run_cell(f"Tuning.load(Path({str(tmp_path / 'tuning_jfb.json')!r}))").success
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("UserError: no tuned parameters at") and "earlier notebooks" in line
+    assert line.startswith("UserError: no tuned parameters at") and "tune the methods first" in line
     shell.run_cell("1 / 0")
     assert "Traceback" in capsys.readouterr().out
 

@@ -81,7 +81,8 @@ def test_tuning_scores_every_candidate_and_keeps_the_best(problem, method):
     best = tune(method, tuning, A, d, x, 4, D.network)
     tried = tuning.searches[method.name]
     assert 1 < len(tried) <= 4 < len(method.candidates(0.01, 9)) <= 9
-    assert best == tuning.settings(method) and max(r["psnr"] for r in tried) == next(
+    reached = [r for r in tried if r.get("converged", 1) == 1] or tried
+    assert best == tuning.settings(method) and max(r["psnr"] for r in reached) == next(
         r["psnr"] for r in tried if best.items() <= r.items())
     assert len({r["psnr"] for r in tried}) > 1  # the settings reach the method
     iterates = isinstance(method.model and method.build(A, D.network, best), Equilibrium)
@@ -250,9 +251,16 @@ def test_a_tuning_is_stored_and_read_again(tmp_path):
     chosen = tuning.search("tikhonov", [{"lam": w} for w in (0.1, 0.2, 0.3)],
                            lambda s: {"psnr": 30 - abs(s["lam"] - 0.2)})
     assert chosen == tuning.settings(METHODS["tikhonov"]) == {"lam": 0.2}
+    assert tuning.at_edge("tikhonov") == []
+    tuning.search("tikhonov", [{"lam": w} for w in (0.1, 0.2, 0.3)], lambda s: {
+        "psnr": s["lam"], "converged": float(s["lam"] < 0.25)})
+    assert tuning.settings(METHODS["tikhonov"]) == {"lam": 0.2}  # the best that converges
+    tuning.search("de-grad", [{"tau": t, "eta": 1.0} for t in (0.1, 0.2)],
+                  lambda s: {"psnr": s["tau"]})
+    assert tuning.at_edge("de-grad") == ["tau"]
     tuning.save(tmp_path / "t.json")
     assert Tuning.load(tmp_path / "t.json") == tuning
-    with pytest.raises(UserError, match="no eta and no sigma for de-prox: run the ear"):
+    with pytest.raises(UserError, match="no eta and no sigma for de-prox: tune it first"):
         tuning.settings(METHODS["de-prox"])
     for text in ("[]", "3", "[" * 100_000, '{"chosen": 3}',
                  '{"noise_std": 1, "images": 1, "chosen": [], "searches": {}}'):

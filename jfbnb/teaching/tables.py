@@ -11,6 +11,7 @@ from jfbnb.core.metrics import psnr
 from jfbnb.training.methods import METHODS
 
 PUBLISHED = Path(__file__).parent / "published_table2.csv"
+PUBLISHED_LOSS = Path(__file__).parent / "published_loss.csv"
 SPENT = "Applications in training"  # Table 2's column of a training's computation
 EQUALLY = 1.01  # times the least computation of a training that the most may be
 
@@ -27,6 +28,18 @@ def reference_table2() -> pd.DataFrame:
         " or ".join(f"{psnr + 20 * np.log10(float(r)):.2f}" for r in ranges.split(" or "))
         for psnr, ranges in zip(table.psnr, table.data_range, strict=True)]
     return table
+
+
+def published_loss() -> pd.DataFrame:
+    """The loss in the authors' own training, as data with its source (see the file).
+
+    Returns:
+        Columns epoch, images (seen so far), and mse, on images in [0, 1].
+    """
+    table = pd.read_csv(PUBLISHED_LOSS, comment="#")
+    # Over 3 x 128 x 128 values, on a range of 2 in the place of 1.
+    return pd.DataFrame({"epoch": table.epoch, "images": 2000 * table.epoch,
+                         "mse": table.loss / (3 * 128**2) / 4})
 
 
 def table2(summary: pd.DataFrame, applications: Mapping[str, float] | None = None

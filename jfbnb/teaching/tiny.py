@@ -1,7 +1,7 @@
 """Notebook 4: a network so small that its derivative in all parameters is one dense matrix."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jfbnb.core.denoisers import Denoiser, DnCNN, matched_sigma
 from jfbnb.core.maps import SplittingMap
@@ -11,15 +11,20 @@ from jfbnb.training.loop import TrainingConfig, train
 from jfbnb.training.losses import DenoiserLoss, EquilibriumLoss, LossSettings
 
 
-def train_tiny(protocol: Protocol, images: Tensor, seed: int) -> SplittingMap:
+def train_tiny(protocol: Protocol, images: Tensor, seed: int, kind: type[SplittingMap],
+               activation: nn.Module) -> SplittingMap:
     """A map for 12 x 12 pixels with a DnCNN of two layers, trained with JFB; in float64.
 
     Args:
         images: (N, 3, H, W) uint8, to train on.
+        kind: of map.
+        activation: in the place of the DnCNN's ReLU.
     """
     torch.manual_seed(seed)
-    D = Denoiser(DnCNN(2, 3), matched_sigma(protocol.noise_std, 0.1))
-    T = SplittingMap(protocol.operator(12), D, 0.1)
+    network = DnCNN(2, 3)
+    network.layers[1] = activation
+    D = Denoiser(network, matched_sigma(protocol.noise_std, 0.1))
+    T = kind(protocol.operator(12), D, 0.1)
     config = TrainingConfig(4, 16, 12, 3e-3, seed, unconverged_limit=1.0)
     settings = LossSettings(protocol.noise_std, 1e-3, 20, 4, 0.9, 1.0)
     for loss in (DenoiserLoss(D, 0.1), EquilibriumLoss(Equilibrium(T), settings)):

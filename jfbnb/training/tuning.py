@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -28,8 +29,8 @@ def check_settings(method: Method, settings: object, noise_std: object, source: 
     settings = settings if isinstance(settings, dict) else {}
     missing = [key for key in method.candidates(0.01, 1)[0] if key not in settings]
     if missing:
-        raise UserError(f"{source} has no {' and no '.join(missing)} for {method.name}: run the "
-                        "earlier notebooks, in order, or `jfbnb reproduce`")
+        raise UserError(f"{source} has no {' and no '.join(missing)} for {method.name}: "
+                        "tune it first, or give the folder of a run that has")
     for value in (noise_std, *settings.values()):
         if type(value) not in (int, float) or not 0 < value <= 1e5:
             raise UserError(f"{source} holds no tuned parameters of {method.name} "
@@ -73,6 +74,12 @@ class Tuning:
         self.chosen[method] = candidates[best]
         return candidates[best]
 
+    def at_edge(self, method: str) -> list[str]:
+        """The settings that are the smallest or largest of those tried: a wider search may help."""
+        tried, chosen = pd.DataFrame(self.searches[method]), self.chosen[method]
+        return [key for key, value in chosen.items() if tried[key].nunique() > 1
+                and value in (tried[key].min(), tried[key].max())]
+
     def settings(self, method: Method) -> Settings:
         """A method's chosen settings. Errors as in `check_settings`."""
         chosen = self.chosen.get((method.shares_tuning_with or method).name)
@@ -85,8 +92,8 @@ class Tuning:
     def load(path: Path) -> "Tuning":
         """Raises UserError if the file is missing or not a tuning."""
         if not path.is_file():
-            raise UserError(f"no tuned parameters at {path}: run the earlier notebooks, in order, "
-                            "or `jfbnb reproduce`")
+            raise UserError(f"no tuned parameters at {path}: tune the methods first, or give the "
+                            "folder of a run that has")
         try:
             tuning = Tuning(**json.loads(path.read_text(encoding="utf-8")))
             if not (isinstance(tuning.chosen, dict) and isinstance(tuning.searches, dict)):

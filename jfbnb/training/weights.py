@@ -126,16 +126,16 @@ def read_card(path: str | Path) -> dict:
         if not isinstance(card, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"no model card {file} ({error}): run the earlier notebooks, in order, or "
-                        "`jfbnb reproduce`") from error
+        raise UserError(f"no model card {file} ({error}): train the network first, or give the "
+                        "folder that has it") from error
     return card
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, and its metadata."""
     if not Path(path).is_file():
-        raise UserError(f"no weights at {path}: train them first (notebooks 03 and 04, or "
-                        "`jfbnb reproduce`), or give the folder that has them")
+        raise UserError(f"no weights at {path}: train them first, or give the folder that has "
+                        "them")
     try:
         with safe_open(path, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
