@@ -9,8 +9,8 @@ is measured. A stopped run continues.
 
 The map is x - eta (A'(A x - d) + S(x)) on images in [-1, 1], S a DnCNN of 17 layers with spectral
 and batch normalisation. The latter takes the statistics of the batch at hand, as in training: the
-loss that the authors stored is of that, and with the stored statistics it is a hundred times
-larger. So an image's result depends on the 15 others of its batch.
+loss that the authors stored is of that. So an image's result depends on the 15 others of its batch.
+Batches have 16 images, as in the script at that commit; the training had 64.
 """
 
 import pickle

@@ -2,8 +2,7 @@
 
 CelebA's validation images and crops of photographs are restored under each pair of a kernel and a
 noise level, as `models.Equilibrium` solves for all tables. Then the solve is continued to a
-residual of 1e-6. An equilibrium hardly moves; where a solve was only stopped, its PSNR drifts. The
-Jacobian is measured on the first image of each point.
+residual of 1e-6. An equilibrium hardly moves; where a solve was only stopped, its PSNR drifts.
 
 grid.csv has a row for each point. A stopped run continues; other weights, images or options
 start anew.

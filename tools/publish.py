@@ -147,9 +147,9 @@ def pairs(read: Read, profile: str) -> str:
     metrics = load(read, f"{PUBLISHED}/{profile}/metrics.csv")
     psnr = metrics.pivot(index="image", columns="method", values="psnr")
     apart = psnr.sub(psnr[JFB.name], axis=0).drop(columns=JFB.name)
-    table = pd.DataFrame({"minus JFB (dB)": apart.mean(), "±": apart.sem()})
+    table = pd.DataFrame({"minus JFB, splitting (dB)": apart.mean(), "±": apart.sem()})
     table.index = pd.Index([METHODS[name].label for name in table.index], name="Method")
-    return table.sort_values("minus JFB (dB)", ascending=False).to_markdown(
+    return table.sort_values("minus JFB, splitting (dB)", ascending=False).to_markdown(
         floatfmt=("", "+.3f", ".3f"))
 
 

@@ -73,11 +73,11 @@ class Jacobian:
 
 def spectral_radius(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float = 1e-2,
                     seed: int = 0) -> tuple[Tensor, Tensor]:
-    """The spectral radius of J = dT/dx at x*, by Arnoldi's method, and what its error may be.
+    """The spectral radius of J = dT/dx at x*, by Arnoldi's method, and its eigenvector's residual.
 
     If the spectral radius is below 1, x* is locally stable: small deviations decay in the end. The
-    method finds the eigenvalue of largest modulus that a random start leads to, so the radius is
-    an estimate from below, and below 1 it is evidence and no proof.
+    estimate may err to either side: a random start may have too little of an eigenvector, and J is
+    not symmetric, so a small residual does not bound the error. Below 1 it is no proof.
 
     Args:
         tolerance: of ARPACK's stopping rule, relative to the radius.
@@ -102,7 +102,7 @@ def spectral_radius(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float 
 
 def jacobian_norm(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float = 1e-2,
                   seed: int = 0) -> Tensor:
-    """The largest singular value of J at x*, (B,), by Lanczos' method, an estimate from below.
+    """The largest singular value of J at x*, (B,), by Lanczos' method: a lower bound.
 
     Above 1, T is no contraction near x* in the Euclidean norm. Below 1 proves nothing. Arguments as
     in `spectral_radius`.
@@ -132,10 +132,10 @@ def _start(J: LinearOperator, seed: int) -> np.ndarray:
 def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
     """M = dT/dTheta at a fixed point, as a dense matrix (values in the state, parameters).
 
-    For small networks. The paper's section 4 proves that JFB descends if T is a contraction with
-    factor gamma and continuously differentiable in Theta, M has full column rank, and cond(M'M) is
-    at most 1 / gamma. A ReLU network violates the second and the third: it has kinks, and weights
-    scaled up before a channel and down after it give the same T.
+    For small networks. JFB descends if T is a contraction with factor gamma and continuously
+    differentiable in Theta, and M M' is invertible with a condition number of at most 1 / gamma
+    (the paper's section 4, whose M is the transpose; after Wu Fung et al. 2022). A ReLU network has
+    kinks, and one with fewer weights than the state has values has a singular M M'.
     """
     parameters = dict(T.named_parameters())
 

@@ -1,7 +1,8 @@
-"""Trainable models, from a measurement to an image: `model(d)` is (image, SolveInfo or None).
+"""Models, from a measurement to an image: `model(d)` is (image, SolveInfo or None).
 
 `Equilibrium` is the implicit network of Eq. 3. `Unrolled` and `Feedforward` are explicit, with a
-fixed number of layers. `Restorer` is any method, trained or not, for any operator.
+fixed number of layers; so is `Annealed`, which is not trained.
+`Restorer` is any method, trained or not, for any operator.
 """
 
 import copy

@@ -199,13 +199,14 @@ def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
     return figure
 
 
-def beside_published_loss(histories: dict[str, pd.DataFrame], images: int,
+def beside_published_loss(histories: dict[str, pd.DataFrame], images: int, protocol: str,
                           published: pd.DataFrame) -> Figure:
     """Fig. 1 for some methods, beside the authors' own training.
 
     Args:
         histories: a training's records by its method, with `epoch` and `fixed_mse`.
         images: in an epoch of these.
+        protocol: of these, its name.
         published: of `tables.published_loss`.
     """
     figure, (ours, theirs) = new_figure(2, width=9.0)
@@ -213,9 +214,9 @@ def beside_published_loss(histories: dict[str, pd.DataFrame], images: int,
         labelled_line(ours, history.epoch * images, history.fixed_mse, name, "o")
     theirs.plot(published.images, published.mse, color=METHODS["de-grad"].colour,
                 label="JFB, DE-GRAD, 17 x 64")
-    ours.set(title="This run, protocol as above\nfixed crops, at the equilibrium",
+    ours.set(title=f"This run, protocol {protocol}\nfixed crops, at the equilibrium",
              ylabel="mean squared error")
-    theirs.set(title="The authors', protocol code\nevery epoch's own batches, at the cap")
+    theirs.set(title="The authors', protocol code\nmean of an epoch, after 150 iterations")
     for ax in (ours, theirs):
         ax.set(xlabel="training images seen", yscale="log", xscale="log")
         ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))

@@ -13,7 +13,7 @@ from jfbnb.training.losses import DenoiserLoss, EquilibriumLoss, LossSettings
 
 def train_tiny(protocol: Protocol, images: Tensor, seed: int, kind: type[SplittingMap],
                activation: nn.Module) -> SplittingMap:
-    """A map for 12 x 12 pixels with a DnCNN of two layers, trained with JFB; in float64.
+    """A map for 8 x 8 pixels with a DnCNN of two layers, trained with JFB; in float64.
 
     Args:
         images: (N, 3, H, W) uint8, to train on.
@@ -24,8 +24,8 @@ def train_tiny(protocol: Protocol, images: Tensor, seed: int, kind: type[Splitti
     network = DnCNN(2, 3)
     network.layers[1] = activation
     D = Denoiser(network, matched_sigma(protocol.noise_std, 0.1))
-    T = kind(protocol.operator(12), D, 0.1)
-    config = TrainingConfig(4, 16, 12, 3e-3, seed, unconverged_limit=1.0)
+    T = kind(protocol.operator(8), D, 0.1)
+    config = TrainingConfig(4, 16, 8, 3e-3, seed, unconverged_limit=1.0)
     settings = LossSettings(protocol.noise_std, 1e-3, 20, 4, 0.9, 1.0)
     for loss in (DenoiserLoss(D, 0.1), EquilibriumLoss(Equilibrium(T), settings)):
         train(T, loss, images, config, torch.device("cpu"), log=lambda line: None)

@@ -22,7 +22,7 @@ def check_equilibrium(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], fu
     acceleration, `further` times at most, until one application changes the image by less than 5e-7
     of its norm, a few roundings of float32. A map that does not use Anderson is solved further by
     its own solver. The end is taken for x*, where T's Jacobian is measured. Its radius and norm are
-    estimates from below, so this is evidence and no proof.
+    estimates, so this is evidence and no proof.
 
     Returns:
         Columns image, evaluations (of T, to the tolerance; infinite if it is not reached),

@@ -195,7 +195,7 @@ class EquilibriumLoss:
 
 @dataclass(frozen=True)
 class ImplicitLoss(EquilibriumLoss):
-    """The same by the exact gradient, Eq. 5, solved to 1e-3 times the map's scale or further."""
+    """The same by the exact gradient, Eq. 5, solved to the solve's tolerance, at most 1e-3."""
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
               figures: dict[str, Tensor]) -> Tensor:
@@ -246,8 +246,8 @@ def growth_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterati
     """|J v| / |v| at x* for the direction v in which T grows most, and v; differentiable in Theta.
 
     Power iteration with finite differences of 1% of |x*|. It starts from the residual T(x*) - x*,
-    which points along that direction already, as the solve is a power iteration itself; a random
-    start would miss modes of a few pixels. It is one direction at one point: a lower bound on T's
+    which plain iteration turns towards that direction; a random start would miss modes of a few
+    pixels. It is one direction at one point: a lower bound on T's
     Lipschitz constant, and no proof that T is stable.
 
     Args:

@@ -14,7 +14,7 @@ from jfbnb.training.methods import METHODS, Method, Settings, get_method
 from jfbnb.training.tuning import Tuning, check_settings
 from jfbnb.training.weights import building, load_denoiser, load_weights, read_card
 
-RELEASED = Path(__file__).parents[1] / "weights"  # the paper's networks, in the package
+RELEASED = Path(__file__).parents[1] / "weights"  # networks of the paper's kind, in the package
 BEST = RELEASED / "best"  # those to restore with: profile `best`
 
 
