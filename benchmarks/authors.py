@@ -117,7 +117,7 @@ def report(out: Path) -> None:
     save_table(table.rename(columns={
         "iteration": "Iterations", "images": "Images", "psnr": "PSNR (dB)",
         "theirs": "PSNR as theirs (dB)", "ssim": "SSIM", "ssim_theirs": "SSIM as theirs",
-        "change": "Relative change"}), out / "authors_table",
+        "change": "Relative residual"}), out / "authors_table",
         f"The network published with the paper, protocol code, after its cap of {CAP} iterations "
         "and others. As theirs: on [-1, 1] with a data range of 1.")
     figure, (ax,) = new_figure(width=6, height=3.6)
