@@ -133,7 +133,7 @@ def test_the_distance_to_the_equilibrium_is_reported_beside_the_residual(pair):
     assert row.evaluations == float("inf")  # one evaluation is not enough, and Anderson is not used
     assert row.residual == pytest.approx((1 - rate) * 0.5 / 1.5, rel=1e-4)
     assert row.distance == pytest.approx(0.5, rel=1e-3)
-    assert row.radius == row.norm == pytest.approx(rate, rel=1e-4)
+    assert [row.radius, row.norm] == pytest.approx([rate, rate], rel=1e-4)
     before, after = psnr(1.5 * fixed, x[:1]).item(), psnr(fixed, x[:1]).item()
     assert row.drift == pytest.approx(after - before, rel=1e-3) and row.drift > 0
     T.scale = 1e4  # of a map's steps: its tolerance is 1 now, which the start meets
