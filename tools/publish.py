@@ -133,7 +133,7 @@ def front(read: Read) -> str:
 def summary(read: Read) -> str:
     """Table 2 of CelebA, in short."""
     table = load(read, f"{PUBLISHED}/cpu/table2_comparison.csv").set_index("Method")
-    table = table[["PSNR (dB)", "± PSNR", "SSIM", "Converged", SPENT]]
+    table = table[["PSNR (dB)", "± PSNR", "SSIM", "Converged", SPENT]].dropna(subset="PSNR (dB)")
     table["Converged"] = [f"{share:.0%}" if share == share else "" for share in table.Converged]
     table[SPENT] = [f"{spent:,.0f}" if spent == spent else "" for spent in table[SPENT]]
     images = len(load(read, f"{PUBLISHED}/cpu/metrics.csv").image.unique())
