@@ -19,31 +19,33 @@ from pathlib import Path
 import pandas as pd
 import torch
 from command import Bench, Rows, options, run
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, relu
 
 from jfbnb.common import UserError
 from jfbnb.core.metrics import psnr, ssim
-from jfbnb.core.operators import Blur
-from jfbnb.core.protocols import measure
+from jfbnb.core.operators import LinearOperator
+from jfbnb.core.protocols import get_protocol, measure
 from jfbnb.data import load_splits
 from jfbnb.teaching.figures import new_figure, save_figure, save_table
+from jfbnb.teaching.tables import on_published_scale
+from jfbnb.training.methods import METHODS
 
+SETUP = get_protocol("code")
 BATCH = 16  # as in their script
 CAP, FURTHER, EVERY = 150, 300, 10  # iterations: their cap, how far to go, how often to measure
 LAYERS = 17
 ETA = 1e-3  # as the readme beside the file says; the file has none
 
 
-class AuthorsMap(nn.Module):
+class AuthorsMap:
     """Their T(x; d), with the weights of their file.
 
     Raises:
         UserError: if the file is missing, holds more than tensors, or is of another network.
     """
 
-    def __init__(self, file: Path, size: int = 128):
-        super().__init__()
+    def __init__(self, file: Path):
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)
         except FileNotFoundError:
@@ -59,12 +61,12 @@ class AuthorsMap(nn.Module):
                           for i in places[1:-1]]
             # Spectral normalisation: their power iteration has converged to this.
             self.weights = [w / torch.linalg.matrix_norm(w.flatten(1), 2) for w in weights]
-            self(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), Blur(8, 5, 5.0))
+            self(torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), SETUP.operator(8))
         except (KeyError, TypeError, AttributeError, RuntimeError) as error:
             raise UserError(f"{file} is not of the network of {LAYERS} layers that was published "
                             f"({error})") from error
 
-    def forward(self, x: Tensor, d: Tensor, A: Blur) -> Tensor:
+    def __call__(self, x: Tensor, d: Tensor, A: LinearOperator) -> Tensor:
         return x - ETA * (A.adjoint(A(x) - d) + self.network(x))
 
     def network(self, x: Tensor) -> Tensor:
@@ -78,16 +80,17 @@ class AuthorsMap(nn.Module):
 @torch.no_grad()
 def iterates(T: AuthorsMap, x: Tensor, d: Tensor, names: list[str]) -> pd.DataFrame:
     """A row for each image and measured iteration; x and d in [-1, 1]."""
-    A = Blur(x.shape[-1], 5, 5.0)
+    A = SETUP.operator(x.shape[-1])
     y, parts = A.adjoint(d), []
     for k in range(FURTHER + 1):
         later = T(y, d, A)
         if k % EVERY == 0:
             change = (later - y).flatten(1).norm(dim=1) / y.flatten(1).norm(dim=1)
-            rows = {"image": names, "iteration": k, "change": change,
-                    "psnr": psnr((y + 1) / 2, (x + 1) / 2), "psnr as theirs": psnr(y, x)}
+            usual = (y + 1) / 2, (x + 1) / 2  # in [0, 1]
+            rows = {"image": names, "iteration": k, "change": change, "psnr": psnr(*usual),
+                    "psnr as theirs": on_published_scale(*usual)}
             if k == CAP:
-                rows |= {"ssim": ssim((y + 1) / 2, (x + 1) / 2), "ssim as theirs": ssim(y, x)}
+                rows |= {"ssim": ssim(*usual), "ssim as theirs": ssim(y, x)}
             parts.append(pd.DataFrame(rows))
         y = later
     return pd.concat(parts, ignore_index=True)
@@ -103,14 +106,14 @@ def measure_authors(bench: Bench) -> None:
         if len(rows.where(image=part.names[0])):
             continue
         x = 2 * part.as_float() - 1
-        d = measure(Blur(x.shape[-1], 5, 5.0), x, 0.01, 0, part.indices)
+        d = measure(SETUP.operator(), x, 2 * SETUP.noise_std, 0, part.indices)
         rows.add(iterates(T, x, d, part.names).round(6))
         print(f"{start + BATCH} of {len(images)} images", flush=True)
 
 
 def report(out: Path) -> None:
     rows = pd.read_csv(out / "authors.csv")
-    table = rows[rows.iteration.isin([0, CAP // 2, CAP, 200, FURTHER])].groupby("iteration").agg(
+    table = rows[rows.iteration.isin([0, CAP, 200, FURTHER])].groupby("iteration").agg(
         images=("image", "nunique"), psnr=("psnr", "mean"), theirs=("psnr as theirs", "mean"),
         ssim=("ssim", "mean"), ssim_theirs=("ssim as theirs", "mean"),
         change=("change", "mean")).reset_index()
@@ -123,9 +126,10 @@ def report(out: Path) -> None:
     figure, (ax,) = new_figure(width=6, height=3.6)
     groups = rows.groupby("iteration").psnr
     low, high = groups.quantile(0.1), groups.quantile(0.9)
-    ax.plot(groups.mean(), color="#C51B7D", label="mean")
-    ax.fill_between(low.index, low, high, color="#C51B7D", alpha=0.2, label="8 of 10 images")
-    ax.axhline(rows[rows.iteration == 0].psnr.mean(), color="#999999", linestyle="--",
+    colour = METHODS["de-grad"].colour
+    ax.plot(groups.mean(), color=colour, label="mean")
+    ax.fill_between(low.index, low, high, color=colour, alpha=0.2, label="8 of 10 images")
+    ax.axhline(groups.mean()[0], color=METHODS["measurement"].colour, linestyle="--",
                label="A'd, the start")
     ax.axvline(CAP, color="black", linewidth=0.8, linestyle=":", label="their cap")
     ax.set(xlabel="iterations", ylabel="PSNR (dB)", title="The authors' network, run on")

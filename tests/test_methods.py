@@ -156,17 +156,6 @@ def test_every_learned_method_can_be_trained_and_used(weights, method):
     assert restored.isfinite().all()
 
 
-class Linear(torch.nn.Module):
-    """A residual network that is told nothing."""
-
-    def __init__(self):
-        super().__init__()
-        self.convolve = torch.nn.Conv2d(3, 3, 1)
-
-    def forward(self, x, sigma):
-        return self.convolve(x)
-
-
 @torch.no_grad()
 def test_annealed_splitting_is_its_steps_written_out(problem):
     """Two steps of half-quadratic splitting by SciPy's dense solver, with falling levels."""

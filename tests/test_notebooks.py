@@ -39,7 +39,7 @@ def outputs(notebook):
 
 def test_valid_and_of_reasonable_length(notebook):
     nbformat.validate(notebook)
-    assert 15 <= len(notebook.cells) <= 44
+    assert 15 <= len(notebook.cells) <= 42
 
 
 @pytest.mark.parametrize("path", [*PATHS, *sorted(PATHS[0].parent.glob("solutions/*.ipynb"))],

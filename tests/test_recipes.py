@@ -65,7 +65,7 @@ def test_training_lowers_every_maps_loss_at_its_equilibrium(photographs, method)
 
 
 def test_a_budget_is_spent_alike_and_to_the_digit_on_a_busy_machine(problem):
-    config = replace(CONFIG, epochs=0, budget=500)
+    config = replace(CONFIG, epochs=0, budget=1500)
     found = {}
     for busy in (False, True):
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def test_a_budget_is_spent_alike_and_to_the_digit_on_a_busy_machine(problem):
             for other in others:
                 other.kill()
     spent = [history.applications.iloc[-1] for _, history in found.values()]
-    assert min(spent) >= 500 and max(spent) < 1.5 * 500  # a step or less beyond it
+    assert min(spent) >= 1500 and max(spent) < 1.2 * 1500  # a step or less beyond it
     for name in ("jfb", "unrolled", "feedforward", "deq"):
         (quiet, first), (busy, second) = found[name, False], found[name, True]
         pd.testing.assert_frame_equal(first, second, check_exact=True)

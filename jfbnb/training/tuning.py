@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
@@ -76,9 +75,10 @@ class Tuning:
 
     def at_edge(self, method: str) -> list[str]:
         """The settings that are the smallest or largest of those tried: a wider search may help."""
-        tried, chosen = pd.DataFrame(self.searches[method]), self.chosen[method]
-        return [key for key, value in chosen.items() if tried[key].nunique() > 1
-                and value in (tried[key].min(), tried[key].max())]
+        tried = {key: {candidate[key] for candidate in self.searches[method]}
+                 for key in self.chosen[method]}
+        return [key for key, value in self.chosen[method].items() if len(tried[key]) > 1
+                and value in (min(tried[key]), max(tried[key]))]
 
     def settings(self, method: Method) -> Settings:
         """A method's chosen settings. Errors as in `check_settings`."""
