@@ -217,8 +217,9 @@ def beside_published_loss(histories: dict[str, pd.DataFrame], images: int, proto
     ours.set(title=f"This run, protocol {protocol}\nfixed crops, at the equilibrium",
              ylabel="mean squared error")
     theirs.set(title="The authors', protocol code\nmean of an epoch, after 150 iterations")
+    theirs.set(xscale="log")
     for ax in (ours, theirs):
-        ax.set(xlabel="training images seen", yscale="log", xscale="log")
+        ax.set(xlabel="training images seen", yscale="log")
         ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
         ax.legend()
     return figure
