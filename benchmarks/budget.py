@@ -1,0 +1,75 @@
+"""Quality against the computation of training: python benchmarks/budget.py FOLDER ...
+
+Each folder has networks that `jfbnb train` stored; their cards say with which budget and seed. All
+restore the same test images. budget.csv has a row for each network; a stopped run continues.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+from command import Bench, Rows, options, run
+
+from jfbnb.core.protocols import get_protocol, measure
+from jfbnb.data import load_splits
+from jfbnb.run.train import TRAINED
+from jfbnb.teaching.figures import labelled_line, new_figure, save_figure, save_table
+from jfbnb.training.evaluation import evaluate
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import make_methods
+from jfbnb.training.weights import read_card
+
+CPU = torch.device("cpu")
+
+
+def measure_networks(bench: Bench) -> None:
+    """Add the networks to budget.csv that it does not have yet."""
+    test = load_splits(bench.data, 128, 8000, 200, bench.images).test
+    rows, x = Rows(bench.out / "budget.csv"), test.as_float()
+    for folder in bench.folders:
+        for name in (name for name in TRAINED if (folder / f"{name}.safetensors").is_file()):
+            card = read_card(folder / f"{name}.json")
+            setup, done = get_protocol(card["protocol"]), card["training"]
+            key = {"protocol": setup.name, "method": name, "budget": done["budget"],
+                   "learning_rate": done["learning_rate"], "seed": done["seed"], "images": len(x)}
+            if len(rows.where(**key)):
+                continue
+            A = setup.operator()
+            d = measure(A, x, setup.noise_std, 0, test.indices)
+            restorers = make_methods([name], folder, CPU)
+            found = evaluate(restorers, A, x, d, setup.noise_std, test.names)
+            mean = found.psnr.mean()
+            rows.add({**key, "psnr": round(mean, 4), "converged": found.converged.mean()})
+            print(f"{name}, {done['budget']:g} applications: {mean:.3f} dB", flush=True)
+
+
+def report(out: Path) -> None:
+    """A figure and a table of budget.csv alone: means over seeds, where there are several."""
+    rows = pd.read_csv(out / "budget.csv")
+    groups = rows.groupby(["protocol", "budget", "method"])
+    table = pd.DataFrame({
+        "networks": groups.size(), "images": groups.images.min(), "PSNR (dB)": groups.psnr.mean(),
+        "± over trainings": groups.psnr.sem(), "converged": groups.converged.min()}).reset_index()
+    figure, (ax,) = new_figure(width=6.5, height=4.5)
+    for name, line in table[table.protocol == "paper"].groupby("method"):
+        labelled_line(ax, line.budget, line["PSNR (dB)"], name, marker="o")
+    ax.set(xscale="log", xlabel="applications of the network in training",
+           ylabel="PSNR (dB)", title="Quality and the computation of training")
+    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    save_figure(figure, out / "budget", "CelebA")
+    table["method"] = [METHODS[name].label for name in table.method]
+    save_table(table, out / "budget_table",
+               "The same test images restored by networks that were trained with one computation "
+               "and with another. Budget: applications of the network to a training crop.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = options(__doc__)
+    parser.add_argument("folders", nargs="*", type=Path, help="folders with METHOD.safetensors")
+    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser.add_argument("--images", type=int, default=100, help="the first so many test images")
+    return run(parser.parse_args(arguments), {"budget": measure_networks}, report)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
