@@ -37,8 +37,9 @@ class LossSettings:
         tolerance, max_iterations: of the solve for x*, by Anderson without gradient. The adjoint
             equation has as many iterations.
         power_iterations: of the estimate of T's growth factor.
-        max_growth, penalty: adds `penalty * max(0, growth - max_growth)^2`, both counted from 1 in
-            units of the map's `scale`; with a penalty of 0 nothing is estimated.
+        max_growth, penalty: adds `penalty * scale * max(0, growth - max_growth)^2`, with the map's
+            `scale` and both growths counted from 1 in units of it; with a penalty of 0 nothing is
+            estimated.
         bf16: for the first evaluations of a solve, and the tracked application; of an explicit
             model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
             of about 3e-3, and the estimate's differences would drown in the rounding.
@@ -152,10 +153,12 @@ class EquilibriumLoss:
             growth, direction = growth_estimate(lambda z: T(z, d[rows]), x_star[rows],
                                                 s.power_iterations, direction)
             excess = torch.zeros_like(loss)
-            # A map whose steps are small is near 1 by construction: its scale is the unit.
-            above = 1 - s.max_growth - (1 - growth) / scale_of(T)
+            # A map whose steps are small is near 1 by construction, and the gradient of its loss
+            # is small: its scale is the unit of both.
+            scale = scale_of(T)
+            above = 1 - s.max_growth - (1 - growth) / scale
             excess[rows] = s.stability_every * above.clamp_min(0).square()
-            loss = loss + s.penalty * excess
+            loss = loss + s.penalty * scale * excess
             figures["growth"] = growth.detach()
         near = figures["residual"] < MAX_WARM_START_RESIDUAL * scale_of(T)
         if s.batch_reuse > 1 and near.all():
