@@ -39,10 +39,12 @@ test-fast: lint
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# On a copy, with runs/ and figures/ of its own.
+# On a copy, with runs/ and figures/ of its own, and with trained networks.
 	rm -rf build/nbval
 	mkdir -p build/nbval
 	cp -r notebooks docs build/nbval/
+	for notebook in build/nbval/notebooks/0[345]*.ipynb; do $(BIN)/papermill --prepare-only \
+	  --log-level WARNING -p weights data/weights/quick "$$notebook" "$$notebook" || exit 1; done
 	JFBNB_WORK=build/nbval $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
 	  --nbval-cell-timeout 900 build/nbval
 	JFBNB_WORK=build/nbval $(BIN)/python -m pytest tests/browser

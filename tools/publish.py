@@ -1,7 +1,8 @@
 """Carry finished runs' results into what people read: figures/published, notebooks, pages.
 
 `make publish PROFILE=cpu` copies what a run left in figures/cpu. For quick, the default, it also
-stores the outputs in runs/quick with the notebooks, and each one's running time in its first cell.
+stores the outputs in runs/quick with the notebooks, each one's running time in its first cell, and
+the trained networks in data/weights/quick, with which `make test` runs the notebooks.
 Then it fills the marked blocks in README.md and docs/ with tables and figures from runs' files.
 """
 
@@ -50,6 +51,9 @@ def main(names: list[str]) -> int:
         for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
             publish_notebook(path, ROOT / "runs" / RUN / path.name,
                              running_time(provenance, path.stem))
+        for path in sorted((ROOT / "runs" / RUN).glob("*.safetensors")):
+            for file in (path, path.with_suffix(".json")):
+                shutil.copy(file, ROOT / "data" / "weights" / RUN)
     for path, text in filled(read).items():
         (ROOT / path).write_text(text, encoding="utf-8")
     return 0
