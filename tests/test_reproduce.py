@@ -72,6 +72,23 @@ def suite(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def here(suite, monkeypatch) -> Path:
+    """The same, its notebooks run in this process: a kernel takes seconds to start."""
+    def run_notebook(path: Path, parameters: dict, runs: Path) -> float:
+        names = {}
+        for i, cell in enumerate(c for c in nbformat.read(path, 4).cells if c.cell_type == "code"):
+            exec(cell.source, names)
+            names.update(parameters if i == 0 else {})
+        (runs / f"{path.stem}.log").touch()
+        (runs / path.name).write_bytes(path.read_bytes())
+        return 0.1
+
+    monkeypatch.setattr(runner, "run_notebook", run_notebook)
+    monkeypatch.setattr(runner, "check_kernel", lambda: None)
+    return suite
+
+
 def add_cell(suite: Path, name: str, cell: nbformat.NotebookNode) -> None:
     path = suite / "notebooks" / f"{name}.ipynb"
     notebook = nbformat.read(path, 4)
@@ -87,7 +104,8 @@ def go(**options) -> list[str]:
             if "skipped" in line or "took" in line]
 
 
-def test_runs_then_skips_then_runs_what_changed(suite):
+def test_runs_then_skips_then_runs_what_changed(here):
+    suite = here
     size = {"size": 2}
     assert go() == ["ran", "ran", "ran"]
     assert go() == ["skipped", "skipped", "skipped"]
@@ -135,7 +153,8 @@ def test_a_notebook_depends_on_package_data_weights_and_methods_of_others(suite,
         == {"weights", "data", "methods of others"}
 
 
-def test_only_and_force(suite):
+def test_only_and_force(here):
+    suite = here
     with pytest.raises(UserError, match="notebook 02 needs what 01 writes: run that one first"):
         go(only="02")
     go()
@@ -229,7 +248,8 @@ def test_a_marker_that_is_none(tmp_path, text):
     assert runner.read_marker(tmp_path / "m.json") == {}
 
 
-def test_what_a_killed_run_left_unfinished_is_removed(suite):
+def test_what_a_killed_run_left_unfinished_is_removed(here):
+    suite = here
     left = suite / "runs" / "quick" / "checkpoints" / f"{UNFINISHED}abc.new"
     left.parent.mkdir(parents=True)
     left.touch()
@@ -261,7 +281,8 @@ def test_failed_checks_are_shown(suite):
     assert [line.strip() for line in lines if "pigs" in line] == ["NOT MET: pigs fly"]
 
 
-def test_provenance(suite, image_folder, tmp_path_factory):
+def test_provenance(here, image_folder, tmp_path_factory):
+    suite = here
     outside = tmp_path_factory.mktemp("elsewhere")
     (outside / "jfb.safetensors").touch()
     go(overrides={"size": 2, "data": str(image_folder), "weights": str(outside)})

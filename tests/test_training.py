@@ -99,7 +99,7 @@ def test_resumed_training_equals_uninterrupted_bit_for_bit(kind, muon, images, t
     assert [r["loss"] for r in resumed] == [r["loss"] for r in whole]
 
 
-@pytest.mark.parametrize("records", [1, 4, 6, 100])
+@pytest.mark.parametrize("records", [4, 100])
 def test_parts_change_no_weight(images, records, monkeypatch):
     """Two and a half epochs, recorded more or less often: the same draws, the same schedule."""
     model, loss = make()
