@@ -17,10 +17,20 @@ from jfbnb.common import UserError
 from jfbnb.core.fixed_point import SolveInfo
 from jfbnb.core.models import Restorer
 from jfbnb.core.operators import Convolution, scene_size
-from jfbnb.photo.model_check import ROUNDING, Warning, contradictions, estimate_noise
+from jfbnb.photo import light
+from jfbnb.photo.model_check import (
+    ROUNDING,
+    Warning,
+    contradictions,
+    doubt,
+    estimate_noise,
+    level,
+    replace_outliers,
+)
 
 TILE = 448  # pixels on a side at most, with all that overlaps
 THROWN, BLENDED = 16, 16  # of these at each side that has a neighbour
+DIM = 0.5  # a picture whose brightest values are below it is made brighter for the networks
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Restored:
         tiles: how many there were.
         iterations, residual: the solver's, the largest of all tiles; None without a solver.
         converged: whether every tile did; None without a solver.
+        doubtful: whether the method's image contradicts the picture, as the first of the warnings
+            says; if `restore` was given a safer method, `image` is that one's.
     """
 
     image: Tensor = field(repr=False)
@@ -43,6 +55,7 @@ class Restored:
     iterations: int | None = None
     residual: float | None = None
     converged: bool | None = None
+    doubtful: bool = False
 
 
 def check_noise(noise_std: float) -> None:
@@ -60,6 +73,8 @@ def restore(
     noise_std: float | None = None,
     border: str = "unknown",
     progress: Callable[[int, int], None] = lambda done, tiles: None,
+    safer: Restorer | None = None,
+    gamma: str | float = 1.0,
 ) -> Restored:
     """Restore a picture that was convolved with a kernel.
 
@@ -71,33 +86,59 @@ def restore(
         noise_std: of d; estimated if not given.
         border: as in `Convolution`; "black" is restored in one piece, however large.
         progress: called with how many tiles are done, and of how many.
+        safer: a method for a picture that contradicts its model, to use instead.
+        gamma: how d stores light, which is what the kernel blurs; see `light.decode`.
 
     Raises:
-        UserError: if the kernel is larger than the picture, the noise is none, the method cannot
-            use the kernel, or the result is not finite.
+        UserError: if the kernel is larger than the picture, the picture has no values but black and
+            white, the noise is none, the method cannot use the kernel, or the result is not finite.
     """
     (_, h, w), (kh, kw) = d.shape, kernel.shape
     if kh > h or kw > w:
         raise UserError(f"a picture of {w} x {h} pixels is smaller than the {kw} x {kh} blur "
                         "kernel: use a larger picture or a smaller kernel")
+    if noise_std is not None:
+        check_noise(noise_std)
+    low, high = d.aminmax()
+    if low < high and ((d == low) | (d == high)).all():
+        raise UserError("the picture has two values only, as a scan in black and white: that is no "
+                        "blurred picture; scan it in grey")
+    slope = light.slope(d, gamma)
+    d, warnings = replace_outliers(light.decode(d, gamma), kernel)
+    # The networks know pictures that fill [0, 1].
+    bright = d.flatten()[::max(1, d.numel() // 2**20)].quantile(0.999).item()
+    gain = 1 / bright if 0.001 < bright < DIM else 1.0
+    d = gain * d
     if noise_std is None:
         noise_std = max(ROUNDING, estimate_noise(d, kernel))
     else:
-        check_noise(noise_std)
-    x, infos = _by_tiles(restorer, d, kernel, noise_std, border, progress)
+        noise_std *= gain * slope
+    x, infos = _by_tiles(restorer, d, kernel, level(d, noise_std), border, progress)
     if not x.isfinite().all():
         raise UserError("no finite picture comes out: try another method, kernel or noise level")
-    warnings = contradictions(d, kernel, noise_std, x, border)
-    if infos[0] is None:
-        return Restored(x, noise_std, warnings, len(infos))
-    iterations = max(info.iterations.item() for info in infos)
-    residual = max(info.residual.item() for info in infos)
-    if failed := sum(not info.converged.all() for info in infos):
-        warnings.append(Warning(
-            "unconverged", f"{failed} of {len(infos)} tiles did not converge in {iterations} "
-            f"iterations (relative residual up to {residual:.1e}): the result is no equilibrium "
-            "there", {"method": "jfb-energy"}))
-    return Restored(x, noise_std, warnings, len(infos), iterations, residual, not failed)
+    warnings += contradictions(d, kernel, noise_std, border)
+    # A dim picture does not say how bright its lights are.
+    most = 1.0 if gain == 1 else math.inf
+    if doubtful := doubt(x, most):
+        warnings.insert(0, doubtful)
+        for _ in range(5 if safer else 0):  # what the model does not explain is taken for noise
+            x, infos = _by_tiles(safer, d, kernel, level(d, noise_std), border, progress)
+            if not doubt(x, most):
+                break
+            noise_std = min(2 * noise_std, 1.0)
+    iterations = residual = converged = None
+    if infos[0] is not None:
+        iterations = max(info.iterations.item() for info in infos)
+        residual = max(info.residual.item() for info in infos)
+        failed = sum(not info.converged.all() for info in infos)
+        converged = not failed
+        if failed:
+            warnings.append(Warning(
+                "unconverged", f"{failed} of {len(infos)} tiles did not converge in {iterations} "
+                f"iterations (relative residual up to {residual:.1e}): the result is no "
+                "equilibrium there", {"method": "jfb-energy"}))
+    return Restored(light.encode(x / gain, gamma), noise_std / (gain * slope), warnings, len(infos),
+                    iterations, residual, converged, doubtful is not None)
 
 
 def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, border: str,
