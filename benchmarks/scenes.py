@@ -181,7 +181,7 @@ STORED = (  # as people have them
     replace(DISK, name="grey", grey=True),
     replace(DISK, name="grey, JPEG of quality 90", grey=True, quality=90),
     replace(DISK, name="smoothed by 0.7 pixels", soft=0.7),
-    replace(DISK, name="a camera's, in linear values", raw=True, quality=95),
+    replace(DISK, name="a camera's", raw=True, quality=95),
     replace(DISK, name="a camera's, --gamma srgb", raw=True, quality=95))
 NEARLY = (  # with the kernel that is given instead: a tenth larger or smaller, or turned a little
     (GAUSSIAN, "gaussian:2,5"), (GAUSSIAN, "gaussian:2.5,5"),

@@ -139,7 +139,8 @@ def test_a_wrong_kernel_is_doubted(capsys, tmp_path):
     photo = skimage.data.astronaut()[:200, 150:350]
     camera(photo, np.ones((1, 1)), 0.01).save(tmp_path / "sharp.png")
     status, _, err = run(capsys, "deblur", tmp_path / "sharp.png", "--out", tmp_path)
-    assert status == 0 and "try a far narrower kernel" in err
+    assert status == 3 and "far out of [0, 1]" in err.splitlines()[0]
+    assert "try a far narrower kernel" in err and (tmp_path / "sharp-total-variation.png").exists()
     assert all(line.startswith(f"warning: {tmp_path / 'sharp.png'}: ") for line in err.splitlines())
     assert "try --noise-std 0.01" in run(
         capsys, "deblur", tmp_path / "sharp.png", "--out", tmp_path, "--method", "tikhonov",
@@ -375,7 +376,7 @@ assert jfbnb.__path__ == [{str(wheel / "jfbnb")!r}], jfbnb.__path__
 for words in ("reproduce", "train jfb", "sweep seeds.yaml", "lab"):
     assert main(words.split()) == 2, words
 for words in ("doctor", "data celeba", "blur images/000001.jpg --out out",
-              "deblur images/000001.jpg --out out",
+              "deblur images/000001.jpg --out out --method jfb",
               "evaluate --data images --limit 1 --method jfb --method tikhonov"):
     assert main(words.split()) == 0, words
 """)

@@ -16,9 +16,12 @@ import skimage.restoration
 import torch
 from PIL import Image
 
+from jfbnb.common import UserError
 from jfbnb.core import kernels
-from jfbnb.photo import model_check
+from jfbnb.core.models import Restorer
+from jfbnb.photo import light, model_check
 from jfbnb.photo.model_check import contradictions, estimate_noise
+from jfbnb.photo.restore import restore
 
 GAUSSIAN = kernels.gaussian(math.sqrt(5), 5)
 ROUNDING = 1 / 255 / math.sqrt(12)
@@ -192,6 +195,75 @@ def test_any_kernel_is_taken(size):
     d, kernel = camera("coffee", GAUSSIAN), torch.full(size, 1 / math.prod(size)).double()
     assert estimate_noise(d, kernel) < 0.013
     assert len(contradictions(d, kernel, 0.01)) <= 1
+
+
+# --- what `restore` does about it ---------------------------------------------------------------
+
+
+def test_a_doubtful_result_gives_way_to_a_safer_method():
+    d = camera("coffee", GAUSSIAN)
+    swings = Restorer(lambda A, d, noise_std: (A.guess(d) * 3 - 1, None))
+    told = []
+
+    def calm(A, d, noise_std):
+        told.append(noise_std)
+        return A.guess(d) * (3 if len(told) < 3 else 1), None
+
+    result = restore(swings, d, GAUSSIAN, 0.01)
+    assert result.doubtful and result.warnings[0].kind == "range"
+    safe = restore(swings, d, GAUSSIAN, 0.01, safer=Restorer(calm))
+    assert safe.doubtful and safe.warnings == result.warnings
+    assert told == pytest.approx([0.01, 0.02, 0.04]) and safe.noise_std == pytest.approx(0.04)
+    assert torch.equal(safe.image, d)
+    assert not restore(Restorer(lambda A, d, s: (A.guess(d), None)), d, GAUSSIAN).doubtful
+
+
+def test_light_is_restored_where_the_stored_values_contradict_their_model():
+    scene = camera("coffee", GAUSSIAN, 0.0).double()
+    assert light.decode(scene, "srgb").numpy() == pytest.approx(scenes.to_light(scene.numpy()))
+    for gamma in ("srgb", 2.2, 1.0):
+        assert light.encode(light.decode(scene, gamma), gamma).numpy() == pytest.approx(
+            scene.numpy(), abs=1e-9)
+    assert [light.parse(text) for text in ("auto", "linear", "2.2")] == [None, 1.0, 2.2]
+    with pytest.raises(UserError, match="give auto, srgb, linear or a number"):
+        light.parse("nan")
+    calls = []
+
+    def swings_once(A, d, noise_std):
+        calls.append(noise_std)
+        return A.guess(d) * (3 if len(calls) == 1 else 1), None
+
+    result = restore(Restorer(swings_once), scene.float(), GAUSSIAN, 0.01)
+    assert not result.doubtful and result.warnings[0].kind == "light"
+    assert (result.image - scene).abs().max() < 1e-5
+    slopes = np.gradient(scenes.to_light(np.linspace(0, 1, 1001)), 1e-3)
+    true = np.sqrt((np.interp(scene.numpy(), np.linspace(0, 1, 1001), slopes) ** 2).mean())
+    assert calls[1] / calls[0] == pytest.approx(true, rel=0.02)
+
+
+def test_hot_pixels_are_replaced_and_two_values_refused():
+    d = camera("coffee", KERNELS["disk"])
+    assert model_check.replace_outliers(d, KERNELS["disk"]) == (d, [])
+    hot = d.clone()
+    hot[:, 40, 50] = 4
+    mended, (warning,) = model_check.replace_outliers(hot, KERNELS["disk"])
+    assert warning.text.startswith("1 pixel is") and (mended - d).abs().max() < 0.05
+    # Without a blur a point may be as bright as that.
+    assert model_check.replace_outliers(hot, KERNELS["none"])[1] == []
+    with pytest.raises(UserError, match="two values only"):
+        restore(None, (d > 0.5).float(), KERNELS["disk"])
+
+
+def test_a_dim_picture_is_brightened_for_the_network():
+    d = 0.04 * camera("coffee", GAUSSIAN)
+    seen = []
+    result = restore(Restorer(lambda A, d, s: (A.guess(seen.append((d, s)) or d), None)), d,
+                     GAUSSIAN)
+    (bright, noise_std), = seen
+    assert bright.quantile(0.999) == pytest.approx(1, abs=0.01)
+    assert result.noise_std == pytest.approx(0.04 * 0.01, rel=0.2)
+    assert noise_std == pytest.approx(result.noise_std * (bright / d).nanmedian().item(), rel=1e-3)
+    assert torch.allclose(result.image, d)
 
 
 # --- the kernel's likelihood --------------------------------------------------------------------

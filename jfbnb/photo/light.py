@@ -7,16 +7,16 @@ from jfbnb.common import UserError
 SRGB_LINEAR = 0.04045, 12.92  # below this value sRGB is light times this
 
 
-def parse(text: str) -> float | str:
-    """"srgb", "linear" as 1.0, or a number. Raises UserError for anything else."""
-    if text == "srgb":
-        return text
+def parse(text: str) -> float | str | None:
+    """A number, linear as 1.0, srgb as it is, auto as None. Raises UserError for others."""
+    if text in ("srgb", "auto"):
+        return text if text == "srgb" else None
     try:
         gamma = 1.0 if text == "linear" else float(text)
     except ValueError:
         gamma = 0.0
     if not 0.2 <= gamma <= 5:
-        raise UserError(f"gamma {text}: give srgb, linear or a number from 0.2 to 5, e.g. 2.2")
+        raise UserError(f"gamma {text}: give auto, srgb, linear or a number, e.g. 2.2")
     return gamma
 
 
@@ -47,6 +47,8 @@ def encode(x: Tensor, gamma: float | str) -> Tensor:
 
 def slope(d: Tensor, gamma: float | str) -> float:
     """What `decode` multiplies small differences of d by, the root of its mean square."""
+    if gamma == 1:
+        return 1.0
     step = 1e-3
     high, low = (decode(d.clamp(0, 1) + sign * step, gamma) for sign in (1, -1))
     return ((high - low) / (2 * step)).square().mean().sqrt().item()

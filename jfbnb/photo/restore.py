@@ -8,7 +8,7 @@ are blended.
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def restore(
     border: str = "unknown",
     progress: Callable[[int, int], None] = lambda done, tiles: None,
     safer: Restorer | None = None,
-    gamma: str | float = 1.0,
+    gamma: str | float | None = None,
 ) -> Restored:
     """Restore a picture that was convolved with a kernel.
 
@@ -86,8 +86,10 @@ def restore(
         noise_std: of d; estimated if not given.
         border: as in `Convolution`; "black" is restored in one piece, however large.
         progress: called with how many tiles are done, and of how many.
-        safer: a method for a picture that contradicts its model, to use instead.
-        gamma: how d stores light, which is what the kernel blurs; see `light.decode`.
+        safer: a method to use instead where the result is doubtful. What the model does not explain
+            counts as noise there, whose level is doubled until the result is not, 16 times at most.
+        gamma: how d stores light, which is what the kernel blurs; see `light.decode`. By default
+            the stored values are restored, and where that is doubtful the light by sRGB's curve.
 
     Raises:
         UserError: if the kernel is larger than the picture, the picture has no values but black and
@@ -103,29 +105,43 @@ def restore(
     if low < high and ((d == low) | (d == high)).all():
         raise UserError("the picture has two values only, as a scan in black and white: that is no "
                         "blurred picture; scan it in grey")
+
+    def attempt(gamma: str | float, method: Restorer = restorer, factor: float = 1.0) -> Restored:
+        return _in_light(method, d, kernel, noise_std, border, progress, gamma, factor)
+
+    first = attempt(1.0 if gamma is None else gamma)
+    if not first.doubtful:
+        return first
+    if gamma is None and not (second := attempt("srgb")).doubtful:
+        text = "the picture is one of light, stored by sRGB's curve, and restored so"
+        return replace(second, warnings=[Warning("light", text), *second.warnings])
+    if safer is None:
+        return first
+    for doublings in range(5):
+        found = attempt(1.0 if gamma is None else gamma, safer, 2.0**doublings)
+        if not found.doubtful:
+            break
+    return replace(found, warnings=first.warnings, doubtful=True)
+
+
+def _in_light(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float | None, border: str,
+              progress: Callable[[int, int], None], gamma: str | float, factor: float) -> Restored:
+    """`restore` with one method and gamma, told `factor` times the noise."""
     slope = light.slope(d, gamma)
     d, warnings = replace_outliers(light.decode(d, gamma), kernel)
     # The networks know pictures that fill [0, 1].
     bright = d.flatten()[::max(1, d.numel() // 2**20)].quantile(0.999).item()
     gain = 1 / bright if 0.001 < bright < DIM else 1.0
     d = gain * d
-    if noise_std is None:
-        noise_std = max(ROUNDING, estimate_noise(d, kernel))
-    else:
-        noise_std *= gain * slope
-    x, infos = _by_tiles(restorer, d, kernel, level(d, noise_std), border, progress)
+    noise_std = (max(ROUNDING, estimate_noise(d, kernel)) if noise_std is None
+                 else noise_std * gain * slope)
+    x, infos = _by_tiles(restorer, d, kernel, level(d, factor * noise_std), border, progress)
     if not x.isfinite().all():
         raise UserError("no finite picture comes out: try another method, kernel or noise level")
     warnings += contradictions(d, kernel, noise_std, border)
     # A dim picture does not say how bright its lights are.
-    most = 1.0 if gain == 1 else math.inf
-    if doubtful := doubt(x, most):
+    if doubtful := doubt(x, 1.0 if gain == 1 else math.inf):
         warnings.insert(0, doubtful)
-        for _ in range(5 if safer else 0):  # what the model does not explain is taken for noise
-            x, infos = _by_tiles(safer, d, kernel, level(d, noise_std), border, progress)
-            if not doubt(x, most):
-                break
-            noise_std = min(2 * noise_std, 1.0)
     iterations = residual = converged = None
     if infos[0] is not None:
         iterations = max(info.iterations.item() for info in infos)
@@ -137,8 +153,8 @@ def restore(
                 "unconverged", f"{failed} of {len(infos)} tiles did not converge in {iterations} "
                 f"iterations (relative residual up to {residual:.1e}): the result is no "
                 "equilibrium there", {"method": "jfb-energy"}))
-    return Restored(light.encode(x / gain, gamma), noise_std / (gain * slope), warnings, len(infos),
-                    iterations, residual, converged, doubtful is not None)
+    return Restored(light.encode(x / gain, gamma), factor * noise_std / (gain * slope), warnings,
+                    len(infos), iterations, residual, converged, doubtful is not None)
 
 
 def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, border: str,

@@ -128,8 +128,8 @@ def make_parser() -> argparse.ArgumentParser:
            help="on pixel values between 0 and 1; by default auto, which estimates it")
     option("--method", metavar="NAME", help=f"{names}; by default jfb, and total-variation where "
            "the picture contradicts its kernel or noise: the exit status is 3 then")
-    option("--gamma", default="linear", help="how the file stores light, which is restored: srgb, "
-           "a number such as 2.2, or linear, the default, which restores the stored values")
+    option("--gamma", default="auto", help="how the file stores light: linear, srgb or a number; "
+           "by default auto: linear, and srgb where that explains the picture better")
 
     option = add("blur", run_blur, "blur images and add noise, to try deblur on", pictures)
     option("--noise-std", type=float, default=0.01,
@@ -272,11 +272,10 @@ def run_deblur(args: argparse.Namespace) -> int:
         if found.iterations is not None:
             said += (f", {found.iterations} iterations, relative residual "
                      f"{found.residual:.1e}")
-        if found.doubtful:
+        if found.doubtful and not args.method:
             doubtful.append(path)
-            if not args.method:
-                _warn(f"warning: {path}: so {SAFER} is written instead; --method {name} insists")
-                return picture.with_pixels(found.image), said, SAFER
+            _warn(f"warning: {path}: so {SAFER} is written instead; --method {name} insists")
+            return picture.with_pixels(found.image), said, SAFER
         return picture.with_pixels(found.image), said, name
 
     _each_picture(args, (name, SAFER), deblur)
