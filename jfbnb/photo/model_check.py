@@ -1,6 +1,6 @@
 """How noisy a blurred picture is, and what in it contradicts its model, d = k * x + noise.
 
-The checks need no restored image. All but those of the borders read blocks that are spread evenly
+Only `doubt` needs the restored image. All but those of the borders read blocks that are spread evenly
 over the picture, so a large picture takes no longer than a small one.
 """
 
@@ -31,7 +31,8 @@ class Warning:
     """What is doubtful about a restored picture.
 
     Args:
-        kind: "noise", "kernel", "border", "frame", "saturation", "jpeg", "range" or "unconverged".
+        kind: "noise", "kernel", "border", "frame", "saturation", "jpeg", "outliers", "light", "range"
+            or "unconverged".
         text: what is wrong, and what to do about it unless that is a parameter's new value.
         suggestion: parameters of `jfbnb.deblur` to try, e.g. {"kernel": "disk:4"}.
     """
@@ -292,7 +293,7 @@ def _check_kernel(d: Tensor, kernel: Tensor) -> Warning | None:
     blurs = [kernel, *map(kernel_option.parse, OTHERS)]
     given, *others = _fit(*_spectra(grey[None], blurs))[0].tolist()
     best = min(others)
-    if given - best < 0.006 or given < 1.2 * best:
+    if given - best < 0.02 or given < 1.35 * best:
         return None
     # The simplest of those that are as good as the best.
     name = next(name for name, misfit in zip(OTHERS, others, strict=True) if misfit < 1.05 * best)
