@@ -1,7 +1,7 @@
 """How noisy a blurred picture is, and what in it contradicts its model, d = k * x + noise.
 
-Only `doubt` needs the restored image. All but those of the borders read blocks that are spread evenly
-over the picture, so a large picture takes no longer than a small one.
+Only `doubt` needs the restored image. All checks but those of the borders read blocks that are
+spread evenly over the picture, so a large picture takes no longer than a small one.
 """
 
 import math
@@ -31,8 +31,8 @@ class Warning:
     """What is doubtful about a restored picture.
 
     Args:
-        kind: "noise", "kernel", "border", "frame", "saturation", "jpeg", "outliers", "light", "range"
-            or "unconverged".
+        kind: "noise", "kernel", "border", "frame", "saturation", "jpeg", "outliers", "light",
+            "range" or "unconverged".
         text: what is wrong, and what to do about it unless that is a parameter's new value.
         suggestion: parameters of `jfbnb.deblur` to try, e.g. {"kernel": "disk:4"}.
     """
