@@ -1,7 +1,7 @@
 """Pictures and measurements that the package does not make, for it to restore.
 
 SciPy blurs a whole scene and a window is cut from it; white noise is added, and the result is
-clipped and rounded to eight bits. Pictures are (H, W, 3) in [0, 1].
+clipped and rounded to eight bits. Some go on as a camera does. Pictures are (H, W, 3) in [0, 1].
 """
 
 from dataclasses import dataclass, replace
@@ -59,10 +59,32 @@ def blurred(scene: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return ndimage.convolve(scene, kernel[..., None], mode="nearest")
 
 
-def noisy(image: np.ndarray, noise_std: float) -> np.ndarray:
-    """An image with white noise, in eight bits."""
-    noise = noise_std * np.random.default_rng(0).standard_normal(image.shape)
-    return np.rint(255 * (image + noise).clip(0, 1)).astype(np.uint8)
+def to_light(image: np.ndarray) -> np.ndarray:
+    """sRGB's curve, IEC 61966-2-1."""
+    return np.where(image <= 0.04045, image / 12.92, ((image + 0.055) / 1.055) ** 2.4)
+
+
+def from_light(light: np.ndarray) -> np.ndarray:
+    light = light.clip(0, 1)
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+
+
+def demosaiced(image: np.ndarray) -> np.ndarray:
+    """One colour of each pixel, in Bayer's pattern, and bilinear interpolation of the others."""
+    near = np.array([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 4
+    weights, mosaic = np.zeros((2, *image.shape))
+    for c, (row, column) in ((0, (0, 0)), (1, (0, 1)), (1, (1, 0)), (2, (1, 1))):
+        weights[row::2, column::2, c] = 1
+        mosaic[row::2, column::2, c] = image[row::2, column::2, c]
+    near = near[..., None]
+    return ndimage.convolve(mosaic, near) / ndimage.convolve(weights, near)
+
+
+def noisy(image: np.ndarray, noise_std: float, soft: float = 0.0) -> np.ndarray:
+    """An image with white noise, perhaps smoothed, in eight bits."""
+    image = image + noise_std * np.random.default_rng(0).standard_normal(image.shape)
+    image = ndimage.gaussian_filter(image, (soft, soft, 0)) if soft else image
+    return np.rint(255 * image.clip(0, 1)).astype(np.uint8)
 
 
 def mirrored(width: int, height: int) -> np.ndarray:
@@ -74,7 +96,8 @@ def mirrored(width: int, height: int) -> np.ndarray:
 
 def read(file: str | Path) -> np.ndarray:
     file = Path(file)
-    return tifffile.imread(file) if file.suffix == ".tif" else np.asarray(Image.open(file)) / 255
+    image = tifffile.imread(file) if file.suffix == ".tif" else np.asarray(Image.open(file)) / 255
+    return np.atleast_3d(image)
 
 
 # --- blurred pictures ---------------------------------------------------------------------------
@@ -89,6 +112,9 @@ class Case:
         exposure: a factor of the scene's light, before it is clipped.
         frame: width in pixels of a black frame.
         quality: of JPEG; None writes a PNG.
+        grey: one channel.
+        raw: whether it is blurred and noisy in light and then demosaiced, as a camera's.
+        soft: std in pixels of a Gaussian that smooths scene and noise.
     """
 
     name: str
@@ -98,15 +124,25 @@ class Case:
     exposure: float = 1.0
     frame: int = 0
     quality: int | None = None
+    grey: bool = False
+    raw: bool = False
+    soft: float = 0.0
 
     def take(self, name: str, side: int, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
         """The file of a photograph, the picture in it, and the sharp one."""
         scene = self.exposure * photograph(name)
+        if self.grey:
+            scene = scene @ np.array([[0.299], [0.587], [0.114]])
         x = middle(scene, side).clip(0, 1)
-        d = noisy(middle(blurred(scene, self.kernel), side), self.noise_std)
+        if self.raw:
+            d = middle(blurred(to_light(scene), self.kernel), side)
+            noise = self.noise_std * np.random.default_rng(0).standard_normal(d.shape)
+            d = np.rint(255 * from_light(demosaiced(d + noise))).astype(np.uint8)
+        else:
+            d = noisy(middle(blurred(scene, self.kernel), side), self.noise_std, self.soft)
         x[rim(x, self.frame)] = d[rim(x, self.frame)] = 0
         file = folder / f"{name}.{'jpg' if self.quality else 'png'}"
-        Image.fromarray(d).save(file, quality=self.quality)
+        Image.fromarray(d[..., 0] if self.grey else d).save(file, quality=self.quality)
         return file, read(file), x
 
     def right(self, folder: Path) -> str:
@@ -138,6 +174,15 @@ WRONG = (  # given `USUAL` and a noise of 0.01
 RIGHT = tuple(replace(case, name=f"{case.name}, noise {noise_std}", noise_std=noise_std)
               for case, noise_std in ((GAUSSIAN, 0.003), (GAUSSIAN, 0.03), (MOTION, 0.01),
                                       (DISK, 0.005), (WIDE, 0.02)))
+STORED = (  # as people have them
+    *(replace(case, name=f"JPEG of quality {quality}", noise_std=noise_std, quality=quality)
+      for quality in (80, 90, 95, 98) for noise_std in (0.003, 0.01)
+      for case in (DISK, MOTION, GAUSSIAN)),
+    replace(DISK, name="grey", grey=True),
+    replace(DISK, name="grey, JPEG of quality 90", grey=True, quality=90),
+    replace(DISK, name="smoothed by 0.7 pixels", soft=0.7),
+    replace(DISK, name="a camera's", raw=True, quality=95),
+    replace(DISK, name="a camera's, --gamma srgb", raw=True, quality=95))
 NEARLY = (  # with the kernel that is given instead: a tenth larger or smaller, or turned a little
     (GAUSSIAN, "gaussian:2,5"), (GAUSSIAN, "gaussian:2.5,5"),
     (MOTION, "motion:8,30"), (MOTION, "motion:10,30"), (MOTION, "motion:9,24"),

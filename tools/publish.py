@@ -222,6 +222,19 @@ def nearly(read: Read) -> str:
                             ).to_markdown(index=False, floatfmt=".2f")
 
 
+def stored(read: Read) -> str:
+    """Mean PSNR of pictures as people have them, and the least that one gains."""
+    rows = load(read, f"{RESULTS}/photographs_stored.csv")
+    rows["gain"] = rows.PSNR - rows.input
+    groups = rows.groupby(["stored", "noise"], sort=False)
+    return pd.DataFrame({
+        "Picture": groups.input.mean(), "JFB": groups.PSNR.mean(), "least gain": groups.gain.min(),
+        "noise taken": groups["noise taken"].mean(),
+        "doubted": groups.doubtful.mean().map("{:.0%}".format),
+    }).reset_index().rename(columns={"stored": "PSNR (dB)"}).to_markdown(
+        index=False, floatfmt=("", "g", ".2f", ".2f", "+.2f", ".3f", ""))
+
+
 def times(read: Read) -> str:
     """Seconds per notebook, one row per profile and machine."""
     rows = []
@@ -238,7 +251,8 @@ def times(read: Read) -> str:
 
 
 BLOCKS = {"front": front, "summary": summary, "warning": warning, "machine": machine, "fast": fast,
-          "photographs": photographs, "nearly": nearly, "times": times,
+          "photographs": photographs, "nearly": nearly, "stored": stored,
+          "times": times,
           **{f"pairs {profile}": partial(pairs, profile=profile) for profile in PROFILES}}
 
 if __name__ == "__main__":

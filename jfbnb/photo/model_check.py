@@ -1,23 +1,23 @@
 """How noisy a blurred picture is, and what in it contradicts its model, d = k * x + noise.
 
-The checks need no restored image. All but those of the borders read blocks that are spread evenly
-over the picture, so a large picture takes no longer than a small one.
+Only `doubt` needs the restored image. All checks but those of the borders read blocks that are
+spread evenly over the picture, so a large picture takes no longer than a small one.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy import ndimage
 from torch import Tensor
 
-from jfbnb.core import kernels
 from jfbnb.photo import kernel_option
 
 BLOCK = 64  # side of the blocks in pixels; twice that for a kernel of more than half of it
 MOST_BLOCKS = 128
-FILTER = 7  # side of the filter that keeps the noise
 ROUNDING = 1 / 255 / 12**0.5  # the noise of rounding to eight bits, the least that is assumed
 # Blurs to compare with the given one, in the order of their complexity.
 OTHERS = ("gaussian:0.1", *(f"gaussian:{std}" for std in (0.5, 0.7, 1, 1.4, 2, 2.5, 3, 4)),
@@ -31,7 +31,8 @@ class Warning:
     """What is doubtful about a restored picture.
 
     Args:
-        kind: "noise", "kernel", "border", "frame", "saturation", "jpeg", "range" or "unconverged".
+        kind: "noise", "kernel", "border", "frame", "saturation", "jpeg", "outliers", "light",
+            "range" or "unconverged".
         text: what is wrong, and what to do about it unless that is a parameter's new value.
         suggestion: parameters of `jfbnb.deblur` to try, e.g. {"kernel": "disk:4"}.
     """
@@ -63,54 +64,88 @@ def _blocks(d: Tensor, side: int) -> Tensor:
 # --- noise --------------------------------------------------------------------------------------
 
 
-def estimate_noise(d: Tensor, kernel: Tensor | None = None) -> float:
-    """The standard deviation of the white noise in a blurred picture, rounding included.
+def level(d: Tensor, noise_std: float) -> float:
+    """The level of white noise in three channels that is as strong as this noise of d (C, h, w).
 
-    As Donoho and Johnstone (1994): a filter drops the picture and keeps the noise, whose median
-    size over 0.6745 is the estimate. Theirs is the finest diagonal wavelet. Here the filter of 7 x
-    7 pixels passes least of blurred natural pictures: it is the last principal component of their
-    patches (as Pyatykh et al. 2013), where power falls with the square of frequency. Pixels near
-    the darkest or brightest value are left out, as their noise may be cut off.
+    Where all channels are equal their noise is too, and along (1, 1, 1) its variance is three times
+    that of white noise.
+    """
+    equal = len(d) == 1 or (torch.equal(d[0], d[1]) and torch.equal(d[0], d[2]))
+    return noise_std * 3**0.5 if equal else noise_std
 
-    For a picture that is not blurred it is too high: fine detail looks like noise.
+
+def estimate_noise(d: Tensor, kernel: Tensor) -> float:
+    """The standard deviation of the noise in a blurred picture, rounding included.
+
+    It is read at frequencies that the kernel has removed, near 0.2 cycles per pixel: compression,
+    demosaicing and smoothing take away the noise of higher ones, which no restoration amplifies.
+    The spectra fitted are those of the channels' normalised sum and two differences, as noise that
+    channels share is strongest in the first. Where the kernel removes little, noise that does not
+    reach high frequencies is estimated too low.
 
     Args:
-        d: the picture, (C, h, w).
-        kernel: (kh, kw), if it is known; the result is then the lower one of two estimates.
+        d: the picture, (C, h, w), not blank.
+        kernel: its blur, (kh, kw), of sum 1.
 
     Returns:
-        The estimate, on the scale of d's values; NaN for a picture of less than 7 pixels a side.
+        The estimate, on the scale of d's values: of the noise of each value where all channels are
+        equal; else the `level`. NaN for a picture of less than 16 pixels a side.
     """
-    blocks = _blocks(d, min(BLOCK, *d.shape[1:]))
-    if min(blocks.shape[2:]) < FILTER:
+    blocks = _usable_blocks(d, kernel)
+    if blocks.shape[-1] < 16:
         return math.nan
-    low, high = (end(blocks, dim=(0, 2, 3), keepdim=True) for end in (torch.amin, torch.amax))
-    cut = ((blocks == low) | (blocks == high)).to(blocks.dtype)
-    whole = F.max_pool2d(cut.flatten(0, 1), FILTER, 1) == 0
-    estimates = []
-    for blur in (kernels.gaussian(1.0), *([] if kernel is None else [kernel])):
-        weights = _least_filter(blur).to(blocks)[None, None]
-        noise = F.conv2d(blocks.flatten(0, 1)[:, None], weights)[:, 0].abs()
-        if whole.double().mean() > 0.02:
-            noise = noise[whole]
-        estimates.append(noise.median().item() / 0.6745)
-    return min(estimates)
+    if level(d, 1.0) > 1:
+        directions = d.new_tensor([[1.0] + [0.0] * (len(d) - 1)])
+    else:
+        directions = d.new_tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]])
+        directions = directions / directions.norm(dim=1, keepdim=True)
+    components = torch.einsum("kc,nchw->knhw", directions.to(blocks), blocks)
+    beta = _fit(*_spectra(components, [kernel]))[1]
+    variance = (beta[:, 6] + beta[:, 7] * math.log(0.2 / 0.5)).exp()
+    return max(variance[0], variance.mean()).sqrt().item()
 
 
-def _least_filter(kernel: Tensor) -> Tensor:
-    """The filter of norm 1 that passes least of natural pictures after this blur."""
-    n = max(2 * BLOCK, *kernel.shape)
-    frequency = torch.fft.fftfreq(n, dtype=torch.float64)
-    power = _gain(kernel.cpu(), n) / (frequency[:, None] ** 2 + frequency**2 + 1 / n**2)
-    covariance = torch.fft.ifft2(power).real
-    apart = (torch.arange(FILTER)[:, None] - torch.arange(FILTER)) % n
-    patches = covariance[apart[:, None, :, None], apart[None, :, None, :]].reshape(FILTER**2, -1)
-    return torch.linalg.eigh(patches).eigenvectors[:, 0].view(FILTER, FILTER)
+def _usable_blocks(d: Tensor, kernel: Tensor) -> Tensor:
+    """Blocks with few pixels that are cut off at black or white, if there are any."""
+    side = BLOCK if max(kernel.shape) <= BLOCK // 2 else 2 * BLOCK
+    blocks = _blocks(d, min(side, *d.shape[1:])).double()
+    low, high = (end(d).item() for end in (torch.amin, torch.amax))
+    cut_off = ((blocks <= low) | (blocks >= high)).double().mean(dim=(1, 2, 3))
+    return blocks[cut_off <= max(0.02, cut_off.quantile(0.1).item())]
 
 
 def _gain(kernel: Tensor, n: int) -> Tensor:
     """What a blur does to power at each frequency, (n, n)."""
-    return torch.fft.fft2(kernel.double(), s=(n, n)).abs().square()
+    return torch.fft.fft2(kernel.double().cpu(), s=(n, n)).abs().square()
+
+
+def replace_outliers(d: Tensor, kernel: Tensor) -> tuple[Tensor, list["Warning"]]:
+    """d (C, h, w) without its hot pixels, and a warning that says so, if it has some.
+
+    A hot pixel is brighter than all around it by more than the kernel and the noise allow. Its
+    value becomes the median of the 3 x 3 pixels.
+    """
+    pixels, around = d.cpu().numpy(), np.ones((3, 3), bool)
+    around[1, 1] = False
+
+    def neighbours(image: np.ndarray) -> np.ndarray:
+        return ndimage.maximum_filter(image, footprint=around, mode="mirror")
+
+    k = np.pad(kernel.cpu().numpy(), 1)
+    centre = np.unravel_index(k.argmax(), k.shape)
+    sharp = 1 - neighbours(k)[centre] / k[centre]  # how far a point stands out
+    found = np.zeros(pixels.shape, bool)
+    for one, hot in zip(pixels, found, strict=True):
+        noise_std = np.median(np.abs(np.diff(one, axis=1))) / 0.954 if one.shape[1] > 1 else 0
+        hot[:] = one - neighbours(one) > sharp * one + max(10 * noise_std, 0.1)
+    # Many are a sign of a sharp picture.
+    if not found.any() or found.mean() > 0.001:
+        return d, []
+    medians = np.stack([ndimage.median_filter(one, 3, mode="mirror") for one in pixels])
+    n = int(found.any(axis=0).sum())
+    return torch.from_numpy(np.where(found, medians, pixels)).to(d), [Warning(
+        "outliers", f"{n} pixel{'s are' * (n > 1) or ' is'} far brighter than all around, as no "
+        "blur leaves them: taken for hot pixels and replaced by the median of their neighbours")]
 
 
 # --- contradictions -----------------------------------------------------------------------------
@@ -120,7 +155,6 @@ def contradictions(
     d: Tensor,
     kernel: Tensor,
     noise_std: float,
-    restored: Tensor | None = None,
     border: str = "unknown",
 ) -> list[Warning]:
     """What in a picture contradicts its model.
@@ -131,39 +165,43 @@ def contradictions(
         d: the picture, (C, h, w), values in [0, 1].
         kernel: the blur that it is assumed to have, (kh, kw), of sum 1.
         noise_std: the noise that it is assumed to have, or what `estimate_noise` finds.
-        restored: the restored picture (C, H, W), if there is one.
         border: "unknown" or "black", as `operators.Blur` takes it.
     """
     kernel = kernel.cpu()
     top, bottom, left, right = frame = _frame(d)
     d = d[:, top:d.shape[1] - bottom, left:d.shape[2] - right]
     found = [
-        _check_frame(frame), _check_border(d, kernel, border), _check_saturation(d),
-        # One at a time: JPEG changes spectrum and noise, and fine detail looks like noise.
-        _check_jpeg(d) or _check_kernel(d, kernel) or _check_noise(d, kernel, noise_std),
-        None if restored is None else _check_range(restored)]
+        _check_frame(frame), _check_border(d, kernel, border),
+        # One at a time: light that is cut off and JPEG change the spectrum.
+        _check_saturation(d) or _check_jpeg(d) or _check_kernel(d, kernel)
+        or _check_noise(d, kernel, noise_std)]
     return [warning for warning in found if warning]
+
+
+def doubt(x: Tensor, most: float = 1.0) -> Warning | None:
+    """Whether a restored picture x (C, h, w) contradicts its model: it is far out of [0, most].
+
+    What a wrong kernel, a too low noise level or an odd border amplifies swings about the true
+    values. Blurred again it still explains the picture, so the residual does not show it.
+    """
+    far = 1 - ((x >= -0.05) & (x <= most + 0.05)).sum().item() / x.numel()
+    if far <= 0.002:
+        return None
+    return Warning("range", f"{far:.1%} of the restored values are far out of [0, 1], so the model "
+                   "is wrong: try another kernel, border or gamma, or a larger noise level")
 
 
 def _check_noise(d: Tensor, kernel: Tensor, noise_std: float) -> Warning | None:
     estimate = estimate_noise(d, kernel)
-    if estimate > 1.5 * noise_std + 0.001:
+    if estimate > 1.7 * noise_std + 0.001:
         difference, effect = "more", "noise would be amplified"
-    elif estimate < 0.5 * noise_std - 0.001:
+    elif estimate < 0.2 * noise_std:
         difference, effect = "less", "detail would be lost"
     else:
         return None
     value = float(f"{max(estimate, ROUNDING):.2g}")
     return Warning("noise", f"the picture's noise is near {estimate:.2g}, {difference} than the "
                    f"given {noise_std:.2g}, so {effect}", {"noise_std": value})
-
-
-def _check_range(restored: Tensor) -> Warning | None:
-    far = 1 - ((restored >= -0.1) & (restored <= 1.1)).sum().item() / restored.numel()
-    if far <= 0.002:
-        return None
-    return Warning("range", f"{far:.1%} of the restored values are far out of [0, 1], so the model "
-                   "is wrong: try another kernel or border, or a larger noise level")
 
 
 def _check_saturation(d: Tensor) -> Warning | None:
@@ -249,18 +287,13 @@ def _check_border(d: Tensor, kernel: Tensor, border: str) -> Warning | None:
 
 def _check_kernel(d: Tensor, kernel: Tensor) -> Warning | None:
     """Whether another kernel explains the picture's spectrum far better."""
-    side = BLOCK if max(kernel.shape) <= BLOCK // 2 else 2 * BLOCK
-    if max(kernel.shape) > side // 2 or min(d.shape[1:]) < side:
+    grey = _usable_blocks(d.mean(dim=0, keepdim=True), kernel)[:, 0]
+    if max(kernel.shape) > grey.shape[-1] // 2 or grey.shape[-1] < BLOCK:
         return None
-    blocks = _blocks(d, side)
-    cut_off = ((blocks <= 0) | (blocks >= 1)).double().mean(dim=(1, 2, 3))
-    grey = blocks.mean(dim=1)[cut_off <= 0.02]
-    if not len(grey):
-        return None
-    noise_std = max(estimate_noise(d.mean(dim=0, keepdim=True), kernel), 1e-4)
-    given, *others = _misfits(grey, noise_std, [kernel, *map(kernel_option.parse, OTHERS)]).tolist()
+    blurs = [kernel, *map(kernel_option.parse, OTHERS)]
+    given, *others = _fit(*_spectra(grey[None], blurs))[0].tolist()
     best = min(others)
-    if given - best < 0.006 or given < 1.2 * best:
+    if given - best < 0.02 or given < 1.35 * best:
         return None
     # The simplest of those that are as good as the best.
     name = next(name for name, misfit in zip(OTHERS, others, strict=True) if misfit < 1.05 * best)
@@ -283,28 +316,30 @@ def _widths(kernel: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(torch.einsum("hw,ihw,jhw->ij", kernel, at, at)).clamp_min(0).sqrt()
 
 
-def _misfits(blocks: Tensor, noise_std: float, blurs: list[Tensor]) -> Tensor:
-    """How badly each blur explains the mean power spectrum of blocks (n, side, side).
+def _fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """How badly each blur explains the power spectrum of blocks, and its scene and noise.
 
     The likelihood of Whittle (1953): power P is compared with the M = |K|^2 S + N expected of a
     scene and of noise, by the mean over frequencies of P / M - 1 - log(P / M); it is 0 where they
     agree. Of the S and N below the ones that explain P best are taken, with a normal prior on each
-    of their coefficients but the scene's brightness. log S is linear in log frequency, as natural
+    of their coefficients but the levels. log S is linear in log frequency, as natural
     pictures are, and has terms in direction, twofold and fourfold. Its slope is near -3 (of sharp
-    photographs it is -2 to -4), so that a blur cannot pass for a scene's own softness. log N is
-    near that of the noise estimated, and flat; it may slope a little, as JPEG correlates noise.
+    photographs it is -2 to -4), so that a blur cannot pass for a scene's own softness. log N may
+    slope, as JPEG and demosaicing take high frequencies away.
 
     Found by Fisher's scoring, damped as by Levenberg and Marquardt.
 
+    Args:
+        power, gains, scene, noise: of `_spectra`.
+
     Returns:
-        The misfit of each blur, prior included, (number of blurs,).
+        The misfits, prior included, (b,), and the coefficients of log S and log N, (b, 8).
     """
-    power, gains, scene, noise = _spectra(blocks, blurs)
-    centre = scene.new_tensor([0, -3, 0, 0, 0, 0, 2 * math.log(noise_std), 0])
-    weight = scene.new_tensor([0, 4, 4, 4, 4, 4, 1, 1]) / 200
+    centre = scene.new_tensor([0, -3, 0, 0, 0, 0, 0, 0])
+    weight = scene.new_tensor([0, 4, 4, 4, 4, 4, 0, 1]) / 200
 
     def fit(beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Misfits, their gradients and Fisher information for coefficients (number of blurs, 8)."""
+        """Misfits, their gradients and Fisher information for coefficients (b, 8)."""
         S, N = (gains + beta[:, :6] @ scene.T).exp(), (beta[:, 6:] @ noise.T).exp()
         ratio = power / (S + N)
         slopes = torch.cat([S[..., None] * scene, N[..., None] * noise], -1) / (S + N)[..., None]
@@ -313,10 +348,10 @@ def _misfits(blocks: Tensor, noise_std: float, blurs: list[Tensor]) -> Tensor:
         information = slopes.mT @ slopes / len(scene) + torch.diag(weight)
         return misfit, gradient, information
 
-    beta = centre.repeat(len(blurs), 1)
-    beta[:, 0] = (power.sum() / (gains + beta[:, :6] @ scene.T).exp().sum(dim=1)).log()
-    beta[:, 6] = power.quantile(0.1).log()
-    damping = beta.new_full((len(blurs), 1), 0.01)
+    beta = centre.repeat(max(len(power), len(gains)), 1)
+    beta[:, 0] = (power.sum(dim=1) / (gains + beta[:, :6] @ scene.T).exp().sum(dim=1)).log()
+    beta[:, 6] = power.quantile(0.1, dim=1).log()
+    damping = beta.new_full((len(beta), 1), 0.01)
     now = fit(beta)
     for _ in range(20):
         misfit, gradient, H = now
@@ -328,16 +363,20 @@ def _misfits(blocks: Tensor, noise_std: float, blurs: list[Tensor]) -> Tensor:
                     for new, old in zip(then, now, strict=True))
         beta = torch.where(better[:, None], trial, beta)
         damping = damping * torch.where(better, 0.2, 10.0)[:, None]
-    return now[0]
+    return now[0], beta
 
 
 def _spectra(blocks: Tensor, blurs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """At f frequencies: power (f,), each blur's log gain, terms of log S (f, 6), log N (f, 2)."""
+    """Of blocks (b, n, side, side), at f frequencies: their power (b, f); each blur's log gain; the
+    terms of log S (f, 6) and of log N (f, 2).
+
+    The mean of amplitudes, not of power, so that a few odd blocks or pixels count for little.
+    """
     n = blocks.shape[-1]
     window = torch.hann_window(n, dtype=torch.float64)
     window = torch.outer(window, window) / window.square().sum()
-    blocks = blocks.double() - blocks.double().mean(dim=(1, 2), keepdim=True)
-    power = torch.fft.fft2(blocks * window).abs().square().mean(dim=0)
+    blocks = blocks.double() - blocks.double().mean(dim=(2, 3), keepdim=True)
+    power = torch.fft.fft2(blocks * window).abs().mean(dim=1).square() * 4 / math.pi
     gains = torch.stack([_gain(blur, n) for blur in blurs])
     for dim in (1, 2):  # the window smears each frequency over the next
         gains = 2 / 3 * gains + (gains.roll(1, dim) + gains.roll(-1, dim)) / 6
@@ -350,5 +389,6 @@ def _spectra(blocks: Tensor, blurs: list[Tensor]) -> tuple[Tensor, Tensor, Tenso
     radius, angle = torch.hypot(rows, columns).log(), torch.atan2(rows, columns)
     scene = [torch.ones_like(radius), radius, (2 * angle).cos(), (2 * angle).sin(),
              (4 * angle).cos(), (4 * angle).sin()]
-    return (power[used].clamp_min(1e-30), gains[:, used].clamp_min(1e-12).log(),
-            torch.stack(scene, dim=1), torch.stack([scene[0], radius - math.log(0.5)], dim=1))
+    return (power[:, used].clamp_min(1e-12), gains[:, used].clamp_min(1e-12).log(),
+            torch.stack(scene, dim=1),
+            torch.stack([scene[0], radius.clamp_min(math.log(0.2)) - math.log(0.5)], dim=1))

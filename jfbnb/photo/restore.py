@@ -8,7 +8,7 @@ are blended.
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,10 +17,20 @@ from jfbnb.common import UserError
 from jfbnb.core.fixed_point import SolveInfo
 from jfbnb.core.models import Restorer
 from jfbnb.core.operators import Convolution, scene_size
-from jfbnb.photo.model_check import ROUNDING, Warning, contradictions, estimate_noise
+from jfbnb.photo import light
+from jfbnb.photo.model_check import (
+    ROUNDING,
+    Warning,
+    contradictions,
+    doubt,
+    estimate_noise,
+    level,
+    replace_outliers,
+)
 
 TILE = 448  # pixels on a side at most, with all that overlaps
 THROWN, BLENDED = 16, 16  # of these at each side that has a neighbour
+DIM = 0.5  # a picture whose brightest values are below it is made brighter for the networks
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class Restored:
         tiles: how many there were.
         iterations, residual: the solver's, the largest of all tiles; None without a solver.
         converged: whether every tile did; None without a solver.
+        doubtful: whether the method's image contradicts the picture, as the first of the warnings
+            says; if `restore` was given a safer method, `image` is that one's.
     """
 
     image: Tensor = field(repr=False)
@@ -43,6 +55,7 @@ class Restored:
     iterations: int | None = None
     residual: float | None = None
     converged: bool | None = None
+    doubtful: bool = False
 
 
 def check_noise(noise_std: float) -> None:
@@ -60,6 +73,8 @@ def restore(
     noise_std: float | None = None,
     border: str = "unknown",
     progress: Callable[[int, int], None] = lambda done, tiles: None,
+    safer: Restorer | None = None,
+    gamma: str | float | None = None,
 ) -> Restored:
     """Restore a picture that was convolved with a kernel.
 
@@ -71,33 +86,75 @@ def restore(
         noise_std: of d; estimated if not given.
         border: as in `Convolution`; "black" is restored in one piece, however large.
         progress: called with how many tiles are done, and of how many.
+        safer: a method to use instead where the result is doubtful. What the model does not explain
+            counts as noise there, whose level is doubled until the result is not, 16 times at most.
+        gamma: how d stores light, which is what the kernel blurs; see `light.decode`. By default
+            the stored values are restored, and where that is doubtful the light by sRGB's curve.
 
     Raises:
-        UserError: if the kernel is larger than the picture, the noise is none, the method cannot
-            use the kernel, or the result is not finite.
+        UserError: if the kernel is larger than the picture, the picture has no values but black and
+            white, the noise is none, the method cannot use the kernel, or the result is not finite.
     """
     (_, h, w), (kh, kw) = d.shape, kernel.shape
     if kh > h or kw > w:
         raise UserError(f"a picture of {w} x {h} pixels is smaller than the {kw} x {kh} blur "
                         "kernel: use a larger picture or a smaller kernel")
-    if noise_std is None:
-        noise_std = max(ROUNDING, estimate_noise(d, kernel))
-    else:
+    if noise_std is not None:
         check_noise(noise_std)
-    x, infos = _by_tiles(restorer, d, kernel, noise_std, border, progress)
+    low, high = d.aminmax()
+    if low < high and ((d == low) | (d == high)).all():
+        raise UserError("the picture has two values only, as a scan in black and white: that is no "
+                        "blurred picture; scan it in grey")
+
+    def attempt(gamma: str | float, method: Restorer = restorer, factor: float = 1.0) -> Restored:
+        return _in_light(method, d, kernel, noise_std, border, progress, gamma, factor)
+
+    first = attempt(1.0 if gamma is None else gamma)
+    if not first.doubtful:
+        return first
+    if gamma is None and not (second := attempt("srgb")).doubtful:
+        text = "the picture is one of light, stored by sRGB's curve, and restored so"
+        return replace(second, warnings=[Warning("light", text), *second.warnings])
+    if safer is None:
+        return first
+    for doublings in range(5):
+        found = attempt(1.0 if gamma is None else gamma, safer, 2.0**doublings)
+        if not found.doubtful:
+            break
+    return replace(found, warnings=first.warnings, doubtful=True)
+
+
+def _in_light(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float | None, border: str,
+              progress: Callable[[int, int], None], gamma: str | float, factor: float) -> Restored:
+    """`restore` with one method and gamma, told `factor` times the noise."""
+    slope = light.slope(d, gamma)
+    d, warnings = replace_outliers(light.decode(d, gamma), kernel)
+    # The networks know pictures that fill [0, 1].
+    bright = d.flatten()[::max(1, d.numel() // 2**20)].quantile(0.999).item()
+    gain = 1 / bright if 0.001 < bright < DIM else 1.0
+    d = gain * d
+    noise_std = (max(ROUNDING, estimate_noise(d, kernel)) if noise_std is None
+                 else noise_std * gain * slope)
+    x, infos = _by_tiles(restorer, d, kernel, level(d, factor * noise_std), border, progress)
     if not x.isfinite().all():
         raise UserError("no finite picture comes out: try another method, kernel or noise level")
-    warnings = contradictions(d, kernel, noise_std, x, border)
-    if infos[0] is None:
-        return Restored(x, noise_std, warnings, len(infos))
-    iterations = max(info.iterations.item() for info in infos)
-    residual = max(info.residual.item() for info in infos)
-    if failed := sum(not info.converged.all() for info in infos):
-        warnings.append(Warning(
-            "unconverged", f"{failed} of {len(infos)} tiles did not converge in {iterations} "
-            f"iterations (relative residual up to {residual:.1e}): the result is no equilibrium "
-            "there", {"method": "jfb-energy"}))
-    return Restored(x, noise_std, warnings, len(infos), iterations, residual, not failed)
+    warnings += contradictions(d, kernel, noise_std, border)
+    # A dim picture does not say how bright its lights are.
+    if doubtful := doubt(x, 1.0 if gain == 1 else math.inf):
+        warnings.insert(0, doubtful)
+    iterations = residual = converged = None
+    if infos[0] is not None:
+        iterations = max(info.iterations.item() for info in infos)
+        residual = max(info.residual.item() for info in infos)
+        failed = sum(not info.converged.all() for info in infos)
+        converged = not failed
+        if failed:
+            warnings.append(Warning(
+                "unconverged", f"{failed} of {len(infos)} tiles did not converge in {iterations} "
+                f"iterations (relative residual up to {residual:.1e}): the result is no "
+                "equilibrium there", {"method": "jfb-energy"}))
+    return Restored(light.encode(x / gain, gamma), factor * noise_std / (gain * slope), warnings,
+                    len(infos), iterations, residual, converged, doubtful is not None)
 
 
 def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, border: str,

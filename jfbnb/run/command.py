@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -17,19 +18,25 @@ from tqdm import tqdm
 from jfbnb import data
 from jfbnb.common import UserError, atomic_path, keep_freed_memory, parse_yaml, pick_device
 from jfbnb.core import operators, protocols
-from jfbnb.photo import files, kernel_option, restore
+from jfbnb.photo import files, kernel_option, light, restore
 from jfbnb.run import checkout
 from jfbnb.run.doctor import examine
 from jfbnb.training import evaluation, methods, restorers
 
+SAFER = "total-variation"  # the method for pictures that contradict their model
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; bad input ends in one line on stderr and exit status 2."""
+    """Run the command; returns its exit status.
+
+    Bad input ends in one line on stderr and status 2; `deblur` ends in 3 where a picture
+    contradicts its model, and a safer method's is written.
+    """
     args = make_parser().parse_args(argv)
     with contextlib.suppress(AttributeError):  # a file's name may be no Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        args.run(args)
+        return args.run(args) or 0
     except KeyboardInterrupt:
         print("jfbnb: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -38,7 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"jfbnb: error: {line}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _one_line(error: Exception) -> str:
@@ -120,7 +126,10 @@ def make_parser() -> argparse.ArgumentParser:
     option("--noise-std", type=lambda text: text if text == "auto" else float(text),
            default="auto",
            help="on pixel values between 0 and 1; by default auto, which estimates it")
-    option("--method", metavar="NAME", help=f"{names}; jfb by default")
+    option("--method", metavar="NAME", help=f"{names}; by default jfb, and total-variation where "
+           "the picture contradicts its kernel or noise: the exit status is 3 then")
+    option("--gamma", default="auto", help="how the file stores light: linear, srgb or a number; "
+           "by default auto: linear, and srgb where that explains the picture better")
 
     option = add("blur", run_blur, "blur images and add noise, to try deblur on", pictures)
     option("--noise-std", type=float, default=0.01,
@@ -238,33 +247,39 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict:
 
 
 @torch.no_grad()
-def run_deblur(args: argparse.Namespace) -> None:
+def run_deblur(args: argparse.Namespace) -> int:
     name = args.method or "jfb"
     keep_freed_memory()
-    kernel = kernel_option.parse(args.kernel)
+    kernel, gamma = kernel_option.parse(args.kernel), light.parse(args.gamma)
     noise_std = None if args.noise_std == "auto" else args.noise_std
     if noise_std is not None:
         restore.check_noise(noise_std)
     device = pick_device(args.device)
-    restorer = restorers.make_methods([name], args.weights, device)[name]
+    chosen = restorers.make_methods([name] if args.method else [name, SAFER], args.weights, device)
+    doubtful = []
 
-    def deblur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str]:
+    def deblur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str, str]:
         with tqdm(desc=path.name, unit="tile", disable=None, leave=False) as bar:
             def progress(done: int, tiles: int) -> None:
                 bar.total, bar.n = tiles, done
                 bar.refresh()
 
-            found = restore.restore(restorer, picture.pixels.to(device), kernel,
-                                        noise_std, args.border, progress)
+            found = restore.restore(chosen[name], picture.pixels.to(device), kernel, noise_std,
+                                    args.border, progress, chosen.get(SAFER), gamma)
         for warning in found.warnings:
             _warn(f"warning: {path}: {warning.line(_as_option)}")
         said = f"noise {found.noise_std:.2g}"
         if found.iterations is not None:
             said += (f", {found.iterations} iterations, relative residual "
                      f"{found.residual:.1e}")
-        return picture.with_pixels(found.image), said
+        if found.doubtful and not args.method:
+            doubtful.append(path)
+            _warn(f"warning: {path}: so {SAFER} is written instead; --method {name} insists")
+            return picture.with_pixels(found.image), said, SAFER
+        return picture.with_pixels(found.image), said, name
 
-    _each_picture(args, name, deblur)
+    _each_picture(args, (name, SAFER), deblur)
+    return 3 if doubtful else 0
 
 
 def _as_option(parameter: str, value: object) -> str:
@@ -277,47 +292,51 @@ def run_blur(args: argparse.Namespace) -> None:
     if args.noise_std:
         restore.check_noise(args.noise_std)
 
-    def blur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str]:
+    def blur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str, str]:
         x = picture.pixels
         A = operators.Convolution(tuple(x.shape[1:]), kernel, args.border)
         d = protocols.measure(A, x[None], args.noise_std, args.seed, [i])[0]
-        return picture.with_pixels(d), f"{d.shape[2]} x {d.shape[1]} pixels"
+        return picture.with_pixels(d), f"{d.shape[2]} x {d.shape[1]} pixels", "blurred"
 
-    _each_picture(args, "blurred", blur)
-
-
-Work = Callable[[files.Picture, Path, int], tuple[files.Picture, str]]
+    _each_picture(args, ("blurred",), blur)
 
 
-def _each_picture(args: argparse.Namespace, suffix: str, work: Work) -> None:
+Work = Callable[[files.Picture, Path, int], tuple[files.Picture, str, str]]
+
+
+def _each_picture(args: argparse.Namespace, suffixes: tuple[str, ...], work: Work) -> None:
     """Do something with every page of every picture, and write it beside the others' as one file.
 
-    A picture with which it cannot be done is named, and the others are done all the same.
+    `work` returns a page, what to say of it and one of the suffixes; a file's name has those of
+    all its pages. A picture with which it cannot be done is named; the others are done all the
+    same.
     """
     failed, value_range = [], _range(args.range) if args.range else None
-    _check_targets(args.images, args.out, suffix)
+    _check_targets(args.images, args.out, suffixes)
     for i, path in enumerate(args.images):
         try:
             pages = files.read_pictures(path, value_range)
             for note in dict.fromkeys(page.note for page in pages if page.note):
                 _warn(f"note: {path}: {note}")
             done = [work(page, path, i + k * len(args.images)) for k, page in enumerate(pages)]
-            target = args.out / f"{path.stem}-{suffix}{pages[0].suffix}"
-            files.write_pictures(target, [picture for picture, _ in done])
+            pictures, lines, used = zip(*done, strict=True)
+            target = args.out / "-".join([path.stem, *dict.fromkeys(used)])
+            target = target.with_name(target.name + pages[0].suffix)
+            files.write_pictures(target, list(pictures))
         except (UserError, OSError) as error:
             if len(args.images) == 1:
                 raise
             failed.append(path)
             _warn(f"error: {path}: {error}")
             continue
-        for page, (_, said) in enumerate(done, 1):
+        for page, said in enumerate(lines, 1):
             _say(f"{target}" + f", page {page} of {len(done)}" * (len(done) > 1) + f" ({said})")
     if failed:
         raise UserError(f"{len(failed)} of {len(args.images)} pictures could not be done: see the "
                         "lines above; the others are written")
 
 
-def _check_targets(paths: list[Path], out: Path, suffix: str) -> None:
+def _check_targets(paths: list[Path], out: Path, suffixes: tuple[str, ...]) -> None:
     """Raise UserError where two would become one file, or one is among those still to be read."""
     stems = [path.stem for path in paths]
     read = {path.resolve() for path in paths}
@@ -325,7 +344,7 @@ def _check_targets(paths: list[Path], out: Path, suffix: str) -> None:
         if stems.count(path.stem) > 1:
             raise UserError(f"several pictures are called {path.stem}, and would become one file: "
                             f"{path} needs another --out")
-        for kind in (".png", ".tif"):
+        for suffix, kind in itertools.product(suffixes, (".png", ".tif")):
             if (target := out / f"{path.stem}-{suffix}{kind}").resolve() in read:
                 raise UserError(f"{target} is to be read and would be written: choose another "
                                 "--out")

@@ -1,0 +1,54 @@
+"""From stored values to light and back: a blur adds up light, and a file stores a power of it."""
+
+from torch import Tensor
+
+from jfbnb.common import UserError
+
+SRGB_LINEAR = 0.04045, 12.92  # below this value sRGB is light times this
+
+
+def parse(text: str) -> float | str | None:
+    """A number, linear as 1.0, srgb as it is, auto as None. Raises UserError for others."""
+    if text in ("srgb", "auto"):
+        return text if text == "srgb" else None
+    try:
+        gamma = 1.0 if text == "linear" else float(text)
+    except ValueError:
+        gamma = 0.0
+    if not 0.2 <= gamma <= 5:
+        raise UserError(f"gamma {text}: give auto, srgb, linear or a number, e.g. 2.2")
+    return gamma
+
+
+def decode(d: Tensor, gamma: float | str) -> Tensor:
+    """The light of stored values d: d^gamma, or by the curve of sRGB (IEC 61966-2-1).
+
+    Values below 0 become 0 unless gamma is 1.
+    """
+    if gamma == 1:
+        return d
+    d = d.clamp_min(0)
+    if gamma != "srgb":
+        return d**gamma
+    threshold, factor = SRGB_LINEAR
+    return (d / factor).where(d <= threshold, ((d + 0.055) / 1.055) ** 2.4)
+
+
+def encode(x: Tensor, gamma: float | str) -> Tensor:
+    """The inverse of `decode`."""
+    if gamma == 1:
+        return x
+    x = x.clamp_min(0)
+    if gamma != "srgb":
+        return x ** (1 / gamma)
+    threshold, factor = SRGB_LINEAR
+    return (x * factor).where(x <= threshold / factor, 1.055 * x ** (1 / 2.4) - 0.055)
+
+
+def slope(d: Tensor, gamma: float | str) -> float:
+    """What `decode` multiplies small differences of d by, the root of its mean square."""
+    if gamma == 1:
+        return 1.0
+    step = 1e-3
+    high, low = (decode(d.clamp(0, 1) + sign * step, gamma) for sign in (1, -1))
+    return ((high - low) / (2 * step)).square().mean().sqrt().item()
