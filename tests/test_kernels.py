@@ -195,7 +195,8 @@ BAD_FILES = {
     "records.npy": np.ones(3, dtype=[("a", float)]),
     "empty.txt": b"", "comment.txt": b"# nothing\n", "ragged.txt": b"1 2\n3\n",
     "words.txt": b"a b\nc d\n", "no-text.txt": b"\xff\xfe\x00", "zeros.txt": b"0 0\n0 0\n",
-    "black-on-white.npy": 255 - np.pad([[9.0]], 3), "stack.npz": b"", "cut.npy": b"\x93NUMPY\x01\x00", "empty.png": b"",
+    "black-on-white.npy": 255 - np.pad([[9.0]], 3), "empty.npz": b"",
+    "cut.npy": b"\x93NUMPY\x01\x00", "empty.png": b"",
     "page.png": b"<html>\n</html>", "k.mat": b"MATLAB", "kernel": b"1 2 1"}
 
 
