@@ -1,9 +1,12 @@
 """Kernels against SciPy's, against the geometry they claim, and against files that are none."""
 
 import math
+import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
+import scipy.io
 import scipy.ndimage
 import tifffile
 import torch
@@ -129,6 +132,45 @@ def test_a_kernel_is_read_from_a_file(name, tmp_path, recwarn):
     assert not recwarn
 
 
+WIDE = np.pad(TABLE, ((6, 6), (5, 6)))  # (15, 15)
+SAID = {  # as people store them, what is said of it, and what it means
+    "index.csv": (lambda path: pd.DataFrame(WIDE).to_csv(path), "index"),
+    "header.csv": (lambda path: pd.DataFrame(WIDE).to_csv(path, index=False), "header"),
+    "comma.csv": (lambda path: pd.DataFrame(WIDE / 8).to_csv(
+        path, sep=";", decimal=",", index=False, header=False), "decimal points"),
+    "pedestal.npy": (lambda path: np.save(path, WIDE + 100), "pedestal"),
+    "pedestal.tif": (lambda path: tifffile.imwrite(path, (WIDE + 100).astype(np.uint16)),
+                     "pedestal"),
+    "corner.npy": (lambda path: np.save(path, np.fft.ifftshift(WIDE)), "corner"),
+    "torch.npy": (lambda path: np.save(path, WIDE[None, None]), ""),
+    "k.npz": (lambda path: np.savez(path, k=WIDE), ""),
+    "k.mat": (lambda path: scipy.io.savemat(path, {"k": WIDE, "n": 3}), ""),
+    "signed.tif": (lambda path: tifffile.imwrite(path, WIDE.astype(np.int16)), ""),
+}
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_a_kernel_as_people_store_it_is_read_and_what_was_done_is_said(name, tmp_path):
+    write, word = SAID[name]
+    write(tmp_path / name)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        kernel = kernel_option.read(tmp_path / name)
+    np.testing.assert_allclose(kernel, WIDE / WIDE.sum(), rtol=1e-12, atol=1e-15)
+    assert word in "".join(str(w.message) for w in said) and len(said) <= 1
+    assert said or not word
+
+
+def test_negative_integers_get_no_pedestal_and_a_stack_is_refused(tmp_path):
+    noisy = WIDE.astype(np.int16)
+    noisy[0, ::2] = -1
+    tifffile.imwrite(tmp_path / "k.tif", noisy)
+    np.testing.assert_allclose(kernel_option.read(tmp_path / "k.tif"), noisy / noisy.sum())
+    tifffile.imwrite(tmp_path / "z.tif", np.stack([noisy] * 3), photometric="minisblack")
+    with pytest.raises(UserError, match="a stack of 3 planes"):
+        kernel_option.read(tmp_path / "z.tif")
+
+
 def test_a_file_of_one_row_and_negative_values_are_kernels_too(tmp_path):
     (tmp_path / "row.txt").write_text("-1 3 -1\n")
     assert kernel_option.read(tmp_path / "row.txt").tolist() == [[-1, 3, -1]]
@@ -147,13 +189,14 @@ def test_a_gaussian_in_a_file_of_float32_has_the_closed_form(tmp_path):
 BAD_FILES = {
     "zeros.npy": np.zeros((3, 3)), "negative.npy": -np.ones((3, 3)),
     "sum-of-0.npy": np.array([[1.0, -1.0]]), "nan.npy": np.array([[1.0, math.nan]]),
-    "overflow.npy": np.full((3, 3), 1e308), "1-D.npy": np.ones(5), "3-D.npy": np.ones((3, 3, 3)),
+    "overflow.npy": np.full((3, 3), 1e305), "1-D.npy": np.ones(5), "3-D.npy": np.ones((3, 3, 3)),
     "no-rows.npy": np.ones((0, 3)), "too-large.npy": np.ones((3, 502)),
     "complex.npy": np.ones((3, 3), complex), "text.npy": np.array([["a", "b"]]),
     "records.npy": np.ones(3, dtype=[("a", float)]),
     "empty.txt": b"", "comment.txt": b"# nothing\n", "ragged.txt": b"1 2\n3\n",
     "words.txt": b"a b\nc d\n", "no-text.txt": b"\xff\xfe\x00", "zeros.txt": b"0 0\n0 0\n",
-    "semicolon.csv": b"1;2\n", "cut.npy": b"\x93NUMPY\x01\x00", "empty.png": b"",
+    "black-on-white.npy": 255 - np.pad([[9.0]], 3), "empty.npz": b"",
+    "cut.npy": b"\x93NUMPY\x01\x00", "empty.png": b"",
     "page.png": b"<html>\n</html>", "k.mat": b"MATLAB", "kernel": b"1 2 1"}
 
 

@@ -3,16 +3,19 @@
 Kept apart from the operators themselves: an operator of your own needs this class only.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from jfbnb.common import UserError
 from jfbnb.core.conjugate_gradients import conjugate_gradients
 
 
 def require_floats(x: Tensor) -> None:
-    """Raise UserError unless x is a tensor of floats."""
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
+    """Raise UserError unless x is a tensor of float32 or float64."""
+    if not (isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)):
         raise UserError(f"an image or measurement that is a {type(x).__name__} of "
                         f"{getattr(x, 'dtype', 'no type')}: give a tensor of floats, such as "
                         "torch.from_numpy(x).float()")
@@ -50,8 +53,19 @@ class LinearOperator(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no adjoint: write one")
 
     def guess(self, d: Tensor) -> Tensor:
-        """An image to start an iteration from: A' d, where nothing better is known."""
-        return self.adjoint(d)
+        """An image to start an iteration from, smooth where nothing is measured.
+
+        It is near the minimiser of |A x - d|^2 + w |grad x|^2, with w 1% of |A A' d|^2 / |A' d|^2,
+        by at most 100 conjugate gradients. For images that are not (B, C, H, W) it is A' d.
+        """
+        b = self.adjoint(d)
+        if b.dim() != 4:
+            return b
+        weight = 0.01 * self(b).square().sum() / b.square().sum().clamp_min(1e-30)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a start need not be exact
+            return conjugate_gradients(
+                lambda x: self.adjoint(self(x)) + weight * _roughness(x), b, 1e-3, 100)
 
     def inverse(self, d: Tensor) -> Tensor:
         """A^-1 d. Raises UserError where no inverse is known."""
@@ -102,6 +116,13 @@ class LinearOperator(nn.Module):
                             f"<A u, v> = {left:.6g} and <u, A' v> = {right:.6g}, apart by "
                             f"{apart:.1e} of |A u| |v|")
         return apart
+
+
+def _roughness(x: Tensor) -> Tensor:
+    """Minus the Laplacian of images (B, C, H, W), without flow across the border."""
+    padded = pad(x, (1, 1, 1, 1), mode="replicate")
+    return 4 * x - (padded[..., 2:, 1:-1] + padded[..., :-2, 1:-1]
+                    + padded[..., 1:-1, 2:] + padded[..., 1:-1, :-2])
 
 
 class _SolveNormal(torch.autograd.Function):

@@ -147,6 +147,8 @@ class Convolution(LinearOperator):
                             "columns")
         if not (kernel.isfinite().all() and kernel.any()):
             raise UserError("a kernel of zeros, or with values that are not finite: check it")
+        if kernel.sum() > 2:  # an image in [0, 1] would leave it
+            raise UserError(f"a kernel of sum {kernel.sum():.4g}: divide it by its sum")
         self.image_size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
         (H, W), (kh, kw) = self.image_size, kernel.shape
         if kh > H or kw > W:
@@ -427,6 +429,10 @@ class MRI(LinearOperator):
         if self.rotation is not None:
             z = z * torch.view_as_complex(self.rotation).to(z.dtype).conj()
         return z.real
+
+    def guess(self, d: Tensor) -> Tensor:
+        """A' d: the image whose other lines of k-space are zero."""
+        return self.adjoint(d)
 
     def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r, exactly without a phase: A'A is diagonal in k-space.
