@@ -177,11 +177,6 @@ class Denoiser(nn.Module):
 
     def residual(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:
         """R(x; sigma), the noise in x, for the denoiser's own sigma or another."""
-        channels = getattr(self.network, "channels", None)
-        if not isinstance(x, Tensor) or x.dim() != 4 or channels not in (None, x.shape[1]):
-            raise UserError(f"an image of shape {tuple(getattr(x, 'shape', ()))} for a network of "
-                            f"images (B, {channels or 'C'}, H, W): give a tensor of that shape; "
-                            "grey may be expanded to three equal channels, alpha is left out")
         dtype = next((p.dtype for p in self.network.parameters()), x.dtype)
         if x.dtype != dtype:
             raise UserError(f"an image of {x.dtype} for a network of {dtype}: convert it, as in "

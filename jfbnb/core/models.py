@@ -13,7 +13,6 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from jfbnb.common import UserError
 from jfbnb.core.baselines import tikhonov
 from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.fixed_point import SolveInfo, solve
@@ -114,7 +113,7 @@ class Feedforward(Model):
 class Restorer:
     """A method, ready to use: (A, d, noise_std) -> (image, SolveInfo or None).
 
-    It raises UserError where d is no tensor of floats or no batch, or noise_std is not positive.
+    It raises UserError where d is no tensor of floats.
 
     Args:
         restore: the method.
@@ -127,14 +126,4 @@ class Restorer:
     @torch.no_grad()
     def __call__(self, A: LinearOperator, d: Tensor, noise_std: float) -> Result:
         require_floats(d)
-        try:
-            noise_std = float(noise_std)
-        except (TypeError, ValueError):
-            noise_std = -1.0
-        if not 0 < noise_std < float("inf"):
-            raise UserError("a noise_std that is no positive number: give it on the scale of pixel "
-                            "values in [0, 1], e.g. 0.01")
-        if (shape := A.adjoint(d).shape)[1:].numel() == 0 or len(shape) != 4:
-            raise UserError(f"a measurement of shape {tuple(d.shape)} of images {tuple(shape)}: "
-                            "give a batch, whose images are (B, C, H, W)")
         return self.restore(A, d, noise_std)

@@ -147,8 +147,6 @@ class Convolution(LinearOperator):
                             "columns")
         if not (kernel.isfinite().all() and kernel.any()):
             raise UserError("a kernel of zeros, or with values that are not finite: check it")
-        if kernel.sum() > 2:  # an image in [0, 1] would leave it
-            raise UserError(f"a kernel of sum {kernel.sum():.4g}: divide it by its sum")
         self.image_size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
         (H, W), (kh, kw) = self.image_size, kernel.shape
         if kh > H or kw > W:
