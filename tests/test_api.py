@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import inspect
+import pickle
 import subprocess
 import sys
 
@@ -215,3 +216,45 @@ def test_a_method_that_cannot_be_loaded(tmp_path):
                              (("jfb", None, "abacus"), "unknown device 'abacus'")):
         with pytest.raises(UserError, match=message):
             jfbnb.load(*options)
+
+
+# --- in other people's scripts ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: d[0], lambda d: d[:, :2], lambda d: d[:, [0, 1, 2, 0]], lambda d: d.double(),
+    lambda d: (255 * d).byte(), lambda d: d.numpy()],
+    ids=["unbatched", "2 channels", "4 channels", "float64", "uint8", "NumPy"])
+def test_a_measurement_that_no_network_takes_is_one_line(change):
+    A = jfbnb.Convolution(16, jfbnb.disk(1))
+    d = change(A(torch.full((1, 3, 16, 16), 0.5)))
+    T = jfbnb.SplittingMap(A, jfbnb.Denoiser(jfbnb.DnCNN(2, 4), sigma=0.05), tau=0.1)
+    for use in (lambda: jfbnb.solve(T, d), lambda: jfbnb.load()(A, d, 0.01)):
+        with pytest.raises(UserError, match="give|convert") as error:
+            use()
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("noise_std", [-0.01, 0, np.nan, 25, "much", None])
+@pytest.mark.parametrize("method", ["tikhonov", "jfb"])
+def test_a_noise_level_that_is_none_is_refused(method, noise_std):
+    A = jfbnb.Convolution(16, jfbnb.disk(1))
+    with pytest.raises(UserError, match=f"noise std {noise_std}: give it on the scale"):
+        jfbnb.load(method)(A, torch.zeros(1, 3, 14, 14), noise_std)
+
+
+def test_a_kernel_of_a_files_integers_is_refused():
+    with pytest.raises(UserError, match="a kernel of sum 255: give kernel / kernel.sum()"):
+        jfbnb.Convolution(16, 255 * jfbnb.disk(1))
+
+
+def test_released_weights_load_under_a_default_of_float64_and_draw_nothing():
+    state = torch.get_rng_state()
+    torch.set_default_dtype(torch.float64)
+    try:
+        method = pickle.loads(pickle.dumps(jfbnb.load()))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    A = jfbnb.Convolution(16, jfbnb.disk(1))
+    assert method(A, torch.full((1, 3, 14, 14), 0.5), 0.01)[0].dtype == torch.float32
+    assert torch.equal(torch.get_rng_state(), state)

@@ -181,6 +181,10 @@ class Denoiser(nn.Module):
         if x.dtype != dtype:
             raise UserError(f"an image of {x.dtype} for a network of {dtype}: convert it, as in "
                             f"x.to({dtype})")
+        channels = getattr(self.network, "channels", x.shape[1] if x.dim() == 4 else None)
+        if x.dim() != 4 or x.shape[1] != channels:
+            raise UserError(f"an image of shape {tuple(x.shape)} for a network of images (B, "
+                            f"{channels or 'C'}, H, W): give that shape, grey as equal channels")
         noise = self.network(x, self.sigma if sigma is None else sigma)
         if noise.shape != x.shape:
             raise UserError(f"{type(self.network).__name__} makes {tuple(noise.shape)} of images "

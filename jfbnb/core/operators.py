@@ -122,7 +122,7 @@ class Convolution(LinearOperator):
 
     Args:
         image_size: of the scene, (H, W) or one side, in pixels.
-        kernel: (kh, kw), a tensor or array.
+        kernel: (kh, kw), a tensor or array, of sum 1; a filter's may be less, as 0.
         border: "unknown", which measures (H - kh + 1, W - kw + 1), or "black", (H, W).
         stride: every stride-th row and column of these is measured.
 
@@ -147,6 +147,8 @@ class Convolution(LinearOperator):
                             "columns")
         if not (kernel.isfinite().all() and kernel.any()):
             raise UserError("a kernel of zeros, or with values that are not finite: check it")
+        if kernel.sum() > 1.5:  # a file's integers; an image in [0, 1] would leave it
+            raise UserError(f"a kernel of sum {kernel.sum():.4g}: give kernel / kernel.sum()")
         self.image_size = (image_size,) * 2 if isinstance(image_size, int) else tuple(image_size)
         (H, W), (kh, kw) = self.image_size, kernel.shape
         if kh > H or kw > W:
@@ -201,6 +203,7 @@ class Convolution(LinearOperator):
 
     def guess(self, d: Tensor) -> Tensor:
         """d, with pixels `stride` wide, continued beyond the border by its outermost values."""
+        _require_size(d, self.measured_size, "a measurement")
         for dim, ((first, end), n) in enumerate(zip(self._window(), self.image_size,
                                                     strict=True), -2):
             at = (torch.arange(n, device=d.device) - first).clamp(0, end - first - 1)
@@ -363,6 +366,7 @@ class Inpainting(LinearOperator):
 
         A channel without any known pixel is the mean of the others.
         """
+        _require_size(d, self.mask.shape, "a measurement")
         known = self.mask.to(d.dtype).expand_as(d)
         x = known * d
         missing = ~known.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)  # whole channels

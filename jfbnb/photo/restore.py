@@ -27,6 +27,7 @@ from jfbnb.photo.model_check import (
     level,
     replace_outliers,
 )
+from jfbnb.training.restorers import check_noise
 
 TILE = 448  # pixels on a side at most, with all that overlaps
 THROWN, BLENDED = 16, 16  # of these at each side that has a neighbour
@@ -56,14 +57,6 @@ class Restored:
     residual: float | None = None
     converged: bool | None = None
     doubtful: bool = False
-
-
-def check_noise(noise_std: float) -> None:
-    """Raise UserError for a noise level that no image in [0, 1] has."""
-    # Below 1e-5 it would vanish in float32, of which the methods take the square.
-    if not 1e-5 <= noise_std <= 1:
-        raise UserError(f"noise std {noise_std}: give it on the scale of pixel values in [0, 1], "
-                        "e.g. 0.01")
 
 
 def restore(

@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -250,7 +251,7 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict:
 def run_deblur(args: argparse.Namespace) -> int:
     name = args.method or "jfb"
     keep_freed_memory()
-    kernel, gamma = kernel_option.parse(args.kernel), light.parse(args.gamma)
+    kernel, gamma = _kernel(args.kernel), light.parse(args.gamma)
     noise_std = None if args.noise_std == "auto" else args.noise_std
     if noise_std is not None:
         restore.check_noise(noise_std)
@@ -282,13 +283,23 @@ def run_deblur(args: argparse.Namespace) -> int:
     return 3 if doubtful else 0
 
 
+def _kernel(text: str) -> Tensor:
+    """The kernel that an option gives, after a line on what its file was taken for."""
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        kernel = kernel_option.parse(text)
+    for note in notes:
+        _warn(f"note: {note.message}")
+    return kernel
+
+
 def _as_option(parameter: str, value: object) -> str:
     return f"--{parameter.replace('_', '-')} {value}"
 
 
 @torch.no_grad()
 def run_blur(args: argparse.Namespace) -> None:
-    kernel = kernel_option.parse(args.kernel)
+    kernel = _kernel(args.kernel)
     if args.noise_std:
         restore.check_noise(args.noise_std)
 

@@ -18,6 +18,18 @@ RELEASED = Path(__file__).parents[1] / "weights"  # networks of the paper's kind
 BEST = RELEASED / "best"  # those to restore with: profile `best`
 
 
+def check_noise(noise_std: float) -> None:
+    """Raise UserError for a noise level that no image in [0, 1] has."""
+    # Below 1e-5 it would vanish in float32, of which the methods take the square.
+    try:
+        found = 1e-5 <= float(noise_std) <= 1
+    except (TypeError, ValueError):
+        found = False
+    if not found:
+        raise UserError(f"noise std {noise_std}: give it on the scale of pixel values in [0, 1], "
+                        "e.g. 0.01")
+
+
 def make_methods(names: list[str], weights: Path | None,
                  device: torch.device) -> dict[str, Restorer]:
     """The named methods, with what a run stored in the folder `weights`, or as released.
@@ -107,6 +119,7 @@ class _Stored:
         return self.model.on(A, self.prior_scale(noise_std))
 
     def restore(self, A: LinearOperator, d: Tensor, noise_std: float) -> Result:
+        check_noise(noise_std)
         if self.model is None:
             return METHODS[self.name].restore(A, d, self.settings, self.prior_scale(noise_std))
         return self.on(A, noise_std)(d)
