@@ -283,7 +283,7 @@ def run_deblur(args: argparse.Namespace) -> int:
     return 3 if doubtful else 0
 
 
-def _kernel(text: str) -> Tensor:
+def _kernel(text: str) -> torch.Tensor:
     """The kernel that an option gives, after a line on what its file was taken for."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
