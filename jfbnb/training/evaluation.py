@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from jfbnb.core.metrics import psnr, ssim
-from jfbnb.core.models import Restorer
+from jfbnb.core.models import Restorer, Result
 from jfbnb.core.operators import LinearOperator
 
 
@@ -78,6 +78,15 @@ def by_computation(methods: dict[str, Restorer], counts: list[int], A: LinearOpe
             rows.append({"method": name, "evaluations": k,
                          "psnr": psnr(A.visible(y), A.visible(x)).mean().item()})
     return pd.DataFrame(rows)
+
+
+def quality(A: LinearOperator, x: Tensor, result: Result) -> dict[str, float]:
+    """The mean PSNR in dB of a model's images, and the share of its solves that converged."""
+    y, info = result
+    found = {"psnr": psnr(A.visible(y), A.visible(x)).mean().item()}
+    if info is not None:
+        found["converged"] = info.converged.float().mean().item()
+    return found
 
 
 def together(x: Tensor) -> int:
