@@ -81,8 +81,8 @@ def point(model: Equilibrium, x: Tensor, d: Tensor) -> dict[str, float]:
         later, _ = solve(T, d[part], SETTLED, FURTHER, start=state)
         before, after = (psnr(T.A.visible(T.image(z)), T.A.visible(x[part]))
                          for z in (state, later))
-        parts.append((before, after - before, info.converged, info.iterations, later))
-    before, drift, converged, iterations, later = (torch.cat(p) for p in zip(*parts, strict=True))
+        parts.append((before, after - before, info.converged, info.iterations))
+    before, drift, converged, iterations = (torch.cat(p) for p in zip(*parts, strict=True))
     return {"images": len(x), "psnr": before.mean().item(),
             "converged": converged.float().mean().item(),
             "most_evaluations": iterations.max().item(),

@@ -61,7 +61,7 @@ def test_evaluate_all_methods(weights, pair):
     A = Blur(40, 5, 2.0)
     d = measure(A, x, 0.01, 0, [0, 1, 2])
     table = evaluation.evaluate(make_methods(list(METHODS), weights, CPU), A, x, d, 0.01,
-                                ["a", "b", "c"], batch_size=2)
+                                ["a", "b", "c"])
     assert len(table) == 3 * len(METHODS)
     blurred = table[table.method == "measurement"]
     np.testing.assert_allclose(blurred.psnr, psnr(d, x), rtol=1e-6)

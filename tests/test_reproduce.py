@@ -173,7 +173,6 @@ def test_only_and_force(here):
     ("size=[1", "-p size: its value is no YAML"),
     ("size=" + "9" * 5000, "is no YAML"),
     ("sise=3", "unknown parameter 'sise': the notebooks have bf16, data, delay, depth, "),
-    ("minutes=2", "parameter 'minutes' is gone: a training's length is its `budget` now"),
     ("size=big", "parameter size takes a value like 1, not 'big'"),
     ("size=", "takes a value like 1, not ''"),
     ("size=1.5", "takes a value like 1"),

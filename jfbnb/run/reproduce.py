@@ -110,10 +110,6 @@ def complete(paths: Iterable[Path], given: Parameters) -> dict[Path, Parameters]
 def check_parameters(given: Parameters, known: Parameters) -> None:
     """Raise UserError for a parameter that is not known, of another type, or out of range."""
     for name, value in given.items():
-        if name in ("minutes", "epochs"):  # of earlier releases
-            raise UserError(f"parameter {name!r} is gone: a training's length is its `budget` now, "
-                            "in applications of the network to a training crop; see "
-                            "docs/profiles.md")
         if name not in known:
             raise UserError(f"unknown parameter {name!r}: the notebooks have "
                             f"{', '.join(sorted(known))}")

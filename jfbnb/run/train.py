@@ -40,7 +40,7 @@ def train_network(name: str, parameters: Parameters, start: Path, out: Path, com
                   conditions: bool = False, log: Callable[[str], None] = print) -> None:
     """Train the denoiser of notebook 3, or a method's network, as notebooks 4 and 5 do.
 
-    Weights, model card and history go to the folder `out`, checkpoints to out/checkpoints.
+    Weights and model card go to the folder `out`, checkpoints to out/checkpoints.
 
     Args:
         name: "denoiser", or that of a method that is trained.

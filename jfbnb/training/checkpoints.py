@@ -23,7 +23,7 @@ from jfbnb.common import UserError, atomic_path
 
 History = list[dict[str, float]]
 PACKAGE = Path(__file__).parents[1]
-# `digest` looks at no source of these: the package's own is hashed by `package_files`.
+# `digest` looks at no source of these: the package's own is hashed by `training_key`.
 KNOWN = ("jfbnb", "torch", "builtins", "functools", "collections")
 
 
@@ -32,13 +32,9 @@ KNOWN = ("jfbnb", "torch", "builtins", "functools", "collections")
 
 def training_key(*values: Any) -> str:
     """A hash of what decides a training: module, loss, images, settings, and the code for it."""
-    files = package_files("core/*.py", "training/*.py", "data.py", "common.py")
+    files = sorted(path for pattern in ("core/*.py", "training/*.py", "data.py", "common.py")
+                   for path in PACKAGE.glob(pattern))
     return digest(*values, *(path.read_bytes() for path in files))
-
-
-def package_files(*patterns: str) -> list[Path]:
-    """The package's source files, e.g. "core/*.py", in order."""
-    return sorted(path for pattern in patterns for path in PACKAGE.glob(pattern))
 
 
 def digest(*values: Any) -> str:

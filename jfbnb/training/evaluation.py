@@ -7,9 +7,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from jfbnb.core.fixed_point import SolveInfo
 from jfbnb.core.metrics import psnr, ssim
-from jfbnb.core.models import Restorer
+from jfbnb.core.models import Restorer, Result
 from jfbnb.core.operators import LinearOperator
 
 
@@ -21,7 +20,6 @@ def evaluate(
     d: Tensor,
     noise_std: float,
     names: list[str],
-    batch_size: int | None = None,
 ) -> pd.DataFrame:
     """One row per method and image: PSNR, SSIM, and how the solve ended.
 
@@ -29,17 +27,20 @@ def evaluate(
         x, d: images (N, C, H, W) and measurements of them, on the device of A. Metrics are those of
             the part of x that d shows.
         names: N image names.
-        batch_size: images solved together, by default as `together` says.
 
     Returns:
         Columns method, image, psnr (dB), ssim, iterations, residual, converged, seconds. The
         solver's are empty for methods without one.
     """
-    batch_size = batch_size or together(x)
-    parts = []
-    for start in range(0, len(x), batch_size):
-        part = slice(start, start + batch_size)
-        for name, (y, info, seconds) in _restore_all(methods, A, d[part], noise_std).items():
+    parts, batch_size = [], together(x)
+    for name, method in methods.items():
+        for start in range(0, len(x), batch_size):
+            part = slice(start, start + batch_size)
+            clock = time.perf_counter()
+            y, info = method(A, d[part], noise_std)
+            if y.is_cuda:
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - clock
             seen = A.visible(y), A.visible(x[part])
             parts.append(pd.DataFrame({
                 "method": name,
@@ -51,28 +52,7 @@ def evaluate(
                 "converged": info.converged.cpu().double() if info else np.nan,
                 "seconds": seconds / len(y),
             }))
-    return join(parts)
-
-
-def join(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """Tables of some images each as one: method by method, in the first table's order."""
-    table = pd.concat(tables, ignore_index=True)
-    order = {name: i for i, name in enumerate(table.method.unique())}
-    return table.sort_values("method", key=lambda column: column.map(order), kind="stable",
-                             ignore_index=True)
-
-
-def _restore_all(methods: dict[str, Restorer], A: LinearOperator, d: Tensor,
-                 noise_std: float) -> dict[str, tuple[Tensor, SolveInfo | None, float]]:
-    """Each method's images, how its solve ended, and its seconds."""
-    done: dict[str, tuple[Tensor, SolveInfo | None, float]] = {}
-    for name, method in methods.items():
-        clock = time.perf_counter()
-        y, info = method(A, d, noise_std)
-        if y.is_cuda:
-            torch.cuda.synchronize()
-        done[name] = y, info, time.perf_counter() - clock
-    return done
+    return pd.concat(parts, ignore_index=True)
 
 
 @torch.no_grad()
@@ -98,6 +78,15 @@ def by_computation(methods: dict[str, Restorer], counts: list[int], A: LinearOpe
             rows.append({"method": name, "evaluations": k,
                          "psnr": psnr(A.visible(y), A.visible(x)).mean().item()})
     return pd.DataFrame(rows)
+
+
+def quality(A: LinearOperator, x: Tensor, result: Result) -> dict[str, float]:
+    """The mean PSNR in dB of a model's images, and the share of its solves that converged."""
+    y, info = result
+    found = {"psnr": psnr(A.visible(y), A.visible(x)).mean().item()}
+    if info is not None:
+        found["converged"] = info.converged.float().mean().item()
+    return found
 
 
 def together(x: Tensor) -> int:

@@ -115,11 +115,6 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def plugins() -> list[Method]:
-    """The methods that were registered from outside the package."""
-    return [method for name, method in METHODS.items() if name not in OWN]
-
-
 def grid(n: int, **ranges: tuple[float, float]) -> list[Settings]:
     """About n settings, evenly spaced on logarithmic axes from the low to the high end of each."""
     each = max(1, math.floor(n ** (1 / len(ranges)) + 1e-9))
@@ -215,7 +210,6 @@ register(Method(
     name="jfb-energy", label="JFB, energy", colour=EnergyMap.colour, compared=False, smooth=True,
     candidates=prior, shares_tuning_with=PLUG_AND_PLAY, loss=EquilibriumLoss,
     model=lambda A, D, s: Equilibrium(EnergyMap(A, D, s["tau"]))))
-OWN = frozenset(METHODS)  # the names of those above
 for _found in entry_points(group="jfbnb.methods"):
     try:
         _found.load()

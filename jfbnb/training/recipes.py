@@ -11,14 +11,14 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from jfbnb.common import UserError, atomic_path, atomic_write, describe_device
+from jfbnb.common import UserError, atomic_path, describe_device
 from jfbnb.core.denoisers import Denoiser
-from jfbnb.core.metrics import psnr
 from jfbnb.core.models import Model
 from jfbnb.core.operators import LinearOperator
 from jfbnb.core.protocols import Protocol, measure
 from jfbnb.data import ImageSet, Splits, bundled_photos, random_crops
 from jfbnb.training import processes
+from jfbnb.training.evaluation import quality
 from jfbnb.training.loop import Record, TrainingConfig, train
 from jfbnb.training.losses import BatchLoss, DenoiserLoss, LossSettings
 from jfbnb.training.methods import METHODS, Method, Settings
@@ -78,8 +78,8 @@ class Run:
     """Where a training runs, and what it leaves.
 
     Args:
-        out: a folder for NAME.safetensors, its model card and history, and the checkpoints; None
-            keeps nothing. What another training left there under the same name is replaced.
+        out: a folder for NAME.safetensors, its model card and the checkpoints; None keeps nothing.
+            What another training left there under the same name is replaced.
         command: the command that the model card names.
         weights: a folder of finished networks, to take them and not train; "" for none.
     """
@@ -195,12 +195,7 @@ def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
 @torch.no_grad()
 def score(model: Model, problem: Problem) -> dict[str, float]:
     """Mean PSNR in dB on a problem's images, and the share that converged."""
-    y, info = model(problem.d)
-    visible = problem.A.visible
-    found = {"psnr": psnr(visible(y), visible(problem.x)).mean().item()}
-    if info is not None:
-        found["converged"] = info.converged.float().mean().item()
-    return found
+    return quality(problem.A, problem.x, model(problem.d))
 
 
 def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config: TrainingConfig,
@@ -213,15 +208,13 @@ def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config
 
 def _store(name: str, module: nn.Module, history: list[Record], splits: Splits,
            config: TrainingConfig, run: Run, card: dict) -> dict:
-    """Write a trained network, its card and its history, and return the card."""
+    """Write a trained network and its card, and return the card."""
     seconds = sum(record["seconds"] for record in history)
     card = {**card, "training data": splits.source, "training images": len(splits.train),
             "training": asdict(config), "history": history, "training seconds": round(seconds),
             "device": describe_device(run.device), "processes": processes.world_size(),
             "command": run.command, "torch": torch.__version__}
     if run.out is not None and processes.rank() == 0:
-        table = pd.DataFrame(history).to_csv(index=False)
-        atomic_write(run.out / f"{name}_history.csv", table)
         save_weights(run.out / f"{name}.safetensors", module, card)
     return card
 
@@ -235,7 +228,7 @@ def _take(name: str, module: nn.Module, config: TrainingConfig, run: Run) -> dic
     file = Path(run.weights) / f"{name}.safetensors"
     try:
         card = read_card(file)
-        history, trained = card["history"], TrainingConfig(**card["training"])
+        trained, _ = TrainingConfig(**card["training"]), card["history"]  # must have both
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{file} has no model card with this training ({error}): leave the "
                         "parameter `weights` empty to train") from error
@@ -248,6 +241,4 @@ def _take(name: str, module: nn.Module, config: TrainingConfig, run: Run) -> dic
         for suffix in (".safetensors", ".json"):
             with atomic_path(run.out / f"{name}{suffix}") as temporary:
                 shutil.copyfile(file.with_suffix(suffix), temporary)
-        table = pd.DataFrame(history).to_csv(index=False)
-        atomic_write(run.out / f"{name}_history.csv", table)
     return card

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from jfbnb.common import UserError, atomic_write
-from jfbnb.core.metrics import psnr
 from jfbnb.core.operators import LinearOperator
+from jfbnb.training.evaluation import quality
 from jfbnb.training.methods import Method, Settings
 
 
@@ -114,14 +114,9 @@ def tune(method: Method, tuning: Tuning, A: LinearOperator, d: Tensor, x: Tensor
     """
     def score(settings: Settings) -> dict[str, float]:
         if method.restore:
-            y, info = method.restore(A, d, settings, 1.0)
-        else:
-            model = method.build(A, network, settings)
-            model.tolerance = TOLERANCE
-            y, info = model(d)
-        figures = {"psnr": psnr(A.visible(y), A.visible(x)).mean().item()}
-        if info is not None:
-            figures["converged"] = info.converged.float().mean().item()
-        return figures
+            return quality(A, x, method.restore(A, d, settings, 1.0))
+        model = method.build(A, network, settings)
+        model.tolerance = TOLERANCE
+        return quality(A, x, model(d))
 
     return tuning.search(method.name, method.candidates(tuning.noise_std, n), score)
