@@ -6,6 +6,7 @@ from functools import partial
 from importlib.metadata import version
 
 import bench
+import budget
 import command
 import contenders
 import grid
@@ -149,7 +150,7 @@ def images(monkeypatch):
     whole = ImageSet((255 * smooth).to(torch.uint8), ["coffee/1", "rocket/1", "eye/1", "rocket/2"],
                      [0, 1, 2, 3])
     splits = Splits(whole, whole[:2], whole, "noise")
-    for module in (grid, released):
+    for module in (budget, grid, released):
         monkeypatch.setattr(module, "load_splits", lambda *_: splits)
     return whole
 
@@ -200,6 +201,19 @@ def test_released_networks_are_measured_once_each(images, tmp_path, monkeypatch)
     monkeypatch.setattr(released, "evaluate", None)  # would be called to measure
     assert released.main([*words, "--methods", "jfb"]) == 0
     assert pd.read_csv(tmp_path / "released.csv").images.tolist() == [2, 2]
+
+
+def test_networks_of_two_budgets_are_measured_once_each(images, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(budget, "get_protocol", lambda name: replace(
+        contenders.PAPER, image_size=32))
+    for spent in (100.0, 400.0):
+        monkeypatch.setattr(budget, "read_card", lambda path, spent=spent: {
+            "protocol": "paper", "training": {"budget": spent, "learning_rate": 0.1, "seed": 0}})
+        for _ in range(2):
+            assert budget.main([str(weights), "--out", str(tmp_path)]) == 0
+    rows = pd.read_csv(tmp_path / "budget.csv")
+    assert rows.groupby("method").budget.apply(list).tolist() == [[100.0, 400.0]] * (len(rows) // 2)
+    assert len(rows) > 2 and (tmp_path / "budget.png").exists()
 
 
 def test_stored_images_are_of_the_released_weights():
