@@ -57,6 +57,7 @@ def report(out: Path) -> None:
            ylabel="PSNR (dB)", title="Quality and the computation of training")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, out / "budget", "CelebA")
+    table["budget"] = [f"{budget:,.0f}" for budget in table.budget]
     table["method"] = [METHODS[name].label for name in table.method]
     save_table(table, out / "budget_table",
                "The same test images restored by networks that were trained with one computation "
