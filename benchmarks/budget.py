@@ -61,7 +61,8 @@ def report(out: Path) -> None:
     table["method"] = [METHODS[name].label for name in table.method]
     save_table(table, out / "budget_table",
                "The same test images restored by networks that were trained with one computation "
-               "and with another. Budget: applications of the network to a training crop.")
+               "and with another. Budget: applications of the network to a training crop. With one "
+               "network there is no ± over trainings.")
 
 
 def main(arguments: list[str] | None = None) -> int:

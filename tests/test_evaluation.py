@@ -202,7 +202,7 @@ def test_classical_methods_are_tuned_under_each_condition_as_by_brute_force(imag
             assert row.settings == f"{key} {value:.3g}"
 
 
-@pytest.mark.parametrize("noise_std", [0.002, 0.01, 0.05])
+@pytest.mark.parametrize("noise_std", [0.002, 0.005, 0.01, 0.02, 0.05])
 def test_candidates_of_the_classical_methods_enclose_the_best(noise_std):
     """On photographs, at each noise level; at the protocols' blur and at a wider one."""
     photographs = bundled_photos("validation", 64)[:2]

@@ -128,11 +128,12 @@ def trained(method, network, settings, problem):
     return model, pd.DataFrame(card["history"])
 
 
-@pytest.mark.parametrize("make, shape, to_train", [
-    (lambda size: Means(), (16, 16), ("jfb", "unrolled", "feedforward-tikhonov")),
-    (partial(Blur, kernel_size=5, kernel_std=5**0.5, border="unknown"), (28, 28), ("jfb",)),
+@pytest.mark.parametrize("make, shape, gain, to_train", [
+    # A start of an operator that has no other is a least-squares fit, close to what can be had.
+    (lambda size: Means(), (16, 16), 0.5, ("jfb", "unrolled", "feedforward-tikhonov")),
+    (partial(Blur, kernel_size=5, kernel_std=5**0.5, border="unknown"), (28, 28), 3, ("jfb",)),
 ])
-def test_an_operator(splits, make, shape, to_train):
+def test_an_operator(splits, make, shape, gain, to_train):
     """Restored by every method but the direct inverse, trained with, its equilibrium checked."""
     assert make(32).check_adjoint(3, 32, 32) < 1e-12
     setup = Protocol("another", 32, make, 0.01)
@@ -142,7 +143,8 @@ def test_an_operator(splits, make, shape, to_train):
     table = evaluate(make_methods(names, RELEASED, CPU), problem.A, problem.x, problem.d, 0.01,
                      ["a", "b"])
     psnr = table.groupby("method").psnr.mean()
-    assert set(psnr.index) == set(names) and psnr["jfb"] > psnr["tikhonov"] + 0.3
+    assert set(psnr.index) == set(names) and psnr["jfb"] > psnr["measurement"] + gain
+    assert psnr["jfb"] > psnr["tikhonov"] + 0.3
     tuning = Tuning.load(RELEASED / "tuning.json")
     network = load_denoiser(RELEASED / "denoiser.safetensors").network
     for name in to_train:

@@ -2,7 +2,7 @@
 
 They are small runs of `jfbnb train` and `jfbnb reproduce`. The next run must end with the results
 of an undisturbed run: the same weights, tables and figures byte for byte, no file half written
-and nothing left over. `make faults` tries them; the ordinary tests kill a run in test_reproduce.py.
+and nothing left over. `make faults` tries all kinds, the ordinary tests one kill.
 
 For Linux. A full disk and a read-only one are small file systems in memory, which need root.
 """
@@ -205,7 +205,6 @@ MOMENTS = (  # of which job, which process, what happens to which files, how oft
 )
 
 
-@campaign
 @pytest.mark.parametrize(("job", "number"), [
     (MOMENTS[i % len(MOMENTS)][0], i) for i in range(KILLS or 1)], indirect=["job"])
 def test_kill(job, number, rng):

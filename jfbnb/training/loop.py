@@ -37,7 +37,7 @@ class TrainingConfig:
         learning_rate: at the start. The schedule follows the share of the training that is done.
         seed: of all random draws.
         unconverged_limit: the share of fixed-point solves, from one record to the next, that may
-            end above their tolerance. Above it training stops.
+            end above their tolerance. Above it training stops, above half of it training warns.
         warmup: steps in which the rate rises from 0, as Adam's first estimate of scale is poor.
         clip: the norm to which a longer gradient is cut; 0 leaves it.
         muon: whether `muon.Muon` moves the weights between hidden layers, at the same rate.
@@ -119,6 +119,10 @@ def train(
         record.update(validate() if validate else {})
         trainer.store(record)
         log(trainer.progress())
+        if 1 - record.get("converged", 1) > config.unconverged_limit / 2:
+            log(f"warning: {1 - record['converged']:.0%} of the solves up to epoch "
+                f"{record['epoch']:.4g} did not converge; training stops above "
+                f"{config.unconverged_limit:.0%}")
     return trainer.history
 
 
