@@ -140,7 +140,7 @@ def report(out: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = options(__doc__)
     parser.add_argument("--weights", type=Path, required=True, help="trained_model.pth")
-    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
     parser.add_argument("--images", type=int, default=96, help="the first so many test images")
     return run(parser.parse_args(arguments), {"authors": measure_authors}, report)
 

@@ -68,7 +68,7 @@ def report(out: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     parser = options(__doc__)
     parser.add_argument("folders", nargs="*", type=Path, help="folders with METHOD.safetensors")
-    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
     parser.add_argument("--images", type=int, default=100, help="the first so many test images")
     return run(parser.parse_args(arguments), {"budget": measure_networks}, report)
 

@@ -23,7 +23,6 @@ from jfbnb.core.fixed_point import solve
 from jfbnb.core.maps import SplittingMap
 from jfbnb.core.models import Equilibrium
 from jfbnb.core.operators import Convolution
-from jfbnb.core.precision import pick_bf16
 from jfbnb.core.protocols import get_protocol
 from jfbnb.data import bundled_photos
 from jfbnb.training.loop import TrainingConfig
@@ -73,7 +72,7 @@ class Problem:
 
     def draw(self) -> Tensor:
         """The measurement, drawn as a training step draws it."""
-        return draw_measurement(self.A, self.x, PAPER.noise_std, KEYS, range(len(self.x)))
+        return draw_measurement(self.A, self.x, PAPER.noise_std, KEYS)
 
     def map(self) -> SplittingMap:
         """T on a copy of the network, so that no contender touches another's."""
@@ -153,27 +152,26 @@ class Contender:
         return importlib.util.find_spec(self.library) is not None
 
 
-def training(profile: str, tolerance: float, bf16: bool) -> tuple[TrainingConfig, LossSettings]:
+def training(profile: str, tolerance: float) -> tuple[TrainingConfig, LossSettings]:
     """What a profile trains with, but at protocol paper: no blurs or noise levels are drawn."""
     file = ROOT / f"notebooks/profiles/{profile}.yaml"
     own = parse_yaml(file.read_bytes(), f"profile {profile}")
     config = TrainingConfig(1, own["batch_size"], own["crop"], own["learning_rate"], own["seed"])
     losses = LossSettings(PAPER.noise_std, tolerance, MAX_EVALUATIONS, own["power_iterations"],
-                          own.get("max_growth", LossSettings.max_growth), bf16=bf16)
+                          own.get("max_growth", LossSettings.max_growth))
     if own.get("random_degradations"):
         config = config.random_degradations()
         losses = replace(losses.random_degradations(), conditions=None)
     return config, losses
 
 
-def our_step(bf16: bool, profile: str, problem: Problem, solver: str, effort: float) -> Run:
+def our_step(profile: str, problem: Problem, solver: str, effort: float) -> Run:
     """The loss that `recipes.prepare` builds.
 
     Args:
-        bf16: whether the first evaluations of T and the gradient are in bfloat16.
         profile: which trains so; "" for a loss without penalty, as the peers have it.
     """
-    config, losses = training(profile or "cpu", effort, bf16)
+    config, losses = training(profile or "cpu", effort)
     if not profile:
         losses = replace(losses, penalty=0.0)
     model, loss = prepare(JFB, problem.network, problem.settings, problem.A, losses)
@@ -181,7 +179,7 @@ def our_step(bf16: bool, profile: str, problem: Problem, solver: str, effort: fl
 
     def value() -> Tensor:  # of the next step
         keys = KEYS if losses.batch_reuse == 1 else (0, 1, next(steps) // losses.batch_reuse, 1)
-        return loss(problem.x, keys, range(len(problem.x)))[0].mean()
+        return loss(problem.x, keys)[0].mean()
 
     return Run(lambda d: loss.restored(d)[0], value, model, model.T.D.network, losses.batch_reuse,
                Muon if config.muon else torch.optim.Adam)
@@ -242,13 +240,10 @@ def deepinvs(problem: Problem, solver: str, effort: int) -> Run:
     return _peer(problem, T, lambda d: model(d, physics))
 
 
-BF16 = pick_bf16("auto", torch.device("cpu"))  # whether the processor computes in it
 PEERS = [Contender("torchdeq jfb, our map", tuple(TORCHDEQ), torchdeqs),
          Contender("deepinv jfb, our map", tuple(DEEPINV), deepinvs)]
 # The others are compared with the first.
-STEPS = [*(Contender(name, ("Anderson",), partial(our_step, bf16, profile), by_residual=True)
-           for name, bf16, profile in (("jfbnb jfb", False, ""),
-                                       *([("jfbnb jfb, bf16", True, "")] if BF16 else []),
-                                       ("jfbnb jfb, as shipped", BF16, "cpu"),
-                                       ("jfbnb jfb, as best ships", BF16, "best"))), *PEERS]
+STEPS = [*(Contender(name, ("Anderson",), partial(our_step, profile), by_residual=True)
+           for name, profile in (("jfbnb jfb", ""), ("jfbnb jfb, as shipped", "cpu"),
+                                 ("jfbnb jfb, as best ships", "best"))), *PEERS]
 RECONSTRUCTIONS = [Contender("jfbnb", ("Anderson",), our_image, by_residual=True), *PEERS]

@@ -184,7 +184,7 @@ def report(out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = options(__doc__)
-    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
     parser.add_argument("--weights", type=Path, default=BEST,
                         help="a folder of trained networks, with tuning.json")
     parser.add_argument("--methods", nargs="+", default=["jfb"])

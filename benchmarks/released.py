@@ -82,7 +82,7 @@ def report(out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = options(__doc__)
-    parser.add_argument("--data", default="data/celeba", help="folder, tar or zip of CelebA JPEGs")
+    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
     parser.add_argument("--images", type=int, default=2000, help="the first so many test images")
     parser.add_argument("--methods", nargs="+", default=list(SHOWN), choices=SHOWN)
     parser.add_argument("--protocols", nargs="+", default=["paper", "code"])

@@ -1,20 +1,17 @@
-"""Images as float32 tensors in [0, 1]: bundled photographs, CelebA, or any folder or archive.
+"""Images as float32 tensors in [0, 1]: bundled photographs, CelebA, or any folder or zip.
 
 Decoded images are kept as uint8 (N, 3, H, W), a quarter of the memory.
 """
 
 import hashlib
 import io
-import math
 import os
-import tarfile
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from threading import Lock
 from typing import NoReturn
 
 import numpy as np
@@ -28,12 +25,10 @@ from jfbnb.common import UserError, atomic_path, printable, seeded_generator
 
 CACHE = user_cache_path("jfbnb")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz")
 # Pillow reads other formats too, such as PostScript, for which it runs another program.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # of an image, before it is decoded: 8192 x 8192
 MAX_BYTES = 2**28  # of an image file in an archive, unpacked
-MAX_RATIO = 100  # of an archive's unpacked size to its own; images hardly shrink at all
 OFTEN = 3  # a crop of a photograph is trained on so many times as often as a face
 
 
@@ -141,14 +136,14 @@ def load_images(
     limit: int | None = None,
     warn: Callable[[str], None] = print,
 ) -> ImageSet:
-    """The first `limit` images, in file order, of a folder, tar or zip; resized to size x size.
+    """The first `limit` images, in file order, of a folder or zip; resized to size x size.
 
     `warn` gets the name of each file that cannot be decoded. Its place stays empty: the other
     images keep their indices. The decoded images are cached. Nothing is unpacked to disk.
 
     Raises:
         UserError: if there is no such path, no readable image in it, a folder in it that cannot be
-            read, or if the archive is incomplete or damaged.
+            read, or if the zip is incomplete or damaged.
         OSError: if the file system fails to read a file.
     """
     path = Path(path)
@@ -161,20 +156,20 @@ def load_images(
             with np.load(stored, allow_pickle=False) as arrays:
                 images, good = arrays["images"], arrays["good"]
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            images, good = _decode_all([name for name, *_ in listing], files, read, size)
+            images, good = _decode_all([name for name, *_ in listing], read, size)
             try:
                 with atomic_path(stored) as temporary:
                     np.savez(temporary, images=images, good=good)
             except OSError as error:
                 warn(f"warning: the decoded images are not kept for the next time: {error}")
     names = [printable(name) for name, *_ in listing]
-    bad = [name for name, is_good in zip(names, good, strict=True) if not is_good]
-    if len(bad) == len(names):
-        raise UserError(f"none of the {len(names)} images in {path} could be decoded")
-    for name in bad:
+    for name in (name for name, is_good in zip(names, good, strict=True) if not is_good):
         warn(f"warning: skipped {name}: no readable image")
+    if not good.any():
+        raise UserError(f"none of the {len(names)} images in {path} could be decoded")
     indices = np.flatnonzero(good).tolist()
-    return ImageSet(torch.from_numpy(images), [names[i] for i in indices], indices, len(bad))
+    return ImageSet(torch.from_numpy(images if good.all() else images[good]), [names[i] for i in indices], indices,
+                    len(names) - len(indices))
 
 
 def fingerprint(path: str | Path) -> str:
@@ -193,7 +188,7 @@ def _images(path: Path, files: Files) -> list[tuple[str, int, float]]:
     visible = sorted(name for name in files if not PurePosixPath(name).name.startswith("."))
     images = [(name, *files[name]) for name in visible if name.lower().endswith(SUFFIXES)]
     if not images:
-        inner = [printable(name) for name in visible if name.lower().endswith(ARCHIVES)]
+        inner = [printable(name) for name in visible if name.lower().endswith(".zip")]
         raise UserError(f"no images in {path}: " + (
             f"it holds an archive, {inner[0]}: give that one" if inner
             else f"it must hold {', '.join(SUFFIXES)} files"))
@@ -201,40 +196,40 @@ def _images(path: Path, files: Files) -> list[tuple[str, int, float]]:
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[Files, Read]:
-    """The files at a path, in an archive's order, and what reads one. `stack` closes it."""
+    """The files at a path, and what reads one. `stack` closes it."""
     if not path.exists():
-        raise UserError(f"no data at {path}: give a folder, tar or zip of images (CelebA: see "
-                        "`jfbnb data celeba`)")
+        raise UserError(f"no data at {path}: give a folder or zip of images (CelebA: see "
+                        "data/README.md)")
     if path.is_dir():
         return _walk(path), path.joinpath
     if not path.is_file():
-        raise UserError(f"{path} is no folder, tar or zip of images")
+        raise UserError(f"{path} is no folder or zip of images")
     try:
-        return _open_archive(path, stack)
-    except UserError:
-        raise
-    except Exception as error:  # damaged archives raise all sorts
-        if getattr(error, "errno", None) is not None:
-            raise UserError(f"cannot read {path}: {error}") from error
-        with open(path, "rb") as file:
-            head = file.read(99).lstrip(b"\xef\xbb\xbf \t\r\n")
-        if head.startswith(b"<"):
-            raise UserError(f"{path} is a web page in the place of an archive: open its address in "
-                            "a browser and do what the page asks") from error
-        raise UserError(f"{path} is no tar or zip of images, or an incomplete or damaged download: "
-                        f"compare its {path.stat().st_size} bytes with the size at its source, "
-                        "and fetch it again") from error
+        archive = stack.enter_context(zipfile.ZipFile(path))
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{path} is no zip of images, or an incomplete or damaged download, or a "
+                        "page in its place: open it to see, compare its "
+                        f"{path.stat().st_size} bytes with the size at its source, and fetch it "
+                        f"again ({error}); unpack other archives and give the folder") from error
+    members = {m.filename: m for m in archive.infolist() if not m.is_dir()}
+
+    def read(name: str) -> io.BytesIO:
+        if members[name].file_size > MAX_BYTES:
+            raise ValueError("too large")
+        try:
+            return io.BytesIO(archive.read(members[name]))
+        except Exception as error:  # for a wrong offset zipfile raises an OSError with a number
+            raise ValueError("damaged") from error
+
+    return {name: (m.file_size, m.CRC) for name, m in members.items()}, read
 
 
 def _walk(folder: Path) -> Files:
-    """The files below a folder. Links are followed, and each folder is read once."""
-    files, seen = {}, set()
+    """The files below a folder. Links are followed, but not up to a folder that they are in."""
+    files = {}
     for here, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
-        if os.path.realpath(here) in seen:
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(here))
-        folders.sort()
+        above = {os.path.realpath(parent) for parent in (here, *Path(here).parents)}
+        folders[:] = sorted(f for f in folders if os.path.realpath(Path(here, f)) not in above)
         for name in names:
             path = Path(here, name)
             status = path.stat() if path.exists() else path.lstat()  # a broken link has none
@@ -247,64 +242,21 @@ def _refuse(error: OSError) -> NoReturn:
                     "it readable, or take it out of the data") from error
 
 
-def _open_archive(path: Path, stack: ExitStack) -> tuple[Files, Read]:
-    if tarfile.is_tarfile(path):  # first: a tar that ends in a zip looks like a zip, too
-        archive = stack.enter_context(tarfile.open(path))  # noqa: SIM115
-        members, total = {}, 0
-        for member in archive:
-            total += member.size
-            _check_unpacked(path, total if member.size >= 0 else math.inf)  # before it reads on
-            if member.isfile():
-                members[member.name] = member
-        files = {name: (m.size, m.mtime) for name, m in members.items()}
+def _decode_all(names: list[str], read: Read, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The images (n, 3, size, size), black where one cannot be decoded; and which can (n,)."""
+    images, good = np.zeros((len(names), 3, size, size), np.uint8), np.zeros(len(names), bool)
 
-        def content(name: str) -> bytes:
-            return archive.extractfile(members[name]).read()
-    else:
-        archive = stack.enter_context(zipfile.ZipFile(path))
-        files = {m.filename: (m.file_size, m.CRC) for m in archive.infolist() if not m.is_dir()}
-        _check_unpacked(path, sum(length for length, _ in files.values()))
-        content = archive.read
-
-    def read(name: str) -> io.BytesIO:
-        if files[name][0] > MAX_BYTES:
-            raise ValueError("too large")
+    def one(i: int) -> None:
         try:
-            return io.BytesIO(content(name))
-        except Exception as error:  # for a wrong offset zipfile raises an OSError with a number
-            raise ValueError("damaged") from error
-
-    return files, read
-
-
-def _check_unpacked(path: Path, unpacked: float) -> None:
-    """Raise UserError for an archive that would fill memory, or take very long."""
-    if unpacked > max(MAX_BYTES, MAX_RATIO * path.stat().st_size):
-        raise UserError(f"{path} unpacks to over {MAX_RATIO} times its size: if you trust it, "
-                        "unpack it yourself and give the folder")
-
-
-def _decode_all(names: list[str], files: Files, read: Read,
-                size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images that can be decoded (n, 3, size, size), and which of the names they have."""
-    images = np.zeros((len(names), 3, size, size), np.uint8)
-    good = np.zeros(len(names), bool)
-    places, lock = {name: i for i, name in enumerate(names)}, Lock()
-
-    def one(name: str) -> None:
-        try:
-            with lock:  # tarfile reads for one thread at a time
-                source = read(name)
-            images[places[name]] = decode(source, size).numpy()
-            good[places[name]] = True
+            images[i] = decode(read(names[i]), size).numpy()
+            good[i] = True
         except Exception as error:  # damaged files raise all sorts
             if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
                 raise  # it says nothing of what is in the file
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        for _ in pool.map(one, [name for name in files if name in places]):
-            pass  # raises here what a thread raised
-    return (images if good.all() else images[good]), good
+        list(pool.map(one, range(len(names))))  # raises here what a thread raised
+    return images, good
 
 
 # --- the splits -------------------------------------------------------------------------------
@@ -332,7 +284,7 @@ def load_splits(
     """The training, validation and test images.
 
     Args:
-        data: "bundled" for scikit-image's photographs, else a folder, tar or zip: its first
+        data: "bundled" for scikit-image's photographs, else a folder or zip: its first
             `n_train` files are for training, the next `n_test` for testing.
         n_validation: images held out from the end of the training part.
         beside: whether to train on crops of scikit-image's photographs too, each `OFTEN` times
@@ -380,28 +332,3 @@ def random_crops(images: Tensor, size: int, *keys: int) -> Tensor:
         crop = image[:, row:row + size, column:column + size]
         crops.append(crop.flip(2) if flip else crop)
     return torch.stack(crops).float() / 255
-
-
-# --- CelebA -----------------------------------------------------------------------------------
-
-MANUAL_STEPS = """\
-To get CelebA by hand:
-  1. Open the data set's page, mmlab.ie.cuhk.edu.hk/projects/CelebA.html, and read its terms.
-  2. From its Align&Cropped Images fetch img_align_celeba.zip (1.4 GB).
-  3. Run `make reproduce PROFILE=cpu DATA=img_align_celeba.zip`; no need to unpack it."""
-
-
-def download_celeba(folder: str | Path) -> Path:
-    """Download CelebA with torchvision into `folder`; return the folder of its JPEGs.
-
-    Raises:
-        UserError: if the download fails, with the manual steps. CelebA's host often refuses.
-    """
-    from torchvision.datasets import CelebA  # slow to import
-
-    try:
-        CelebA(str(folder), split="all", download=True)
-    except Exception as error:  # gdown and torchvision raise all sorts
-        reason = [*str(error).strip().splitlines(), repr(error)][0]
-        raise UserError(f"the download failed ({reason})\n{MANUAL_STEPS}") from error
-    return Path(folder) / "celeba" / "img_align_celeba"

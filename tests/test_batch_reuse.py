@@ -94,16 +94,16 @@ def test_reuse_leads_to_the_fixed_point(images):
     m = model()
     loss = EquilibriumLoss(m, replace(REUSED, tolerance=0.08, batch_reuse=1000))
     x, keys = images[:4, :, :16, :16].float() / 255, (0, 1)
-    d = draw_measurement(m.T.A, x, 0.01, keys, range(4))
+    d = draw_measurement(m.T.A, x, 0.01, keys)
     exact, _ = anderson(m.T, m.T.start(d), 1e-6, 200, given=d)
     far = None
     for _ in range(100):
-        errors, _ = loss(x, keys, range(4))
+        errors, _ = loss(x, keys)
         now = loss.memory[keys][0]
         far = (now - exact).norm() if far is None else far
     assert (now - exact).norm() < 1e-2 * far and (now - exact).norm() < 1e-4 * exact.norm()
     exactly = replace(REUSED, tolerance=1e-6, max_iterations=200, batch_reuse=1)
-    wanted, _ = EquilibriumLoss(m, exactly)(x, keys, range(4))
+    wanted, _ = EquilibriumLoss(m, exactly)(x, keys)
     weights = list(m.parameters())
     for a, b in zip(torch.autograd.grad(errors.sum(), weights, allow_unused=True),
                     torch.autograd.grad(wanted.sum(), weights, allow_unused=True), strict=True):
@@ -120,9 +120,9 @@ def test_the_growth_estimate_improves_with_each_use(images):
     loss = EquilibriumLoss(m, replace(REUSED, tolerance=1e-2, penalty=1.0, stability_every=1,
                                       batch_reuse=1000))
     x, keys = images[:1, :, :16, :16].double() / 255, (0, 1)
-    found = [loss(x, keys, range(1))[1]["growth"].item() for _ in range(60)]
+    found = [loss(x, keys)[1]["growth"].item() for _ in range(60)]
     z = loss.memory[keys][0]
-    d = draw_measurement(m.T.A, x, 0.01, keys, range(1))
+    d = draw_measurement(m.T.A, x, 0.01, keys)
 
     def J(v):
         with torch.no_grad():
@@ -139,7 +139,7 @@ def test_a_batch_whose_state_is_gone_or_runs_away_is_solved_again(images):
 
     def solves(loss: EquilibriumLoss) -> list[bool]:
         """Whether each of three solves."""
-        return ["iterations" in loss(x, (0, 1), range(4))[1] for _ in range(3)]
+        return ["iterations" in loss(x, (0, 1))[1] for _ in range(3)]
 
     loss = EquilibriumLoss(model(), REUSED)
     assert solves(loss) == [True, False, False] and not solves(loss)[0]
@@ -156,7 +156,7 @@ def test_every_batch_weighs_alike_under_drawn_conditions(images):
     loss = EquilibriumLoss(m, replace(REUSED, conditions=Conditions(), batch_reuse=1))
     x = images[:4, :, :16, :16].float() / 255
     for key in range(4):
-        value, figures = loss(x, (0, key), range(4))
+        value, figures = loss(x, (0, key))
         assert value.mean().item() == pytest.approx(losses.TYPICAL, rel=1e-5)
         assert value.detach() / value.detach().sum() == pytest.approx(
             (figures["mse"] / figures["mse"].sum()), rel=1e-4)

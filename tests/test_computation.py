@@ -50,7 +50,7 @@ def test_a_step_is_counted_as_pytorch_counts_its_operations(name):
         "tau": 0.06, "sigma": 0.04, "iterations": 4, "eta": 1.0, "lam": 0.004},
         get_protocol("paper").operator(24), LossSettings(0.01, 1e-3, 20))
     with metered(model) as meter, Convolutions() as whole:
-        losses, _ = loss(x, (0, 1, 0, 1), range(8))
+        losses, _ = loss(x, (0, 1, 0, 1))
         losses.sum().backward()
     expected = whole.operations / one_application(model.T.D.network, x)
     # The first layer's gradient in the image may not be needed: a few percent of a pass.

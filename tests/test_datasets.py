@@ -1,6 +1,4 @@
-import io
 import os
-import tarfile
 import zipfile
 
 import numpy as np
@@ -30,23 +28,15 @@ def test_bundled_photos_are_split_by_photograph():
 
 
 def pack(folder, path):
-    """The files of a folder as an archive of the kind that the path's suffix says."""
-    files = sorted(folder.iterdir(), reverse=True)  # the order in it must not matter
-    if path.suffix == ".zip":
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in files:
-                archive.write(file, file.name)
-    else:
-        with tarfile.open(path, f"w:{path.suffix[1:].replace('tar', '')}") as archive:
-            for file in files:
-                archive.add(file, file.name)
+    """The files of a folder as a zip."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(folder.iterdir(), reverse=True):  # the order in it must not matter
+            archive.write(file, file.name)
     return path
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.xz"])
-def test_an_archive_gives_what_the_folder_gives_and_half_of_one_is_refused(image_folder, tmp_path,
-                                                                           kind):
-    folder, path = load_images(image_folder), pack(image_folder, tmp_path / f"a.{kind}")
+def test_a_zip_gives_what_the_folder_gives_and_half_of_one_is_refused(image_folder, tmp_path):
+    folder, path = load_images(image_folder), pack(image_folder, tmp_path / "a.zip")
     assert folder.images.shape == (6, 3, 128, 128)
     assert folder.names == [f"00000{i}.jpg" for i in range(1, 7)]
     whole = load_images(path)
@@ -54,7 +44,7 @@ def test_an_archive_gives_what_the_folder_gives_and_half_of_one_is_refused(image
     content = path.read_bytes()
     for part in (content[:len(content) // 2], content[:100], b""):
         path.write_bytes(part)
-        with pytest.raises(UserError, match=f"damaged.* its {len(part)} bytes") as caught:
+        with pytest.raises(UserError, match=f"damaged.*compare its {len(part)} bytes") as caught:
             load_images(path)
         assert "\n" not in str(caught.value)
 
@@ -137,8 +127,8 @@ def test_what_cannot_be_loaded_is_said_in_one_line(image_folder, tmp_path, monke
     for name, message in (("nowhere", "no data at"), ("empty", "no images in"),
                           ("hopeless", "none of the 1 images"),
                           ("outer", "it holds an archive, inner.zip"),
-                          ("page.zip", "is a web page in the place of an archive"),
-                          ("pipe.zip", "no folder, tar or zip")):
+                          ("page.zip", "or a page in its place"),
+                          ("pipe.zip", "no folder or zip")):
         with pytest.raises(UserError, match=message) as caught:
             load_images(tmp_path / name, warn=str.encode)
         assert "\n" not in str(caught.value)
@@ -151,37 +141,16 @@ def test_what_cannot_be_loaded_is_said_in_one_line(image_folder, tmp_path, monke
         load_images(image_folder)
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
-def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(data, "MAX_BYTES", 1000)
-    zeros = bytes(500_000)
-    path = tmp_path / f"a.{kind}"
-    if kind == "zip":
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("a.jpg", zeros)
-    else:
-        with tarfile.open(path, "w:gz") as archive:
-            member = tarfile.TarInfo("a.jpg")
-            member.size = len(zeros)
-            archive.addfile(member, io.BytesIO(zeros))
-    with pytest.raises(UserError, match="unpacks to over 100 times its size"):
-        load_images(path)
-
-
-def test_names_in_archives_are_never_used_as_paths(image_folder, tmp_path):
-    names = ["../../up.jpg", "/tmp/absolute.jpg", "\x1b[31mred.jpg", "twice.jpg", "twice.jpg"]
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        for i, name in enumerate(names):
-            archive.add(image_folder / f"00000{i + 1}.jpg", name)
-            archive.members[-1].name = name  # add() strips a leading slash
-        link = tarfile.TarInfo("link.jpg")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
+def test_names_in_a_zip_are_never_used_as_paths(image_folder, tmp_path):
+    names = ["../../up.jpg", "/tmp/absolute.jpg", "\x1b[31mred.jpg", "once.jpg"]
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i, name in enumerate(names, 1):
+            archive.write(image_folder / f"00000{i}.jpg", zipfile.ZipInfo(name).filename)
     before = sorted(tmp_path.rglob("*"))
-    images = load_images(tmp_path / "a.tar")
+    images = load_images(tmp_path / "a.zip")
     assert "\\x1b[31mred.jpg" in images.names
-    last = images.images[images.names.index("twice.jpg")]  # as where it is unpacked
-    assert torch.equal(last, decode(image_folder / "000005.jpg", 128))
+    last = images.images[images.names.index("once.jpg")]
+    assert torch.equal(last, decode(image_folder / "000004.jpg", 128))
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -246,13 +215,3 @@ def test_random_crops_are_cut_and_mirrored_and_depend_on_their_keys_alone():
     assert set(steps[:, 0]) == {1.0, -1.0}
     assert torch.equal(crops, random_crops(ramp, 8, 0))
     assert not torch.equal(crops, random_crops(ramp, 8, 1))
-
-
-def test_failed_download_prints_the_manual_steps(monkeypatch, tmp_path):
-    def refuse(*args, **kwargs):
-        raise RuntimeError("Too many users have viewed or downloaded this file recently.\nmore")
-
-    monkeypatch.setattr("torchvision.datasets.CelebA", refuse)
-    with pytest.raises(UserError) as caught:
-        data.download_celeba(tmp_path)
-    assert "Too many users" in str(caught.value) and "by hand" in str(caught.value)

@@ -122,7 +122,7 @@ def trained(method, network, settings, problem):
     before = prepare(method, network, settings, problem.setup.operator(16), LOSSES)[1]
     model, card = train_method(method, network, settings, problem, BRIEF, LOSSES,
                                Run(CPU, log=str.encode))
-    first, last = (loss(x, (9,), range(len(x)))[0].mean().item()
+    first, last = (loss(x, (9,))[0].mean().item()
                    for loss in (before, method.loss(model, LOSSES)))
     assert last < first, method.name
     return model, pd.DataFrame(card["history"])

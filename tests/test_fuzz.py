@@ -188,7 +188,7 @@ JSONS = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | s
 WORDS = st.sampled_from((*NUMBERS, *NAMES, "nope", "[", "~", "/dev/null", "..", ".", "/", "a" * 300)
                         ) | st.text(st.characters(exclude_characters="\0",
                                                   exclude_categories=("Cs",)), max_size=12)
-PARAMETERS = st.sampled_from(("seed", "data", "budget", "learning_rate", "table1_methods", "bf16",
+PARAMETERS = st.sampled_from(("seed", "data", "budget", "learning_rate", "table1_methods", "device",
                               "weights", "profile", "depth", "nope", ""))
 TEXTS = st.sampled_from(YAMLS) | WORDS | JSONS.map(lambda v: yaml.safe_dump(v, allow_unicode=True))
 

@@ -45,7 +45,7 @@ def named(method: Method) -> str:
 def gradient_of(loss, x) -> torch.Tensor:
     """What the backward pass of a batch's mean loss leaves, as one vector."""
     loss.model.zero_grad()
-    loss(x, (0,), range(len(x)))[0].mean().backward()
+    loss(x, (0,))[0].mean().backward()
     return torch.cat([p.grad.flatten() for p in loss.model.parameters()])
 
 
@@ -193,7 +193,7 @@ def test_the_implicit_loss_reports_its_adjoint_solve(problem):
     model = Equilibrium(make_map(PreconditionedMap, A, D))
     for loss, reports in ((EquilibriumLoss(model, EXACTLY), False),
                           (ImplicitLoss(model, EXACTLY), True)):
-        values, figures = loss(x, (0,), range(2))
+        values, figures = loss(x, (0,))
         values.sum().backward()
         assert ("adjoint_residual" in figures) == reports
         assert "growth" not in figures  # no penalty, no cost

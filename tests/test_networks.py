@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from jfbnb.common import UserError
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet, make_network
-from jfbnb.core.precision import pick_bf16, precision
 from jfbnb.training import weights as weights_module
 from jfbnb.training.weights import (
     fill,
@@ -138,15 +137,6 @@ def test_unet_sees_a_crop_as_it_sees_the_whole():
     assert not torch.allclose(other[inner], whole[..., 1:, 1:][inner])
 
 
-def test_unet_in_bfloat16_is_within_a_few_percent():
-    network, x = scatter(UNet(3, 8)), torch.rand(2, 3, 20, 28)
-    exact = network(x, 0.1)
-    with precision(network, True):
-        rough = network(x, 0.1)
-    assert rough.dtype == torch.float32
-    assert 0 < (rough - exact).norm() < 0.03 * exact.norm()
-
-
 def test_a_network_is_made_by_its_name():
     network = make_network("UNet", 3, 4)
     assert isinstance(network, UNet) and (network.depth, network.width) == (3, 4)
@@ -159,32 +149,6 @@ def test_a_network_is_made_by_its_name():
             (("UNet", 17, 64), "UNet of depth 17 and width 64: .*over 4096 channels")):
         with pytest.raises(UserError, match=message):
             make_network(*arguments)
-
-
-def test_precision_is_of_all_networks_that_know_it_and_ends_with_its_block():
-    first, second = DnCNN(2, 4), DnCNN(2, 4)
-    second.bf16 = True
-    both = torch.nn.ModuleList([first, torch.nn.ModuleList([second]), Tent(1)])
-    with pytest.raises(ZeroDivisionError), precision(both, True) as put:
-        assert first.bf16 and second.bf16
-        put(False)
-        assert not first.bf16 and not second.bf16
-        raise ZeroDivisionError
-    assert not first.bf16 and second.bf16 and not hasattr(both[2], "bf16")
-
-
-def test_bfloat16_is_picked_where_the_processor_computes_in_it(monkeypatch):
-    cpu = torch.device("cpu")
-    for found, answer in (({}, False), ({"avx512_bf16": False, "amx_bf16": False}, False),
-                          ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)):
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found, raising=False)
-        assert pick_bf16("auto", cpu) is answer
-        assert pick_bf16("always", cpu) is True and pick_bf16("never", cpu) is False
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert pick_bf16("auto", cpu) is False
-    for word in ("yes", "", "Auto", "true"):
-        with pytest.raises(UserError, match=f"bf16='{word}': choose auto, always or never"):
-            pick_bf16(word, cpu)
 
 
 # --- weights ------------------------------------------------------------------------------------

@@ -46,7 +46,6 @@ seed = 0
 depth = 6
 penalty = 0.1
 names = {}
-bf16 = "auto"
 weights = ""
 """
 
@@ -172,7 +171,7 @@ def test_only_and_force(here):
     ("size", "write it as NAME=VALUE"),
     ("size=[1", "-p size: its value is no YAML"),
     ("size=" + "9" * 5000, "is no YAML"),
-    ("sise=3", "unknown parameter 'sise': the notebooks have bf16, data, delay, depth, "),
+    ("sise=3", "unknown parameter 'sise': the notebooks have data, delay, depth, "),
     ("size=big", "parameter size takes a value like 1, not 'big'"),
     ("size=", "takes a value like 1, not ''"),
     ("size=1.5", "takes a value like 1"),
@@ -188,7 +187,6 @@ def test_only_and_force(here):
     ("seed=-1", "parameter seed must be at least 0, not -1"),
     ("depth=1", "parameter depth must be at least 2, not 1"),
     ("names={deq: 0}", "parameter names must be positive"),
-    ("bf16=yes", "bf16"),
 ])
 def test_bad_parameters_are_refused_before_anything_runs(suite, capsys, text, message):
     assert main(["reproduce", "-p", text]) == 2

@@ -31,7 +31,6 @@ class DnCNN(nn.Module):
     application of T, and a map that changes has no fixed point.
 
     Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W).
-    The attribute `bf16` runs the convolutions in bfloat16; see `precision`.
 
     >>> import jfbnb, torch
     >>> R = jfbnb.DnCNN(depth=3, width=8)
@@ -44,7 +43,6 @@ class DnCNN(nn.Module):
     def __init__(self, depth: int, width: int, channels: int = 3):
         super().__init__()
         self.depth, self.width, self.channels = depth, width, channels
-        self.bf16 = False
         sizes = [channels + 1] + [width] * (depth - 1) + [channels]
         layers = []
         for c_in, c_out in pairwise(sizes):
@@ -59,9 +57,7 @@ class DnCNN(nn.Module):
 
     def forward(self, x: Tensor, sigma: float | Tensor) -> Tensor:
         z = _with_level(x, sigma).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            noise = self.layers(z)
-        return noise.to(x.dtype).contiguous()
+        return self.layers(z).contiguous()
 
 
 class UNet(nn.Module):
@@ -74,8 +70,7 @@ class UNet(nn.Module):
     is no normalisation, as in `DnCNN`.
 
     Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W). H and W
-    are padded to multiples of 2^(depth - 1) by the border values, and cropped again. The attribute
-    `bf16` runs it in bfloat16; see `precision`.
+    are padded to multiples of 2^(depth - 1) by the border values, and cropped again.
 
     Raises:
         ValueError: if its last level would have more than `LARGEST` channels.
@@ -86,7 +81,6 @@ class UNet(nn.Module):
     def __init__(self, depth: int, width: int, channels: int = 3):
         super().__init__()
         self.depth, self.width, self.channels = depth, width, channels
-        self.bf16 = False
         widths = [width * 2**level for level in range(depth)]
         if widths[-1] > LARGEST:
             raise ValueError(f"its depth is the number of its levels, and the last of {depth} has "
@@ -108,16 +102,14 @@ class UNet(nn.Module):
         height, width = x.shape[2:]
         step = 2 ** (self.depth - 1)
         z = pad(_with_level(x, sigma), (0, -width % step, 0, -height % step), mode="replicate")
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            z, skipped = self.first(z.contiguous(memory_format=torch.channels_last)), []
-            for before, down in zip(self.before, self.down, strict=True):
-                skipped.append(before(z))
-                z = down(skipped[-1])
-            z = self.bottom(z)
-            for up, after in zip(reversed(self.up), reversed(self.after), strict=True):
-                z = after(up(z) + skipped.pop())
-            noise = self.last(z)
-        return noise[..., :height, :width].to(x.dtype).contiguous()
+        z, skipped = self.first(z.contiguous(memory_format=torch.channels_last)), []
+        for before, down in zip(self.before, self.down, strict=True):
+            skipped.append(before(z))
+            z = down(skipped[-1])
+        z = self.bottom(z)
+        for up, after in zip(reversed(self.up), reversed(self.after), strict=True):
+            z = after(up(z) + skipped.pop())
+        return self.last(z)[..., :height, :width].contiguous()
 
 
 class ResidualBlock(nn.Module):

@@ -18,7 +18,6 @@ from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.descent import descent
 from jfbnb.core.fixed_point import Solver, anderson
 from jfbnb.core.linear_operator import LinearOperator
-from jfbnb.core.precision import precision
 
 
 class ImplicitMap(nn.Module):
@@ -183,12 +182,10 @@ class EnergyMap(SplittingMap):
         """T(z), E at the data step's x, and a lower bound on the slope of E towards T(z).
 
         With r = T(z) - z and M = A'A + tau I the slope is tau^2 r'M^-1 r, by Cauchy and Schwarz at
-        least tau^2 |r|^4 / r'M r. Networks compute in float32 here: in bfloat16 rounding would
-        exceed the differences of E.
+        least tau^2 |r|^4 / r'M r.
         """
-        with precision(self, False):
-            x = self.data_step(z, d)
-            g, gradient = self.prior(x)
+        x = self.data_step(z, d)
+        g, gradient = self.prior(x)
         f, tau = x - gradient, self.tau.double()
         r = f - z
         rr = _square(r)

@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     celeba, parameters, weights, device, pictures = (
         argparse.ArgumentParser(add_help=False) for _ in range(5))
     celeba.add_argument("--data", type=checkout.find_path,
-                        help="folder, tar or zip of CelebA JPEGs")
+                        help="folder or zip of CelebA JPEGs")
     parameters.add_argument("--profile", default="quick",
                             help="quick, cpu, paper, best or best-gpu")
     parameters.add_argument("-p", dest="parameters", action="append", default=[],
@@ -101,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     option = add("lab", run_lab, "open the notebooks in JupyterLab")
     option("options", nargs="*", help="of jupyter lab, after --")
 
-    option = add("train", run_train, "train one network; under torchrun, by many processes",
+    option = add("train", run_train, "train one network",
                  parameters, celeba)
     networks = ["denoiser", *(m.name for m in methods.METHODS.values() if m.trainable)]
     option("network", choices=networks, metavar="NETWORK",
@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     names = ", ".join(methods.METHODS)
     option = add("evaluate", run_evaluate, "measure methods on a folder of sharp images", weights,
                  device)
-    option("--data", type=checkout.find_path, required=True, help="folder, tar or zip of images")
+    option("--data", type=checkout.find_path, required=True, help="folder or zip of images")
     option("--protocol", default="paper", help=", ".join(protocols.PROTOCOLS))
     option("--method", action="append", metavar="NAME",
            help=f"{names}; may be repeated; all by default")
@@ -137,12 +137,6 @@ def make_parser() -> argparse.ArgumentParser:
            help="on pixel values between 0 and 1; %(default)s by default")
     option("--seed", type=int, default=0, help="of the noise")
 
-    option = add("data", run_data, "get a data set")
-    option("name", choices=["celeba"])
-    option("--download", action="store_true", help="try to; else say how by hand")
-    option("--out", type=Path, default=Path("data/celeba"),
-           help="where to; data/celeba by default")
-
     option = add("sweep", run_sweep, "reproduce with every combination of some parameters", celeba)
     option("file", type=Path, metavar="SWEEP.yaml", help="profile, and lists of values")
     option("--scheduler", metavar="ADDRESS", help="of a dask cluster; else this machine")
@@ -150,7 +144,7 @@ def make_parser() -> argparse.ArgumentParser:
     option = add("doctor", run_doctor, "what is installed and found, and what would not work",
                  weights)
     option("--data", type=checkout.find_path, default="data/celeba",
-           help="folder, tar or zip of images")
+           help="folder or zip of images")
     return parser
 
 
@@ -359,10 +353,6 @@ def _check_targets(paths: list[Path], out: Path, suffixes: tuple[str, ...]) -> N
             if (target := out / f"{path.stem}-{suffix}{kind}").resolve() in read:
                 raise UserError(f"{target} is to be read and would be written: choose another "
                                 "--out")
-
-
-def run_data(args: argparse.Namespace) -> None:
-    _say(f"CelebA is in {data.download_celeba(args.out)}" if args.download else data.MANUAL_STEPS)
 
 
 def run_sweep(args: argparse.Namespace) -> None:

@@ -38,7 +38,6 @@ from jfbnb.common import (
     remove_unfinished,
 )
 from jfbnb.core.denoisers import make_network
-from jfbnb.core.precision import pick_bf16
 from jfbnb.core.protocols import get_protocol
 from jfbnb.data import fingerprint
 from jfbnb.run import checkout
@@ -101,7 +100,7 @@ def complete(paths: Iterable[Path], given: Parameters) -> dict[Path, Parameters]
     check_parameters(given, known_parameters())
     get_protocol(given.get("protocol", "paper"))
     make_network(given.get("network", "DnCNN"), 2, 1)
-    pick_bf16(given.get("bf16", "auto"), pick_device(given.get("device", "auto")))
+    pick_device(given.get("device", "auto"))
     given = given | {k: checkout.find_path(given[k]) for k in ("data", "weights") if k in given}
     return {path: {k: given.get(k, v) for k, v in notebook_parameters(path).items()}
             for path in paths}

@@ -1,9 +1,8 @@
-"""Train a profile's networks by command, in one process or, under torchrun, in several.
+"""Train a profile's networks by command.
 
 Notebooks 3 to 5 call the same recipes; they take what this stores by their parameter `weights`.
 """
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +12,9 @@ import torch
 
 from jfbnb.common import UserError, describe_device, pick_device, remove_unfinished
 from jfbnb.core.denoisers import make_network
-from jfbnb.core.precision import pick_bf16
 from jfbnb.core.protocols import get_protocol
 from jfbnb.data import Splits, load_splits
 from jfbnb.run.reproduce import Parameters, alone, complete, load_profile, notebooks
-from jfbnb.training import processes
 from jfbnb.training.degradations import Conditions
 from jfbnb.training.loop import TrainingConfig
 from jfbnb.training.losses import LossSettings
@@ -53,21 +50,18 @@ def train_network(name: str, parameters: Parameters, start: Path, out: Path, com
         UserError: for bad parameters, missing data or weights, or where training fails.
     """
     out = out / "conditions" if conditions else out
-    with processes.process_group(pick_device(parameters["device"])) as device:
-        first = processes.rank() == 0
-        with alone(out) if first else contextlib.nullcontext():
-            if first:
-                remove_unfinished(out)
-            run = Run(device, out, command, log=log if first else lambda line: None)
-            _train(name, parameters, start, conditions, run)
+    with alone(out):
+        remove_unfinished(out)
+        _train(name, parameters, start, conditions,
+               Run(pick_device(parameters["device"]), out, command, log=log))
 
 
 def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) -> None:
     setup = get_protocol(p["protocol"])
     splits = load_splits(p["data"], setup.image_size, p["n_train"], p["n_validation"],
                          p["n_test"], run.log, p["random_degradations"])
-    run.log(f"{len(splits.train)} training images: {splits.source}; processes: "
-            f"{processes.world_size()}; device of the first: {describe_device(run.device)}")
+    run.log(f"{len(splits.train)} training images: {splits.source}; device: "
+            f"{describe_device(run.device)}")
     if name == "denoiser":
         torch.manual_seed(p["seed"])
         config = TrainingConfig(p["pretrain_epochs"], p["pretrain_batch_size"], p["pretrain_crop"],
@@ -75,8 +69,7 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
         network = make_network(p["network"], p["depth"], p["width"])
         if p["random_degradations"]:
             config = config.random_degradations()
-        train_denoiser(network, splits, config, p["noise_max"], pick_bf16(p["bf16"], run.device),
-                       run)
+        train_denoiser(network, splits, config, p["noise_max"], run)
     else:
         method = get_method(name)
         train_method(method, **prepared(method, p, splits, start, conditions, run.device), run=run)
@@ -97,7 +90,7 @@ def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditi
     tuning = Tuning(problem.setup.noise_std, len(problem.x))
     best = tune(method.shares_tuning_with or method, tuning, problem.A, problem.d, problem.x,
                 p["candidates"], network)
-    losses = LossSettings(problem.setup.noise_std, bf16=pick_bf16(p["bf16"], device), **{
+    losses = LossSettings(problem.setup.noise_std, **{
         k: p[k] for k in ("tolerance", "max_iterations", "power_iterations", "max_growth",
                           "penalty")})
     if conditions:

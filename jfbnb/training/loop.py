@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from jfbnb.common import UserError, seeded_generator
 from jfbnb.data import random_crops
-from jfbnb.training import processes
 from jfbnb.training.checkpoints import resume, save_checkpoint, training_key
 from jfbnb.training.computation import metered
 from jfbnb.training.losses import REUSE_BUFFER, BatchLoss
@@ -86,10 +85,6 @@ def train(
     the network so far, the part's mean loss per image, the means of what the loss reports, its
     seconds, and what `validate` returns.
 
-    In a `processes.process_group` all processes train together, on the same batches as one would;
-    rank 0 alone logs, validates and stores. The checkpoint of one number of processes serves any
-    other.
-
     Args:
         module: what is trained, in place.
         images: uint8 (N, 3, H, W).
@@ -103,11 +98,6 @@ def train(
     if not 0 < config.crop <= min(images.shape[2:]):
         raise UserError(f"crop={config.crop} does not fit images of {tuple(images.shape[2:])}")
     module.to(device)
-    if processes.world_size() > config.batch_size:
-        raise UserError(f"batch_size={config.batch_size} for {processes.world_size()} processes: "
-                        f"start at most {config.batch_size}")
-    if processes.rank() > 0:
-        log, validate = lambda line: None, None
     trainer = Trainer(module, batch_loss, images, config, device)
     if checkpoints is not None:
         key = training_key(module, batch_loss, images, config)
@@ -162,35 +152,32 @@ class Trainer:
     def store(self, record: Record) -> None:
         """Add a record, and store the state."""
         self.history.append(record)
-        if self.file is not None and processes.rank() == 0:
+        if self.file is not None:
             save_checkpoint(self.file, self.module, self.optimizer, self.history)
 
     def part(self) -> Record:
         """Train up to the next of `parts` even shares: Algorithm 1. Returns the means over it."""
         end = (math.floor(self.done * self.parts + 1e-9) + 1) / self.parts - 1e-9
-        means, first, before = _Means(self.device), self.steps, self.applications
+        means, first, before = _Means(), self.steps, self.applications
         with metered(self.module) as meter:
             while self.done < end:
                 epoch, step, batch = self.next_batch()
                 where = f"epoch {epoch}, step {step}"
                 x = random_crops(self.images[batch], self.config.crop, self.config.seed, epoch,
                                  step, 0)
-                own = processes.share(len(batch))
-                losses, figures = self.batch_loss(
-                    x[own].to(self.device), (self.config.seed, epoch, step, 1),
-                    range(len(batch))[own])
-                length = self.backward(losses, len(batch))
+                losses, figures = self.batch_loss(x.to(self.device),
+                                                  (self.config.seed, epoch, step, 1))
+                length = self.backward(losses.mean())
                 latest = means.add({"loss": losses.detach(), "gradient": length, **figures})
                 if not math.isfinite(latest["loss"]):
                     raise UserError(f"the loss is {latest['loss']} at {where}, images "
                                     f"{batch.tolist()}: lower the learning rate{self._last_good()}")
                 self.optimizer.step()
                 self.steps += 1
-                spent = round(processes.add_up([float(meter.applications)], self.device)[0])
-                if self.config.budget and not spent:
+                if self.config.budget and not meter.applications:
                     raise UserError("a budget counts applications of a Denoiser's network, and "
                                     "this step has made none: give epochs")
-                self.applications = before + spent
+                self.applications = before + meter.applications
                 if self.steps - first > 20 or self.done >= end:
                     self.check_solves(means, where)
         return {"epoch": self.steps / self.batches, "steps": self.steps,
@@ -205,17 +192,15 @@ class Trainer:
             self.order = epoch, torch.randperm(len(self.images), generator=generator)
         return epoch, step, self.order[1][step * size:(step + 1) * size]
 
-    def backward(self, losses: Tensor, batch_size: int) -> Tensor:
+    def backward(self, loss: Tensor) -> Tensor:
         """The gradient of a batch's mean loss, cut to `clip`, and the step's learning rate.
 
-        Each process has a share of the batch; the gradients of all shares are added up. Returns the
-        gradient's norm before it is cut, (1,).
+        Returns the gradient's norm before it is cut, (1,).
         """
         config = self.config
         self.optimizer.zero_grad()
-        (losses.sum() * (1 / batch_size)).backward()
+        loss.backward()
         parameters = self.optimizer.param_groups[0]["params"]
-        processes.add_up_gradients(parameters)
         for group in self.optimizer.param_groups:
             group["lr"] = (config.learning_rate * 0.5 * (1 + math.cos(math.pi * self.done))
                            * min(1.0, (self.steps + 1) / (config.warmup + 1)))
@@ -265,21 +250,18 @@ def batch_number(step: int, batch_reuse: int) -> int:
 
 
 class _Means:
-    """Means of figures over the images, processes and steps so far."""
+    """Means of figures over the images and steps so far."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self) -> None:
         self.totals: dict[str, tuple[float, float]] = {}
 
     def add(self, values: dict[str, Tensor]) -> Record:
         """Take some images' values in; return their own means."""
-        sums = processes.add_up([part for v in values.values()
-                                 for part in (v.double().sum().item(), float(len(v)))], self.device)
-        latest = dict(zip(values, zip(sums[::2], sums[1::2], strict=True), strict=True))
+        latest = {name: (v.double().sum().item(), len(v)) for name, v in values.items()}
         for name, (total, count) in latest.items():
-            before = self.totals.get(name, (0.0, 0.0))
+            before = self.totals.get(name, (0.0, 0))
             self.totals[name] = before[0] + total, before[1] + count
-        return {name: total / max(count, 1.0) for name, (total, count) in latest.items()}
+        return {name: total / max(count, 1) for name, (total, count) in latest.items()}
 
     def of(self, name: str, missing: float) -> float:
         total, count = self.totals.get(name, (missing, 1.0))

@@ -1,6 +1,6 @@
 """The losses: of the denoiser, of explicit models, and of equilibria by their gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -13,15 +13,11 @@ from jfbnb.core.fixed_point import SolveInfo, scale_of, solve
 from jfbnb.core.gradients import implicit, jfb
 from jfbnb.core.models import Model, Unrolled
 from jfbnb.core.operators import LinearOperator
-from jfbnb.core.precision import precision
 from jfbnb.core.protocols import measure
-from jfbnb.training import processes
 from jfbnb.training.degradations import RANDOM_DEGRADATIONS, Conditions
 
-# (crops x, keys that seed the draws, the crops' places in their batch) -> (the loss of each crop
-# (b,), figures of each). Processes that share a batch so make the same draws as one would.
-BatchLoss = Callable[[Tensor, tuple[int, ...], Sequence[int]], tuple[Tensor, dict[str, Tensor]]]
-COARSE = 4  # evaluations of T that a solve makes in bfloat16, where it is allowed
+# (crops x, keys that seed the draws) -> (the loss of each crop (B,), figures of each).
+BatchLoss = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, dict[str, Tensor]]]
 ADJOINT = 1e-3  # the largest residual to which the exact gradient's equation is solved
 TYPICAL = 1e-3  # mean squared error
 REUSE_BUFFER = 64  # batches that are used in turn, where batches are reused
@@ -40,9 +36,6 @@ class LossSettings:
         max_growth, penalty: adds `penalty * scale * max(0, growth - max_growth)^2`, with the map's
             `scale` and both growths counted from 1 in units of it; with a penalty of 0 nothing is
             estimated.
-        bf16: for the first evaluations of a solve, and the tracked application; of an explicit
-            model for all. The rest is in float32: a solve in bfloat16 stalls at a residual
-            of about 3e-3, and the estimate's differences would drown in the rounding.
         conditions: from which each step's operator and noise level are drawn; None keeps the
             protocol's. All batches then have the same weight: the loss is the logarithm of the
             batch's error.
@@ -58,7 +51,6 @@ class LossSettings:
     power_iterations: int = 4
     max_growth: float = 0.9
     penalty: float = 0.1
-    bf16: bool = False
     conditions: Conditions | None = None
     noise_power: float = 2.0
     stability_every: int = 4
@@ -68,15 +60,6 @@ class LossSettings:
         """The same over `RANDOM_DEGRADATIONS`."""
         return replace(self, conditions=RANDOM_DEGRADATIONS, stability_every=8, batch_reuse=8)
 
-    @classmethod
-    def read(cls, card: dict) -> Self:
-        """Those of a model card. JSON has lists for tuples."""
-        drawn = card["loss"]["conditions"]
-        if drawn is not None:
-            drawn = Conditions(**{name: tuple(value) if isinstance(value, list) else value
-                                  for name, value in drawn.items()})
-        return cls(**{**card["loss"], "conditions": drawn})
-
 
 @dataclass(frozen=True)
 class DenoiserLoss:
@@ -84,20 +67,16 @@ class DenoiserLoss:
 
     D: Denoiser
     noise_max: float
-    bf16: bool = False
 
-    def __call__(self, x: Tensor, keys: tuple[int, ...],
-                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         sigma, noise = torch.empty(len(x), 1, 1, 1), torch.empty(x.shape)
-        for row, index in enumerate(indices):
-            generator = seeded_generator(*keys, index)
-            sigma[row] = self.noise_max * torch.rand(1, generator=generator)
-            noise[row] = torch.randn(x.shape[1:], generator=generator)
+        for i in range(len(x)):
+            generator = seeded_generator(*keys, i)
+            sigma[i] = self.noise_max * torch.rand(1, generator=generator)
+            noise[i] = torch.randn(x.shape[1:], generator=generator)
         sigma = sigma.to(x)
         noisy = x + sigma * noise.to(x)
-        with precision(self.D, self.bf16):
-            denoised = noisy - self.D.residual(noisy, sigma)
-        return _mean_square(denoised - x), {}
+        return _mean_square(noisy - self.D.residual(noisy, sigma) - x), {}
 
 
 @dataclass(frozen=True)
@@ -107,15 +86,13 @@ class ExplicitLoss:
     model: Unrolled
     settings: LossSettings
 
-    def __call__(self, x: Tensor, keys: tuple[int, ...],
-                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        model, d = _measured(self.model, self.settings, x, keys, indices)
+    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        model, d = _measured(self.model, self.settings, x, keys)
         return _errors(model, self.settings, x, replace(self, model=model).restored(d)[0], d)
 
     def restored(self, d: Tensor) -> tuple[Tensor, None]:
         """The image that the loss sees, tracked."""
-        with precision(self.model, self.settings.bf16):
-            return self.model(d)
+        return self.model(d)
 
 
 @dataclass(frozen=True)
@@ -139,17 +116,16 @@ class EquilibriumLoss:
     def batch_reuse(self) -> int:
         return self.settings.batch_reuse
 
-    def __call__(self, x: Tensor, keys: tuple[int, ...],
-                 indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         s = self.settings
-        model, d = _measured(self.model, s, x, keys, indices)
+        model, d = _measured(self.model, s, x, keys)
         T = model.T
         state, direction = self.memory.pop(keys, (None, None))
         Tx, x_star, figures = replace(self, model=model).restored(d, state)
         loss, errors = _errors(model, s, x, T.image(Tx), d)
         figures.update(errors)  # in place: the backward pass may add to it
         if s.penalty > 0:
-            rows = [row for row, index in enumerate(indices) if index % s.stability_every == 0]
+            rows = slice(None, None, s.stability_every)
             growth, direction = growth_estimate(lambda z: T(z, d[rows]), x_star[rows],
                                                 s.power_iterations, direction)
             excess = torch.zeros_like(loss)
@@ -176,18 +152,13 @@ class EquilibriumLoss:
         """
         s, T = self.settings, self.model.T
         x_star, figures = state, {}
-        with precision(self.model, s.bf16) as put:
-            if x_star is None:
-                x_star, info = solve(T, d, s.tolerance, s.max_iterations,
-                                     callback=lambda k, _: put(s.bf16 and k < COARSE))
-                figures = {"iterations": info.iterations, "residual": info.residual,
-                           "converged": info.converged}
-            put(s.bf16)
-            Tx = self.track(lambda z: T(z, d), x_star, figures)
+        if x_star is None:
+            x_star, info = solve(T, d, s.tolerance, s.max_iterations)
+            figures = {"iterations": info.iterations, "residual": info.residual,
+                       "converged": info.converged}
+        Tx = self.track(lambda z: T(z, d), x_star, figures)
         if state is not None:
             figures["residual"] = (_norm(Tx.detach() - state) / _norm(state)).flatten()
-        elif s.bf16:  # the value is as exact as the solve, whatever the gradient
-            Tx = x_star + (Tx - Tx.detach())
         return Tx, x_star, figures
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
@@ -205,10 +176,8 @@ class ImplicitLoss(EquilibriumLoss):
         def report(adjoint: SolveInfo) -> None:  # called in the backward pass
             figures["adjoint_residual"] = adjoint.residual
 
-        with precision(self.model, False):  # the adjoint solve, too, would stall in bfloat16
-            return implicit(T, x_star,
-                            min(ADJOINT, self.settings.tolerance) * scale_of(self.model.T),
-                            self.settings.max_iterations, report)
+        return implicit(T, x_star, min(ADJOINT, self.settings.tolerance) * scale_of(self.model.T),
+                        self.settings.max_iterations, report)
 
 
 def _mean_square(error: Tensor) -> Tensor:
@@ -223,25 +192,24 @@ def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
     loss = _mean_square(visible(y - x))
     figures = {"mse": loss.detach()}
     if settings.conditions is not None:  # the gradient of its logarithm, on the usual scale
-        total, count = processes.add_up([loss.detach().sum().item(), float(len(loss))], x.device)
-        loss = loss * (TYPICAL * count / max(total, 1e-30))
+        loss = loss * (TYPICAL / loss.detach().mean().clamp_min(1e-30))
     return loss, figures
 
 
-def _measured(model: Model, settings: LossSettings, x: Tensor, keys: tuple[int, ...],
-              indices: Sequence[int]) -> tuple[Model, Tensor]:
+def _measured(model: Model, settings: LossSettings, x: Tensor,
+              keys: tuple[int, ...]) -> tuple[Model, Tensor]:
     """The model on the operator that measures some crops, and their measurements."""
     noise_std = settings.noise_std
     if settings.conditions is not None:
         A, noise_std = settings.conditions.draw(x.shape[-1], seeded_generator(*keys, 0))
         model = model.on(A.to(x.device), (noise_std / settings.noise_std) ** settings.noise_power)
-    return model, draw_measurement(model.T.A, x, noise_std, keys, indices)
+    return model, draw_measurement(model.T.A, x, noise_std, keys)
 
 
-def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float, keys: tuple[int, ...],
-                     indices: Sequence[int]) -> Tensor:
-    """A measurement of each crop; its noise depends on the keys and its index alone."""
-    return measure(A, x, noise_std, seeded_generator(*keys).initial_seed() >> 1, indices)
+def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float,
+                     keys: tuple[int, ...]) -> Tensor:
+    """A measurement of each crop; its noise depends on the keys and its place alone."""
+    return measure(A, x, noise_std, seeded_generator(*keys).initial_seed() >> 1, range(len(x)))
 
 
 def growth_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterations: int,

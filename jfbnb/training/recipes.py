@@ -17,7 +17,6 @@ from jfbnb.core.models import Model
 from jfbnb.core.operators import LinearOperator
 from jfbnb.core.protocols import Protocol, measure
 from jfbnb.data import ImageSet, Splits, bundled_photos, random_crops
-from jfbnb.training import processes
 from jfbnb.training.evaluation import quality
 from jfbnb.training.loop import Record, TrainingConfig, train
 from jfbnb.training.losses import BatchLoss, DenoiserLoss, LossSettings
@@ -92,7 +91,7 @@ class Run:
 
 
 def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, noise_max: float,
-                   bf16: bool, run: Run) -> tuple[Denoiser, pd.DataFrame]:
+                   run: Run) -> tuple[Denoiser, pd.DataFrame]:
     """Train a network to predict the noise in images, given the noise level.
 
     Args:
@@ -104,7 +103,7 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
     D = Denoiser(network, 0.0)
     if run.weights:
         return D, pd.DataFrame(_take("denoiser", D, config, run)["history"])
-    history = _train("denoiser", D, DenoiserLoss(D, noise_max, bf16), splits, config, run)
+    history = _train("denoiser", D, DenoiserLoss(D, noise_max), splits, config, run)
     _store("denoiser", D, history, splits, config, run, {
         "what": f"{type(network).__name__} denoiser, pretrained on Gaussian noise",
         "noise_max": noise_max})
@@ -212,9 +211,9 @@ def _store(name: str, module: nn.Module, history: list[Record], splits: Splits,
     seconds = sum(record["seconds"] for record in history)
     card = {**card, "training data": splits.source, "training images": len(splits.train),
             "training": asdict(config), "history": history, "training seconds": round(seconds),
-            "device": describe_device(run.device), "processes": processes.world_size(),
+            "device": describe_device(run.device),
             "command": run.command, "torch": torch.__version__}
-    if run.out is not None and processes.rank() == 0:
+    if run.out is not None:
         save_weights(run.out / f"{name}.safetensors", module, card)
     return card
 
@@ -237,7 +236,7 @@ def _take(name: str, module: nn.Module, config: TrainingConfig, run: Run) -> dic
         raise UserError(f"{file} was trained with {asdict(trained)}, not with {asdict(config)}: "
                         "leave the parameter `weights` empty to train")
     fill(file, module.to(run.device))
-    if run.out is not None and processes.rank() == 0:
+    if run.out is not None:
         for suffix in (".safetensors", ".json"):
             with atomic_path(run.out / f"{name}{suffix}") as temporary:
                 shutil.copyfile(file.with_suffix(suffix), temporary)
