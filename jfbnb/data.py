@@ -168,7 +168,8 @@ def load_images(
     if not good.any():
         raise UserError(f"none of the {len(names)} images in {path} could be decoded")
     indices = np.flatnonzero(good).tolist()
-    return ImageSet(torch.from_numpy(images if good.all() else images[good]), [names[i] for i in indices], indices,
+    images = images if good.all() else images[good]
+    return ImageSet(torch.from_numpy(images), [names[i] for i in indices], indices,
                     len(names) - len(indices))
 
 
