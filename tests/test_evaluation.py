@@ -5,6 +5,7 @@ import pytest
 import skimage.metrics
 import torch
 
+from jfbnb.common import UserError
 from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.maps import SplittingMap
 from jfbnb.core.metrics import psnr, ssim
@@ -54,6 +55,18 @@ def test_published_scale_is_6_db_lower(pair):
     x, truth = pair
     np.testing.assert_allclose(psnr(x, truth) - on_published_scale(x, truth),
                                20 * np.log10(2), atol=1e-4)
+
+
+@pytest.mark.parametrize("measure_of", [psnr, ssim])
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda x: x.numpy(), "a tensor of floats"), (lambda x: (255 * x).byte(), "a tensor of floats"),
+    (lambda x: x[0], "the same shape"), (lambda x: x[:, :1], "the same shape")])
+def test_what_cannot_be_compared_is_refused(pair, measure_of, change, message):
+    x, truth = pair
+    with pytest.raises(UserError, match=message):
+        measure_of(x, change(truth))
+    with pytest.raises(UserError, match=message):
+        measure_of(change(x), truth)
 
 
 def test_evaluate_all_methods(weights, pair):

@@ -200,11 +200,11 @@ def test_a_network(splits, tmp_path):
     torch.manual_seed(0)
     network = module.Shrinking(4)
     config = replace(BRIEF, epochs=6, learning_rate=1e-2)
-    _, history = train_denoiser(network, splits, config, 0.1, False,
+    _, history = train_denoiser(network, splits, config, 0.1,
                                 Run(CPU, tmp_path, log=str.encode))
     assert history.loss.tail(3).mean() < history.loss.head(3).mean()
     again = Run(CPU, tmp_path / "again", weights=tmp_path, log=str.encode)
-    train_denoiser(module.Shrinking(4), splits, config, 0.1, False, again)
+    train_denoiser(module.Shrinking(4), splits, config, 0.1, again)
     for name in ("denoiser.safetensors", "denoiser.json"):  # taken as they are, card and all
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
     x = splits.test.as_float()

@@ -1,8 +1,14 @@
-"""The quality of an image against the true one: PSNR and SSIM, one number per image."""
+"""The quality of images against the true ones: PSNR and SSIM, one number per image.
+
+Both raise UserError for what is no tensor of floats, and for images of another shape.
+"""
 
 import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
+
+from jfbnb.common import UserError
+from jfbnb.core.linear_operator import require_floats
 
 
 def psnr(x: Tensor, truth: Tensor, data_range: float = 1.0) -> Tensor:
@@ -14,6 +20,7 @@ def psnr(x: Tensor, truth: Tensor, data_range: float = 1.0) -> Tensor:
     >>> jfbnb.psnr(torch.full((1, 3, 8, 8), 0.1), torch.zeros(1, 3, 8, 8))
     tensor([20.])
     """
+    _require_pair(x, truth)
     mse = (x - truth).square().flatten(1).mean(dim=1)
     return 10 * torch.log10(data_range**2 / mse)
 
@@ -28,7 +35,16 @@ def ssim(x: Tensor, truth: Tensor) -> Tensor:
     >>> jfbnb.ssim(x, x)
     tensor([1.], dtype=torch.float64)
     """
+    _require_pair(x, truth)
     values = [structural_similarity(a, b, channel_axis=0, data_range=1.0, gaussian_weights=True,
                                     sigma=1.5, use_sample_covariance=False)
               for a, b in zip(x.cpu().numpy(), truth.cpu().numpy(), strict=True)]
     return torch.tensor(values, dtype=torch.float64)
+
+
+def _require_pair(x: Tensor, truth: Tensor) -> None:
+    require_floats(x)
+    require_floats(truth)
+    if x.dim() != 4 or x.shape != truth.shape:
+        raise UserError(f"images of {tuple(x.shape)} and {tuple(truth.shape)}: give two tensors of "
+                        "the same shape (B, C, H, W)")
