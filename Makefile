@@ -33,9 +33,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
 
-MATHEMATICS := operators solvers energy diagnostics kernels peers networks computation
 test-fast: lint
-	$(BIN)/python -m pytest --numprocesses 2 $(MATHEMATICS:%=tests/test_%.py)
+	$(BIN)/python -m pytest --numprocesses 2 tests/mathematics
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
