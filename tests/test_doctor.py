@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from jfbnb.run import doctor, reproduce
+from jfbnb.run import doctor
 from jfbnb.run.command import main
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, expected_methods
@@ -18,7 +18,7 @@ def test_a_sound_installation(capsys, image_folder, monkeypatch):
     out = capsys.readouterr().out
     assert "TROUBLE" not in out
     for part in ("Python", "torch ", "threads", "no no-such-library: ", "GB free", "000001.jpg",
-                 "has the package in", "jfb"):
+                 "jfb"):
         assert part in out
 
 
@@ -37,19 +37,11 @@ def empty_data(tmp_path):
 @pytest.mark.parametrize(("make", "message"), [
     (damage_weights, "method jfb: "), (empty_data, "empty"),
     (lambda tmp_path: ["--weights", str(tmp_path / "nowhere")], "no tuned parameters")])
-def test_trouble_is_named_and_the_status_is_not_zero(capsys, tmp_path, monkeypatch, make, message):
-    monkeypatch.setattr(doctor, "notebooks", list)  # starts a kernel's interpreter
+def test_trouble_is_named_and_the_status_is_not_zero(capsys, tmp_path, make, message):
     assert main(["doctor", *make(tmp_path)]) == 2
     out, err = capsys.readouterr()
     assert any(line.startswith("TROUBLE") and message in line for line in out.splitlines())
     assert "trouble" in err
-
-
-def test_a_kernel_of_another_package_is_trouble(monkeypatch):
-    monkeypatch.setattr(reproduce.KernelSpecManager, "get_kernel_spec", lambda *_: type(
-        "Spec", (), {"argv": ["/another/bin/python"], "env": {}}))
-    (well, line), *_ = doctor.notebooks()
-    assert not well and "/another/bin/python" in line and "no package jfbnb" in line
 
 
 def test_gpus_that_are_not_used(monkeypatch):

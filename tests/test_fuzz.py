@@ -145,7 +145,6 @@ def command(*argv: str) -> None:
 def nothing_long(monkeypatch):
     """No notebook is run, nothing trained or downloaded, and Python itself writes no file."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setattr(reproduce, "check_kernel", lambda: checkout.ROOT)
     monkeypatch.setattr(reproduce, "notebook_parameters", read_once)
     for module, name in ((reproduce, "run_notebook"), (train, "train_network"), (sweep, "sweep"),
                          (data, "download_celeba")):

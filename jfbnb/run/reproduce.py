@@ -11,10 +11,8 @@ import json
 import math
 import os
 import platform
-import re
 import reprlib
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import entry_points, version
@@ -25,7 +23,6 @@ from typing import Any
 import nbformat
 import torch
 from filelock import FileLock, Timeout
-from jupyter_client.kernelspec import KernelSpecManager, NoSuchKernel
 
 from jfbnb.common import (
     CHECK_FAILED,
@@ -254,7 +251,6 @@ def reproduce(profile: str, overrides: Parameters, only: str = "", force: bool =
     inputs = {path: input_hashes(path, parameters[path]) for path in paths}
     runs, figures = checkout.run_dirs(folder)
     with alone(runs):
-        check_kernel()
         remove_unfinished(runs)
         remove_unfinished(figures)
         if force:
@@ -303,28 +299,6 @@ def run_step(path: Path, parameters: Parameters, inputs: dict[str, str], folder:
             log(f"    {line}")
 
 
-def check_kernel() -> Path:
-    """The package that notebooks import. Raises UserError if it is not the checkout's own."""
-    own = checkout.ROOT / "jfbnb"
-    try:
-        kernel = KernelSpecManager().get_kernel_spec("python3")
-    except NoSuchKernel:
-        raise UserError("no Jupyter kernel python3: `make reproduce` installs ipykernel, which "
-                        "has one") from None
-    # Jupyter takes its own interpreter where the kernel names no certain one.
-    bare = re.fullmatch(r"python3?(\.\d+)?", kernel.argv[0])
-    python, found = sys.executable if bare else kernel.argv[0], ""
-    with contextlib.suppress(OSError):  # no such interpreter
-        found = subprocess.run([python, "-P", "-c", "import jfbnb; print(jfbnb.__path__[0])"],
-                               env={**os.environ, **kernel.env}, capture_output=True, text=True,
-                               check=False).stdout.strip()
-    if os.path.realpath(found or os.devnull) != os.path.realpath(own):
-        raise UserError(f"the Jupyter kernel python3 ({python}) would run the notebooks with "
-                        f"{f'the package in {found}' if found else 'no package jfbnb'}, not with "
-                        f"that in {own}: install the latter for it")
-    return own
-
-
 def run_notebook(path: Path, parameters: Parameters, runs: Path) -> float:
     """Execute one notebook into `runs`; return the seconds. Its prints also go to a .log there."""
     import papermill  # slow to import, and needed here only
@@ -332,6 +306,7 @@ def run_notebook(path: Path, parameters: Parameters, runs: Path) -> float:
     from traitlets.config import Config
 
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the kernel warns of frozen modules
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # not a user's kernel, of another environment
     executed, log = runs / path.name, runs / f"{path.stem}.log"
     clock = perf_counter()
     try:
