@@ -8,12 +8,11 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 import torch
-from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from jfbnb.common import UserError, printable
 from jfbnb.core.kernels import MOST, disk, gaussian, motion
-from jfbnb.photo.formats import decode
+from jfbnb.photo.files import read_pictures
 
 WIDE = 9  # rows and columns from which on a kernel's border may tell how it was stored
 
@@ -34,9 +33,6 @@ def read(path: Path) -> Tensor:
     try:
         values = _numbers(path, notes)
         kernel = np.asarray(values).astype(np.float64, casting="same_kind")
-    except UnidentifiedImageError as error:
-        raise UserError(f"the kernel {path} is of no known format: give a picture, .npy, .npz, "
-                        ".mat, or a table as .txt, .csv or .tsv") from error
     except Exception as error:  # readers of damaged files raise all sorts
         raise UserError(f"cannot read the kernel {path}: "
                         f"{printable(' '.join(str(error).split()))}") from error
@@ -80,16 +76,15 @@ def _numbers(path: Path, notes: list[str]) -> np.ndarray:
                             if not name.startswith("__")})
     if suffix in (".txt", ".csv", ".tsv"):
         return _table(path.read_text(encoding="utf-8-sig"), notes)
-    pages = decode(path.read_bytes())
+    pages = read_pictures(path, (0, 1))  # the numbers as they are
     if len(pages) > 1:
         raise ValueError(f"it is a stack of {len(pages)} planes: save the one in focus")
-    page, = pages
-    notes += page.notes
-    colours = page.samples[..., :page.colours]
-    if page.samples.shape[2] > page.colours and colours.min() == colours.max():
+    pixels = pages[0].pixels.double()
+    if pages[0].alpha is not None and pixels.min() == pixels.max():
         raise ValueError("it is drawn in transparency, on one colour: save it without alpha, white "
                          "on black")
-    return colours.mean(-1, dtype=np.float64)
+    notes += filter(None, [pages[0].note])
+    return pixels.mean(0).numpy()
 
 
 def _only_array(arrays: dict[str, np.ndarray]) -> np.ndarray:
