@@ -81,10 +81,9 @@ BLACK_OR_WHITE = (GREY8 > 90) * np.uint8(255)
     ("bigtiff.tif", tiff(RGB16, bigtiff=True, byteorder=">"), RGB16, ".png"),
     ("white-is-zero.tif", tiff(GREY8, photometric="miniswhite"), 255 - GREY8, ".png"),
     ("alpha.tif", tiff(RGBA16, extrasamples=["unassalpha"]), RGBA16, ".png"),
-    ("int16.tif", tiff(GREY16.astype(np.int32).astype(np.int16)), GREY16.astype(np.int16), ".tif"),
+    ("int32.tif", tiff(RGB16.astype(np.int32) - 9), RGB16 - np.float32(9), ".tif"),
     ("dot.tif", tiff(RGB32[:1, :1]), RGB32[:1, :1], ".tif"),
     ("double.tif", tiff(RGB32.astype(float)), RGB32, ".tif"),
-    ("uint32.tif", tiff(RGB16.astype(np.uint32) * 250), RGB16.astype(np.uint32) * 250, ".tif"),
     ("float-to-255.tif", tiff(RGB32[..., 0] * 700), RGB32[..., 0] * 700, ".tif"),
     ("float-alpha.tif", tiff(np.dstack([RGB32, RGB32[..., 0]]), extrasamples=["unassalpha"]),
      np.dstack([RGB32, RGB32[..., 0]]), ".tif"),
@@ -116,7 +115,6 @@ def test_phones_formats(tmp_path, make, pixels, within):
 @pytest.mark.parametrize(("dtype", "largest", "white"), [
     (np.uint8, 9, 255), (np.uint16, 200, 255), (np.uint16, 256, 1023), (np.uint16, 4000, 4095),
     (np.uint16, 16383, 16383), (np.uint16, 16384, 65535), (np.uint16, 0, 65535),
-    (np.int16, 20000, 32767), (np.uint32, 70000, 2**18 - 1), (np.uint32, 2**32 - 1, 2**32 - 1),
 ])
 def test_integers_are_scaled_by_the_bits_that_they_use(tmp_path, dtype, largest, white):
     pixels = np.array([[0, largest // 2, largest]], dtype)
@@ -142,13 +140,10 @@ def test_floats_are_scaled_if_they_have_to_be(tmp_path, low, high, scale):
     assert picture.scale == scale and bool(picture.note) == (scale != (0, 1))
 
 
-def test_pixels_have_black_at_0_and_white_at_1(tmp_path):
-    tiff(np.array([[-100, 0, 300]], np.int16))(tmp_path / "a.tif")
-    picture, = read_pictures(tmp_path / "a.tif")
-    assert picture.pixels.tolist() == [[[0, 0.25, 1]]] and "-100 to 300" in picture.note
-    for bad in ((5, 1), (1, 1), (0, float("nan"))):
-        with pytest.raises(UserError, match="range"):
-            read_pictures(tmp_path / "a.tif", bad)
+@pytest.mark.parametrize("bad", [(5, 1), (1, 1), (0, float("nan"))])
+def test_a_range_that_is_none(bad):
+    with pytest.raises(UserError, match="range"):
+        read_pictures("never opened", bad)
 
 
 @pytest.mark.parametrize(("pixels", "written"), [
@@ -332,7 +327,7 @@ def test_no_pictures(tmp_path):
 @pytest.mark.parametrize(("make", "words"), [
     (tiff(np.where(RGB32 > 0.2, np.nan, RGB32)), "finite"),
     (tiff(RGB32 * np.float64(1e300)), "finite"),  # float64, and no float32
-    (tiff(GREY16.astype(complex)), "complex"), (tiff(GREY16.astype(np.uint64)), "uint64"),
+    (tiff(GREY16.astype(complex)), "complex"),
     (tiff(GREY16, photometric="miniswhite"), "mode I;16"),
     (tiff(np.moveaxis(RGB16, 2, 0), photometric="rgb", planarconfig="separate"), "save each page"),
     (tiff(np.dstack([RGB16] * 2), photometric="minisblack", planarconfig="contig"), "6 channels"),
@@ -343,7 +338,7 @@ def test_no_pictures(tmp_path):
     (lambda path: Image.fromarray(RGB8).convert("CMYK").save(path), "mode CMYK: save it in"),
     (lambda path: Image.fromarray(RGB8).convert("CMYK").save(path, "JPEG"), "mode CMYK"),
     (pillow(RGB8, format="TIFF", save_all=True, append_images=[Image.fromarray(GREY16)]),
-     "or several"),
+     "different types"),
 ])
 def test_what_is_refused(tmp_path, make, words):
     make(tmp_path / "a.tif")

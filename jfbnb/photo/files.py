@@ -27,7 +27,6 @@ from jfbnb.common import UserError, atomic_path, printable
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF")  # that Pillow may try
 TIFF, PNG = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
 ORIENTATION, ICC = 274, 34675  # tags of TIFF and EXIF
-NUMBERS = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float32")
 UNASSOCIATED = 2  # TIFF's number for alpha that the colours are not multiplied by
 
 # They log damaged metadata; a program that wants to know of it can still add a handler.
@@ -42,7 +41,7 @@ class Picture:
     Attributes:
         pixels: float32 (C, H, W), C 1 or 3, upright, from 0 for black to 1 for white. Floats may
             go beyond, and so may integers where the user gives a range.
-        dtype: of the numbers in the file: uint8, uint16, int32, float32, ...
+        dtype: of the numbers to write: uint8 or uint16 as in the file, float32 for all others.
         scale: the numbers that are black and white.
         limits: the smallest and the largest number to write; None for floats.
         note: one line if something was decided for the user, else "".
@@ -64,8 +63,8 @@ class Picture:
 
     @property
     def suffix(self) -> str:
-        """Of the file to write: .png for 8 and 16 bits, .tif for other numbers and for stacks."""
-        return ".png" if self.pages == 1 and self.dtype in (np.uint8, np.uint16) else ".tif"
+        """Of the file to write: .png for integers, .tif for floats and for stacks."""
+        return ".png" if self.pages == 1 and self.dtype.kind == "u" else ".tif"
 
     def with_pixels(self, pixels: Tensor) -> "Picture":
         """The same picture with other pixels, (C, H', W') for any H' and W'.
@@ -87,10 +86,10 @@ def read_pictures(
 ) -> list[Picture]:
     """Every page of a TIFF, or the one picture of another file; of an animation the first.
 
-    8 bits are divided by 255. Wider integers seldom fill their type: they are divided by the
-    smallest of 2^8 - 1, 2^10 - 1, 2^12 - 1, ... that holds the largest of all pages. Floats stay
-    as they are if they about fit in [0, 1], and are divided by a power of two if not. `note` says
-    so. float32 has 24 bits: of larger integers the last ones are rounded off.
+    8 bits are divided by 255. 16 bits are seldom all used: they are divided by the smallest of
+    2^8 - 1, 2^10 - 1, 2^12 - 1, ... that holds the largest of all pages. All other numbers are
+    taken for floats: they stay as they are if they about fit in [0, 1], and are divided by a power
+    of two if not. `note` says so.
 
     Args:
         source: a file, whatever its name ends in, or the content of one.
@@ -111,9 +110,13 @@ def read_pictures(
             if Path(source).exists() and not Path(source).is_file():
                 raise ValueError("it is no file")  # a pipe would be waited for
             source = io.BytesIO(Path(source).read_bytes())
+        content = source.getvalue()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on damaged metadata
-            return _to_pictures(_decode(source.getvalue()), value_range)
+            if content.startswith(TIFF):
+                return _to_pictures(_read_tiff(content), value_range)
+            heif = content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis")
+            return _to_pictures([(_read_heif if heif else _read_with_pillow)(content)], value_range)
     except MemoryError:
         raise
     except Exception as error:  # readers of damaged files raise all sorts
@@ -136,14 +139,6 @@ class Page(NamedTuple):
     note: str = ""
     icc: bytes | None = None
     exif: bytes | None = None
-
-
-def _decode(content: bytes) -> list[Page]:
-    if content.startswith(TIFF):
-        return _read_tiff(content)
-    if content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis"):
-        return [_read_heif(content)]
-    return [_read_with_pillow(content)]
 
 
 def _read_with_pillow(content: bytes, index: int = 0) -> Page:
@@ -227,8 +222,10 @@ def _read_tiff_page(page: tifffile.TiffPage, content: bytes) -> Page:
     if page.samplesperpixel in (2, 4) and page.extrasamples != (UNASSOCIATED,):
         raise ValueError("its last channel is no plain alpha: save it without")
     samples = page.asarray()
-    samples = samples.astype(np.float32 if samples.dtype.kind == "f"
-                             else samples.dtype.newbyteorder("="), copy=False)
+    if samples.dtype.kind not in "uif":
+        raise ValueError(f"its numbers are of type {samples.dtype}: save it as integers or floats")
+    kept = next((t for t in (np.uint8, np.uint16) if samples.dtype.name == t.__name__), np.float32)
+    samples = samples.astype(kept, copy=False)
     return Page(_upright(samples, page.tags.valueof(ORIENTATION, default=1)),
                 icc=page.tags.valueof(ICC))
 
@@ -239,21 +236,20 @@ def _read_tiff_page(page: tifffile.TiffPage, content: bytes) -> Page:
 def _to_pictures(pages: list[Page], value_range: tuple[float, float] | None) -> list[Picture]:
     """All pages share a scale, and the first of them has the note on it."""
     dtype = pages[0].samples.dtype
-    if dtype.name not in NUMBERS or any(page.samples.dtype != dtype for page in pages):
-        raise ValueError(f"its numbers are of type {dtype}, or several: save all pages as floats "
-                         "or as integers of 8, 16 or 32 bits")
+    if any(page.samples.dtype != dtype for page in pages):
+        raise ValueError("its pages have numbers of different types: save them alike")
     split = [np.split(page.samples, [3 if page.samples.shape[2] > 2 else 1], axis=2)
              for page in pages]
     low, high = (end([end(colours) for colours, _ in split]).item() for end in (np.min, np.max))
     if not np.isfinite([low, high]).all():
         raise ValueError("it holds values that are no finite numbers: replace them")
-    limits = None if dtype.kind == "f" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    black, white = value_range or _choose_scale(low, high, limits)
+    full = np.iinfo(dtype).max if dtype.kind == "u" else 1
+    black, white = value_range or _choose_scale(low, high, full)
+    limits = None if dtype.kind == "f" else (0, full if value_range else white)
     scale_note = ""
-    if not value_range and (black, white) != (0, limits[1] if limits else 1):
+    if not value_range and (black, white) != (0, full):
         scale_note = (f"its numbers go from {low:.4g} to {high:.4g}: {black:.4g} is taken for "
                       f"black and {white:.4g} for white; if that is wrong, give the range LOW,HIGH")
-        limits = (0, white) if limits and low >= 0 else limits
     pictures = []
     for page, (colours, alpha) in zip(pages, split, strict=True):
         pixels = np.stack([((channel.astype(np.float64) - black) / (white - black))
@@ -266,13 +262,11 @@ def _to_pictures(pages: list[Page], value_range: tuple[float, float] | None) -> 
     return pictures
 
 
-def _choose_scale(low: float, high: float, limits: tuple[int, int] | None) -> tuple[float, float]:
-    """The numbers to take for black and white where they go from `low` to `high`."""
-    if limits and low < 0:
-        return low, max(high, low + 1)
-    if limits:
-        fitting = next(2**bits - 1 for bits in range(8, 34, 2) if high < 2**bits)
-        return 0, min(fitting, limits[1]) if high else limits[1]
+def _choose_scale(low: float, high: float, full: int) -> tuple[float, float]:
+    """The numbers to take for black and white; full is the largest of a type, 1 for floats."""
+    if full > 1:
+        bits = next(bits for bits in range(8, 18, 2) if high < 2**bits)
+        return 0, min(2**bits - 1, full) if high else full
     if (low >= -0.5 and 0.05 < high <= 1.5) or low == high == 0:
         return 0.0, 1.0
     black = low if low < -0.05 * abs(high) else 0.0
