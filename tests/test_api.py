@@ -16,6 +16,7 @@ import torch
 import jfbnb
 from jfbnb import UserError
 from jfbnb.core import kernels
+from jfbnb.core.models import Restorer
 from jfbnb.photo import arrays
 
 KERNEL = np.outer((1, 4, 6, 4, 1), (1, 4, 6, 4, 1)) / 256
@@ -168,6 +169,15 @@ def test_restored_is_nearer_to_the_truth():
     assert ((image - truth) ** 2).mean() < 0.5 * ((d - truth) ** 2).mean()
 
 
+def test_a_doubtful_result_is_the_safer_methods_unless_one_is_named(photo, monkeypatch):
+    methods = {"jfb": Restorer(lambda A, d, noise_std: (A.guess(d) * 3 - 1, None)),
+               "total-variation": Restorer(lambda A, d, noise_std: (A.guess(d), None))}
+    monkeypatch.setattr(arrays, "load", lambda name, device: methods[name])
+    safe, insisted = (jfbnb.deblur(photo, KERNEL, 0.01, method) for method in (None, "jfb"))
+    assert safe.doubtful and insisted.doubtful and safe.warnings == insisted.warnings
+    assert np.array_equal(safe.image, photo) and not np.array_equal(insisted.image, photo)
+
+
 def test_warnings_are_values(photo, tikhonov):
     warning, = jfbnb.deblur(photo, KERNEL, 0.1, tikhonov).warnings
     assert warning.kind == "noise" and str(warning).endswith(f": try noise_std="
@@ -204,6 +214,7 @@ GREY = np.full((20, 20), 0.5)
     ((GREY, KERNEL, -0.01), "noise std -0.01: give it on the scale"),
     ((GREY, KERNEL, 0.01, "magic"), "unknown method 'magic'"),
     ((GREY, KERNEL, 0.01, "tikhonov", "mirror"), "border 'mirror'"),
+    ((GREY, KERNEL, 0.01, "tikhonov", "unknown", "loud"), "gamma loud: give auto, srgb"),
 ])
 def test_nonsense_is_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:

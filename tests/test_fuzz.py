@@ -334,20 +334,7 @@ def test_checkpoints(edits):
         optimizer.step()
 
 
-# --- settings and commands ------------------------------------------------------------------------
-
-
-@fuzz
-@given(TEXTS | st.just("seed: 0\ndata: bundled\nbudget: 3\n"), EDITS)
-def test_profiles(text, edits):
-    known = reproduce.known_parameters()
-    with trial() as folder:
-        file = folder / "notebooks" / "profiles" / "quick.yaml"
-        file.parent.mkdir(parents=True)
-        file.write_bytes(damaged(text.encode("utf-8", "replace"), edits))
-        with mock.patch.object(checkout, "ROOT", folder):
-            given = reproduce.load_profile("quick")
-        reproduce.check_parameters(given, known)
+# --- commands -------------------------------------------------------------------------------------
 
 
 FILES = ("a.jpg", "grey.png", "one.png", "bomb.png", "a.eps", "deep.png", "nowhere.png", "text.png",
