@@ -224,10 +224,10 @@ def _read_tiff_page(page: tifffile.TiffPage, content: bytes) -> Page:
     samples = page.asarray()
     if samples.dtype.kind not in "uif":
         raise ValueError(f"its numbers are of type {samples.dtype}: save it as integers or floats")
-    kept = next((t for t in (np.uint8, np.uint16) if samples.dtype.name == t.__name__), np.float32)
-    samples = samples.astype(kept, copy=False)
-    return Page(_upright(samples, page.tags.valueof(ORIENTATION, default=1)),
-                icc=page.tags.valueof(ICC))
+    kept = samples.dtype.name if samples.dtype.name in ("uint8", "uint16") else "float32"
+    orientation, icc = page.tags.valueof(ORIENTATION, default=1), page.tags.valueof(ICC)
+    return Page(_upright(samples.astype(kept, copy=False), orientation),
+                icc=icc if isinstance(icc, bytes) else None)
 
 
 # --- from numbers to pixels -------------------------------------------------------------------
@@ -304,14 +304,15 @@ def write_pictures(path: str | Path, pictures: list[Picture]) -> None:
 
 def _to_samples(picture: Picture) -> np.ndarray:
     """The numbers to write, (H, W) or (H, W, C)."""
-    low, high = picture.scale
-    values = np.moveaxis(picture.pixels.numpy(), 0, -1).astype(np.float64) * (high - low) + low
-    if picture.limits is not None:
-        values = np.rint(values).clip(*picture.limits)
-    samples = values.astype(picture.dtype)
+    (low, high), channels = picture.scale, []
+    for channel in picture.pixels.numpy():
+        values = channel.astype(np.float64) * (high - low) + low
+        if picture.limits is not None:
+            values = np.rint(values).clip(*picture.limits)
+        channels.append(values.astype(picture.dtype))
     if picture.alpha is not None:
-        samples = np.dstack([samples, picture.alpha])
-    return samples if samples.shape[2] > 1 else samples[..., 0]
+        channels.append(picture.alpha)
+    return np.stack(channels, axis=-1) if len(channels) > 1 else channels[0]
 
 
 def _to_png(picture: Picture) -> bytes:
