@@ -209,10 +209,8 @@ GREY = np.full((20, 20), 0.5)
     ((GREY, KERNEL - KERNEL.mean()), r"a kernel of shape \(5, 5\) and sum"),
     ((GREY, np.inf * KERNEL), "and sum inf"),
     ((GREY, jfbnb.Inpainting(np.ones((20, 20)))), "a kernel of type Inpainting"),
-    ((GREY, "box:3"), "is no file: give one, or gaussian:STD"),
     ((GREY, KERNEL, "much"), "noise std much: give it on the scale"),
     ((GREY, KERNEL, -0.01), "noise std -0.01: give it on the scale"),
-    ((GREY, KERNEL, 0.01, "magic"), "unknown method 'magic'"),
     ((GREY, KERNEL, 0.01, "tikhonov", "mirror"), "border 'mirror'"),
     ((GREY, KERNEL, 0.01, "tikhonov", "unknown", "loud"), "gamma loud: give auto, srgb"),
 ])

@@ -39,11 +39,10 @@ def read(path: Path) -> Tensor:
                         f"{printable(' '.join(str(error).split()))}") from error
     if kernel.ndim > 2:
         kernel = kernel.squeeze()
-    if kernel.ndim != 2 or not kernel.size or max(kernel.shape) > MOST:
-        raise UserError(f"the kernel {path} has the shape {kernel.shape}: give rows and columns, "
-                        f"at most {MOST} of them, and one plane of a stack")
-    if not abs(kernel).max() < 1e300:
-        raise UserError(f"the kernel {path} has values that are not finite, or too large: mend it")
+    if not (kernel.ndim == 2 and kernel.size and max(kernel.shape) <= MOST
+            and abs(kernel).max() < 1e300):
+        raise UserError(f"the kernel {path} has the shape {kernel.shape}: give finite numbers in "
+                        f"rows and columns, at most {MOST} of them, and one plane of a stack")
     kernel = _centred(_without_pedestal(kernel, path, notes), notes)
     if not kernel.sum() > 1e-9 * abs(kernel).sum():
         raise UserError(f"the kernel {path} has the sum {kernel.sum():.3g}: a blur's kernel has a "
