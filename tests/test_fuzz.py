@@ -13,10 +13,8 @@ import os
 import platform
 import signal
 import sys
-import tarfile
 import tempfile
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -35,13 +33,11 @@ from PIL import Image
 
 from jfbnb import data
 from jfbnb.common import UserError
-from jfbnb.core import denoisers
 from jfbnb.core.operators import Blur
 from jfbnb.photo import files
 from jfbnb.run import checkout, reproduce, sweep, train
 from jfbnb.run.command import main
-from jfbnb.training import checkpoints, methods
-from jfbnb.training.weights import load_denoiser
+from jfbnb.training import methods
 
 resource = pytest.importorskip("resource", reason="measures the way of Unix")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -277,61 +273,6 @@ def test_data_folders(files, edits):
                 else:
                     path.symlink_to(path if kind == "." else kind)
         data.load_images(folder / "data", 8, warn=str.encode)
-
-
-@fuzz
-@given(st.sampled_from(("zip", "tar", "tar.gz", "tar.xz")), st.lists(st.tuples(
-    st.sampled_from(NAMES), st.sampled_from(
-        (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE,
-         tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE)), CONTENTS), max_size=4), EDITS)
-def test_archives(kind, members, edits):
-    with trial() as folder:
-        file = folder / f"a.{kind}"
-        if kind == "zip":
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-                for name, _, content in members:
-                    archive.writestr(name.encode("utf-8", "replace").decode(), content)
-        else:
-            with tarfile.open(file, f"w:{kind[4:]}") as archive:
-                for name, flag, content in members:
-                    member = tarfile.TarInfo(name)
-                    member.type, member.linkname = flag, "/etc/passwd"
-                    member.size = len(content) if flag == tarfile.REGTYPE else 0
-                    archive.addfile(member, io.BytesIO(content))
-        file.write_bytes(damaged(file.read_bytes(), edits))
-        data.load_images(file, 8, warn=str.encode)
-
-
-# --- networks -------------------------------------------------------------------------------------
-
-@fuzz
-@given(edits=EDITS)
-def test_damaged_weights(weights, edits):
-    with trial() as folder:
-        file = folder / "denoiser.safetensors"
-        file.write_bytes(damaged((weights / file.name).read_bytes(), edits))
-        load_denoiser(file)(torch.zeros(1, 3, 8, 8))
-
-
-@fuzz
-@given(EDITS)
-def test_checkpoints(edits):
-    """A damaged newest one, then the good one before it: that one is used."""
-    with trial() as folder:
-        file = folder / "k.safetensors"
-        D = denoisers.Denoiser(denoisers.DnCNN(2, 4), 0.04)
-        optimizer = torch.optim.Adam(D.parameters())
-        D(torch.zeros(1, 3, 8, 8)).sum().backward()
-        optimizer.step()
-        for epochs in (1, 2):
-            history = [{"epoch": 1 + i} for i in range(epochs)]
-            checkpoints.save_checkpoint(file, D, optimizer, history)
-        good = file.read_bytes()
-        file.write_bytes(damaged(good, edits))
-        whole = file.read_bytes() == good
-        assert len(checkpoints.resume(file, D, optimizer, str.encode)) == 1 + whole
-        assert all(value.isfinite().all() for value in D.state_dict().values())
-        optimizer.step()
 
 
 # --- commands -------------------------------------------------------------------------------------
