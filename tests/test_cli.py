@@ -39,36 +39,22 @@ def refused(capsys, *words) -> str:
     return lines[0]
 
 
-def test_evaluate_writes_json(capsys, image_folder, weights, tmp_path):
-    file = tmp_path / "results.json"
-    status, out, _ = run(capsys, "evaluate", "--data", image_folder, "--weights", weights,
-                         "--method", "tikhonov", "--method", "jfb", "--limit", 3, "--json", file)
-    assert status == 0 and "tikhonov" in out
-    results = json.loads(file.read_text())
-    assert results["images"] == 3 and results["protocol"] == "paper"
-    assert set(results["methods"]) == {"tikhonov", "jfb"}
-    row = results["methods"]["jfb"]
-    assert set(row) == {"images", "psnr", "psnr_se", "ssim", "ssim_se", "converged",
-                        "median_iterations", "seconds_per_image"}
-    assert results["methods"]["tikhonov"]["median_iterations"] is None
-    assert results["methods"]["tikhonov"]["psnr"] > 20
-
-
-def test_evaluate_counts_what_it_skips(capsys, image_folder, weights, tmp_path):
+def test_evaluate_writes_json_and_says_what_is_amiss(capsys, image_folder, weights, tmp_path):
     (image_folder / "000002.jpg").write_bytes(b"not a picture")
     file = tmp_path / "results.json"
-    status, _, err = run(capsys, "evaluate", "--data", image_folder, "--weights", weights,
-                         "--method", "tikhonov", "--json", file)
-    assert status == 0 and "000002.jpg" in err
-    assert json.loads(file.read_text())["skipped"] == 1
-
-
-def test_evaluate_names_the_images_that_do_not_converge(capsys, image_folder, weights):
-    # The untrained denoiser of the fixture is the identity: the solve heads for A^-1 d, slowly.
     status, out, err = run(capsys, "evaluate", "--data", image_folder, "--weights", weights,
-                           "--method", "jfb", "--method", "tikhonov", "--limit", 2)
-    assert status == 0 and "jfb" in out
-    (line,) = err.strip().splitlines()
+                           "--method", "tikhonov", "--method", "jfb", "--limit", 3, "--json", file)
+    assert status == 0 and "tikhonov" in out
+    results = json.loads(file.read_text())
+    assert results["images"] == 2 and results["skipped"] == 1 and results["protocol"] == "paper"
+    assert set(results["methods"]) == {"tikhonov", "jfb"}
+    assert set(results["methods"]["jfb"]) == {"images", "psnr", "psnr_se", "ssim", "ssim_se",
+                                              "converged", "median_iterations", "seconds_per_image"}
+    assert results["methods"]["tikhonov"]["median_iterations"] is None
+    assert results["methods"]["tikhonov"]["psnr"] > 20
+    # The untrained denoiser of the fixture is the identity: the solve heads for A^-1 d, slowly.
+    skipped, line = err.strip().splitlines()
+    assert "000002.jpg" in skipped
     assert line.startswith("warning: jfb: 2 of 2 images did not converge: 00000")
     assert "(relative residual " in line
 
@@ -122,7 +108,8 @@ def test_a_photograph_from_a_camera_gets_better(capsys, tmp_path):
     camera(photo, kernel, 0.01).save(tmp_path / "a.png")
     deblur = ("deblur", tmp_path / "a.png", "--out", tmp_path, "--method", "jfb")
     status, out, err = run(capsys, *deblur, "--kernel", tmp_path / "kernel.txt")
-    assert status == 0 and not err and "(noise 0.01" in out
+    assert status == 0 and not err
+    assert float(re.search(r"\(noise ([\d.]+),", out)[1]) == pytest.approx(0.01, rel=0.2)
     blurred = distance(tmp_path / "a.png", photo)
     assert distance(tmp_path / "a-jfb.png", photo) > blurred + 4
     # A kernel drawn by name, which is not quite that one; the U-Net gains less there.
@@ -178,6 +165,7 @@ def test_nothing_of_a_picture_is_lost(capsys, weights, tmp_path):
     Image.new("L", (30, 40), 128).save(tmp_path / "grey.png")
     Image.new("RGBA", (30, 40), (9, 9, 9, 0)).save(tmp_path / "clear.png")
     tifffile.imwrite(tmp_path / "float.tif", np.full((40, 30), 0.4, np.float32))
+    tifffile.imwrite(tmp_path / "stack.tif", np.full((2, 40, 30), 128, np.uint8))
     out = tmp_path / "out"
     files = [tmp_path / name for name in ("grey.png", "clear.png", "float.tif")]
     assert run(capsys, "blur", *files, "--out", out, "--noise-std", 0)[0] == 0
@@ -186,13 +174,9 @@ def test_nothing_of_a_picture_is_lost(capsys, weights, tmp_path):
     assert clear.mode == "RGBA" and clear.getpixel((15, 20)) == (9, 9, 9, 0)
     values = tifffile.imread(out / "float-blurred.tif")
     assert values.dtype == np.float32 and np.allclose(values, 0.4, atol=1e-6)
-
-
-def test_every_page_has_noise_of_its_own(capsys, tmp_path):
-    tifffile.imwrite(tmp_path / "stack.tif", np.full((2, 40, 30), 128, np.uint8))
-    assert run(capsys, "blur", tmp_path / "stack.tif", "--out", tmp_path / "o")[0] == 0
-    first, second = tifffile.imread(tmp_path / "o" / "stack-blurred.tif")
-    assert (first != second).any()
+    assert run(capsys, "blur", tmp_path / "stack.tif", "--out", out)[0] == 0
+    first, second = tifffile.imread(out / "stack-blurred.tif")
+    assert (first != second).any()  # every page has noise of its own
 
 
 def test_a_bad_picture_among_good_ones(capsys, image_folder, tmp_path):
@@ -224,28 +208,19 @@ def test_bad_data_and_weights(capsys, image_folder, weights, tmp_path):
     assert "damaged" in line
 
 
-def test_bad_images(capsys, weights, tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "small.png")
-    line = refused(capsys, "deblur", tmp_path / "small.png", "--out", tmp_path / "o",
-                   "--weights", weights)
-    assert "smaller than the 5 x 5 blur kernel" in line
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
-    assert "cannot read the image" in refused(capsys, "blur", tmp_path / "broken.png",
-                                              "--out", tmp_path / "o")
-    assert "cannot read the image" in refused(capsys, "blur", tmp_path / "none.png",
-                                              "--out", tmp_path / "o")
-    assert "cannot read the image" in refused(capsys, "blur", tmp_path, "--out", tmp_path / "o")
-    assert not (tmp_path / "o").exists()
-
-
-def test_an_image_still_to_be_read_is_not_written(capsys, tmp_path):
-    for name in ("a.png", "a-blurred.png"):
+def test_files_that_would_be_lost(capsys, tmp_path):
+    for name in ("a.png", "a-blurred.png", "b/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20)).save(tmp_path / name)
     before = (tmp_path / "a-blurred.png").read_bytes()
-    line = refused(capsys, "blur", tmp_path / "a.png", tmp_path / "a-blurred.png", "--out",
-                   tmp_path)
-    assert "is to be read and would be written" in line
+    for other, words in (("a-blurred.png", "is to be read and would be written"),
+                         ("b/a.png", "would become one file")):
+        assert words in refused(capsys, "blur", tmp_path / "a.png", tmp_path / other, "--out",
+                                tmp_path)
     assert (tmp_path / "a-blurred.png").read_bytes() == before
+    target = tmp_path / "a.png"
+    assert str(target) in refused(capsys, "blur", target, "--out", target)  # no folder
+    assert target.exists() and len(list(tmp_path.iterdir())) == 3
 
 
 def test_results_that_cannot_be_written_are_refused_before_measuring(capsys, image_folder, weights,
@@ -276,36 +251,17 @@ def test_no_image_that_is_not_finite(capsys, image_folder, weights, tmp_path):
     assert "no finite picture" in line and not (tmp_path / "o").exists()
 
 
-def test_two_images_for_one_output(capsys, tmp_path):
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        Image.new("RGB", (20, 20)).save(tmp_path / folder / "x.png")
-    line = refused(capsys, "blur", tmp_path / "a/x.png", tmp_path / "b/x.png", "--out", tmp_path)
-    assert "would become one file" in line
-
-
 def test_bad_names_and_numbers(capsys, image_folder, weights, tmp_path):
     evaluate = ("evaluate", "--data", image_folder, "--weights", weights)
-    assert "unknown method 'nope'" in refused(capsys, *evaluate, "--method", "nope")
     assert "unknown protocol 'nope'" in refused(capsys, *evaluate, "--protocol", "nope")
     assert "--limit 0" in refused(capsys, *evaluate, "--limit", "0")
-    assert "unknown device 'tpu'" in refused(capsys, *evaluate, "--device", "tpu")
     blur = ("blur", image_folder / "000001.jpg", "--out", tmp_path / "o")
-    assert "kernel size 4" in refused(capsys, *blur, "--kernel", "gaussian:1,4")
-    assert "std 0.0" in refused(capsys, *blur, "--kernel", "gaussian:0")
-    assert "is no file: give one, or gaussian:STD" in refused(capsys, *blur, "--kernel", "box:3")
     assert "--range 5" in refused(capsys, *blur, "--range", "5")
     assert "seed -1" in refused(capsys, *blur, "--seed", "-1")
-    assert "noise std 1e-200" in refused(capsys, "deblur", *blur[1:], "--noise-std", "1e-200")
-    assert "noise std nan" in refused(capsys, *blur, "--noise-std", "nan")
+    # A negative number is a value and not an option.
+    assert "noise std -0.01" in refused(capsys, "deblur", *blur[1:], "--noise-std", "-0.01")
+    assert "cannot read the image" in refused(capsys, "blur", tmp_path, "--out", tmp_path / "o")
     assert not (tmp_path / "o").exists()
-
-
-def test_unwritable_output_keeps_what_was_there(capsys, image_folder, tmp_path):
-    file = tmp_path / "file"
-    file.write_text("mine")
-    line = refused(capsys, "blur", image_folder / "000001.jpg", "--out", file)
-    assert str(file) in line and file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"),
@@ -403,18 +359,6 @@ def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("jfbnb.data.download_celeba", lambda out: out.absolute())
     assert str(tmp_path / "data" / "celeba") in run(capsys, "data", "celeba", "--download")[1]
-
-
-def test_train_refuses_numbers_out_of_range(capsys, tmp_path):
-    line = refused(capsys, "train", "jfb", "-p", "budget=0", "--out", tmp_path / "out")
-    assert "parameter budget must be positive, not 0" in line
-
-
-def test_a_negative_number_is_a_value_and_not_an_option(capsys, tmp_path):
-    file = tmp_path / "a.png"
-    Image.fromarray(np.full((20, 24, 3), 128, np.uint8)).save(file)
-    line = refused(capsys, "deblur", file, "--out", tmp_path, "--noise-std", "-0.01")
-    assert "noise std -0.01" in line
 
 
 def test_lab_opens_the_first_notebook_trusted_at_the_root_of_the_checkout(monkeypatch, capsys):

@@ -14,7 +14,6 @@ import torch
 from PIL import Image, ImageCms, ImageOps
 
 from jfbnb.common import UserError
-from jfbnb.photo import files, formats
 from jfbnb.photo.files import Picture, read_pictures, write_pictures
 
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -64,28 +63,27 @@ def heic(pixels, **options):
         path, quality=-1, chroma=444, **options)
 
 
+BLACK_OR_WHITE = (GREY8 > 90) * np.uint8(255)
+
+
 @pytest.mark.parametrize(("name", "make", "pixels", "suffix"), [
     ("8.png", png(RGB8), RGB8, ".png"),
-    ("grey8.gif", pillow(GREY8), GREY8, ".png"),
+    ("greys.gif", pillow(GREY8), np.dstack([GREY8] * 3), ".png"),  # a palette is one of colours
     ("8.webp", pillow(RGB8, lossless=True), RGB8, ".png"),
-    ("8.ppm", pillow(RGB8), RGB8, ".png"),
-    ("1.png", pillow(GREY8 > 90), (GREY8 > 90) * np.uint8(255), ".png"),
-    ("fax.tif", pillow(GREY8 > 90, compression="group4"), (GREY8 > 90) * np.uint8(255), ".png"),
+    ("8.bmp", pillow(RGB8), RGB8, ".png"),
+    ("1.png", pillow(GREY8 > 90), BLACK_OR_WHITE, ".png"),
+    ("fax.tif", pillow(GREY8 > 90, compression="group4"), BLACK_OR_WHITE, ".png"),
     ("grey-alpha16.png", png(RGB16[..., :2]), RGB16[..., :2], ".png"),
     ("rgb-alpha16.png", png(RGBA16), RGBA16, ".png"),
-    ("planes.tif", tiff(np.moveaxis(RGB16, 2, 0), photometric="rgb", planarconfig="separate"),
-     RGB16, ".png"),
     ("tiles.jpg", tiff(RGB16, tile=(16, 16)), RGB16, ".png"),  # whatever its name says
     ("strips.tif", tiff(RGB16, rowsperstrip=4, compression="lzw", predictor=True), RGB16, ".png"),
     ("12-bits.tif", tiff(GREY16 >> 4, bitspersample=12), GREY16 >> 4, ".png"),
-    ("bigtiff.tif", tiff(RGB16, bigtiff=True), RGB16, ".png"),
-    ("white-is-zero.tif", tiff(GREY16, photometric="miniswhite"), 65535 - GREY16, ".png"),
+    ("bigtiff.tif", tiff(RGB16, bigtiff=True, byteorder=">"), RGB16, ".png"),
+    ("white-is-zero.tif", tiff(GREY8, photometric="miniswhite"), 255 - GREY8, ".png"),
     ("alpha.tif", tiff(RGBA16, extrasamples=["unassalpha"]), RGBA16, ".png"),
-    ("int16.tif", tiff(GREY16.astype(np.int32).astype(np.int16)), GREY16.astype(np.int16), ".tif"),
+    ("int32.tif", tiff(RGB16.astype(np.int32) - 9), RGB16 - np.float32(9), ".tif"),
     ("dot.tif", tiff(RGB32[:1, :1]), RGB32[:1, :1], ".tif"),
     ("double.tif", tiff(RGB32.astype(float)), RGB32, ".tif"),
-    ("uint32.tif", tiff(RGB16.astype(np.uint32) * 250), RGB16.astype(np.uint32) * 250, ".tif"),
-    ("big-endian-float.tif", tiff(RGB32, byteorder=">"), RGB32, ".tif"),
     ("float-to-255.tif", tiff(RGB32[..., 0] * 700), RGB32[..., 0] * 700, ".tif"),
     ("float-alpha.tif", tiff(np.dstack([RGB32, RGB32[..., 0]]), extrasamples=["unassalpha"]),
      np.dstack([RGB32, RGB32[..., 0]]), ".tif"),
@@ -117,7 +115,6 @@ def test_phones_formats(tmp_path, make, pixels, within):
 @pytest.mark.parametrize(("dtype", "largest", "white"), [
     (np.uint8, 9, 255), (np.uint16, 200, 255), (np.uint16, 256, 1023), (np.uint16, 4000, 4095),
     (np.uint16, 16383, 16383), (np.uint16, 16384, 65535), (np.uint16, 0, 65535),
-    (np.int16, 20000, 32767), (np.uint32, 70000, 2**18 - 1), (np.uint32, 2**32 - 1, 2**32 - 1),
 ])
 def test_integers_are_scaled_by_the_bits_that_they_use(tmp_path, dtype, largest, white):
     pixels = np.array([[0, largest // 2, largest]], dtype)
@@ -143,26 +140,22 @@ def test_floats_are_scaled_if_they_have_to_be(tmp_path, low, high, scale):
     assert picture.scale == scale and bool(picture.note) == (scale != (0, 1))
 
 
-def test_pixels_have_black_at_0_and_white_at_1(tmp_path):
-    tiff(np.array([[-100, 0, 300]], np.int16))(tmp_path / "a.tif")
+@pytest.mark.parametrize("bad", [(5, 1), (1, 1), (0, float("nan"))])
+def test_a_range_that_is_none(bad):
+    with pytest.raises(UserError, match="range"):
+        read_pictures("never opened", bad)
+
+
+@pytest.mark.parametrize(("pixels", "written"), [
+    (np.array([[0, 9, 4095]], np.uint16), [[0, 2049, 4095]]),
+    (np.array([[0, 9, 60000]], np.uint16), [[0, 32794, 65535]]),
+    (np.array([[0, 0.5, 1]], np.float32), np.float32([[-0.1, 0.5004, 1.1]]).tolist())])
+def test_integers_are_rounded_and_cut_off_and_floats_are_not(tmp_path, pixels, written):
+    tiff(pixels)(tmp_path / "a.tif")
     picture, = read_pictures(tmp_path / "a.tif")
-    assert picture.pixels.tolist() == [[[0, 0.25, 1]]] and "-100 to 300" in picture.note
-    for bad in ((5, 1), (1, 1), (0, float("nan"))):
-        with pytest.raises(UserError, match="range"):
-            read_pictures(tmp_path / "a.tif", bad)
-
-
-def test_integers_are_rounded_and_cut_off_and_floats_are_not(tmp_path):
-    def write(pixels, values):
-        tiff(pixels)(tmp_path / "a.tif")
-        picture = read_pictures(tmp_path / "a.tif")[0].with_pixels(torch.tensor([[values]]))
-        write_pictures(tmp_path / "b.tif", [picture])
-        return stored(tmp_path / "b.tif").tolist()
-
-    values = [-0.1, 0.5004, 1.1]
-    assert write(np.array([[0, 9, 4095]], np.uint16), values) == [[0, 2049, 4095]]
-    assert write(np.array([[0, 9, 60000]], np.uint16), values) == [[0, 32794, 65535]]
-    assert write(np.array([[0, 0.5, 1]], np.float32), values) == np.float32([values]).tolist()
+    write_pictures(tmp_path / "b.tif",
+                   [picture.with_pixels(torch.tensor([[[-0.1, 0.5004, 1.1]]]))])
+    assert stored(tmp_path / "b.tif").tolist() == written
 
 
 # --- what else is in a file -------------------------------------------------------------------
@@ -175,6 +168,7 @@ def test_orientation_is_applied_once_and_to_alpha_too(tmp_path, orientation):
     makers = {"a.png": pillow(np.dstack([RGB8, GREY8]), exif=exif),
               "a.jpg": pillow(RGB8, exif=exif), "a.avif": pillow(RGB8, exif=exif),
               "a.heic": heic(RGB8, exif=exif.tobytes()),
+              "palette.tif": lambda path: Image.fromarray(RGB8).quantize().save(path, exif=exif),
               "a.tif": tiff(GREY16, extratags=[(ORIENTATION, 3, 1, orientation, True)])}
     for name, make in makers.items():
         make(tmp_path / name)
@@ -184,96 +178,76 @@ def test_orientation_is_applied_once_and_to_alpha_too(tmp_path, orientation):
               Image.open(io.BytesIO(content))) as image:  # by name Pillow garbles such a TIFF
             if name == "a.heic":
                 image.getexif()[ORIENTATION] = orientation
-            expected = np.array(ImageOps.exif_transpose(image))
+            expected = ImageOps.exif_transpose(image)
+        expected = np.array(expected.convert("RGB") if expected.mode == "P" else expected)
         assert stored(target).shape == expected.shape
         assert np.abs(stored(target).astype(int) - expected).max() <= (3 if name == "a.heic" else 0)
         with Image.open(target) as image:
             assert ORIENTATION not in image.getexif()
 
 
-def camera_exif(byteorder: str) -> bytes:
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.png", "grey16.png", "a.tif", "float.tif",
+                                  "a.avif", "a.heic", "stack.tif"])
+@pytest.mark.parametrize("byteorder", "<>")
+def test_profile_and_exif_are_kept(tmp_path, name, byteorder):
+    pixels = {"grey16.png": GREY16, "float.tif": RGB32[..., 0]}.get(name, RGB8)
     exif = Image.Exif()
     exif.endian = byteorder
     exif[ORIENTATION], exif[0x010F], exif[COPYRIGHT] = 6, "Maker", "© Jörg".encode()
     exif[EXIF] = {33434: 0.004, 34855: 400, 36867: "2020:01:02 03:04:05"}
     exif[GPS] = {1: "N", 2: (10.0, 20.0, 30.5)}
-    return exif.tobytes()
-
-
-@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.png", "grey16.png", "a.tif", "float.tif",
-                                  "a.avif", "a.heic", "stack.tif"])
-@pytest.mark.parametrize("byteorder", "<>")
-def test_profile_exif_and_resolution_are_kept(tmp_path, monkeypatch, name, byteorder):
-    pixels = {"grey16.png": GREY16, "float.tif": RGB32[..., 0]}.get(name, RGB8)
-    exif, data = Image.Exif(), camera_exif(byteorder)
+    data = exif.tobytes()
     exif.load(data)
-    options = {"exif": data, "icc_profile": SRGB, "dpi": (300, 200)}
+    options = {"exif": data, "icc_profile": SRGB}
     if name == "stack.tif":
         options |= {"save_all": True, "append_images": [Image.fromarray(pixels)]}
     (heic if name == "a.heic" else pillow)(pixels, **options)(tmp_path / name)
     pictures, target = rewrite(tmp_path / name)
-    if byteorder == ">":  # a BigTIFF, though it has far less than 4 GiB
-        monkeypatch.setattr(files, "MAX_TIFF", 0)
     write_pictures(tmp_path / "all.tif", pictures)
     for written in (target, tmp_path / "all.tif"):
         with Image.open(written) as image:
             image.load()
+            assert image.size == pixels.shape[:2] and image.info["icc_profile"] == SRGB
             kept = image.getexif()
-            assert image.size == pixels.shape[:2] and ORIENTATION not in kept  # it was turned
-            assert kept[0x010F] == "Maker" and image.info["icc_profile"] == SRGB
-            if name in ("a.jpg", "a.webp", "a.png", "grey16.png", "a.heic"):
-                assert kept[COPYRIGHT] == exif[COPYRIGHT]  # Pillow spoils it in the others
-            for directory in (EXIF, GPS):
-                assert kept.get_ifd(directory) == exif.get_ifd(directory) != {}
-            if name not in ("a.webp", "a.avif", "a.heic"):  # they have no place for it
-                assert image.info["dpi"] == pytest.approx((200, 300), rel=1e-5)
+            assert ORIENTATION not in kept  # it was turned
+            if not name.endswith("tif") and written == target:
+                assert kept[0x010F] == "Maker"
+                if name != "a.avif":  # where Pillow spoils it
+                    assert kept[COPYRIGHT] == exif[COPYRIGHT]
+                for directory in (EXIF, GPS):
+                    assert kept.get_ifd(directory) == exif.get_ifd(directory) != {}
 
 
-def test_damaged_exif_is_left_out(tmp_path):
-    for exif in (b"junk", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff",
-                 struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x010F, 2, 99, 8, 0)):
-        pillow(RGB8, exif=b"Exif\0\0" + exif)(tmp_path / "a.jpg")
-        (picture,), _ = rewrite(tmp_path / "a.jpg")
-        assert not picture.metadata.exif
+@pytest.mark.parametrize("exif", [
+    b"junk", b"II*\0\xff\xff\xff\xff", b"MM\0*\0\0\0\x08\xff\xff",
+    struct.pack("<2sHIHHHIII", b"II", 42, 8, 1, 0x010F, 2, 99, 8, 0)])
+def test_damaged_exif_is_left_out(tmp_path, exif):
+    pillow(RGB8, exif=b"Exif\0\0" + exif)(tmp_path / "a.jpg")
+    (picture,), _ = rewrite(tmp_path / "a.jpg")
+    assert not picture.exif
 
 
 @pytest.mark.parametrize(("mode", "name", "channels", "alpha"), [
     ("RGBA", "a.png", 3, True), ("LA", "a.png", 1, True), ("P", "a.png", 3, False),
-    ("P", "a.tif", 3, False), ("YCbCr", "a.tif", 3, False), ("CMYK", "a.tif", 3, False),
-    ("CMYK", "a.jpg", 3, False),
-])
+    ("P", "a.tif", 3, False), ("YCbCr", "a.tif", 3, False)])
 def test_pillows_modes(tmp_path, mode, name, channels, alpha):
     image = Image.fromarray(np.dstack([RGB8, GREY8] if alpha else [RGB8])).convert(mode)
-    path = tmp_path / name
-    image.save(path, **({"icc_profile": SRGB} if mode == "CMYK" else {}))
-    (picture,), target = rewrite(path)
+    image.save(tmp_path / name)
+    (picture,), target = rewrite(tmp_path / name)
     assert len(picture.pixels) == channels and (picture.alpha is not None) == alpha
-    with Image.open(path) as image:
+    with Image.open(tmp_path / name) as image:
         expected = image.convert(mode if alpha else "RGB")
     assert np.array_equal(stored(target), np.array(expected))
-    assert ("CMYK" in picture.note) == (mode == "CMYK")
-    if mode == "CMYK":  # a profile of another kind is no use, and none of the result's
-        assert picture.metadata.icc is None
 
 
-@pytest.mark.parametrize("kind", ["unspecified", "assocalpha"])
-def test_a_channel_that_a_png_has_not_stays_what_it_is(tmp_path, kind):
-    tifffile.imwrite(tmp_path / "a.tif", RGBA16, photometric="rgb", extrasamples=[kind])
-    (picture,), target = rewrite(tmp_path / "a.tif")
-    assert ("last channel" in picture.note) == (kind == "unspecified")
-    with tifffile.TiffFile(target) as tif:
-        assert np.array_equal(tif.asarray(), RGBA16)
-        assert tif.pages[0].extrasamples[0].name.lower() == kind
-
-
-def test_the_first_of_an_animation_is_taken_with_a_word(tmp_path):
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])
+def test_the_first_of_an_animation_is_taken_with_a_word(tmp_path, name):
     first, second = Image.fromarray(RGB8), Image.fromarray(255 - RGB8)
-    for name in ("a.gif", "a.webp", "a.png", "a.avif"):
-        first.save(tmp_path / name, save_all=True, append_images=[second])
-        picture, = read_pictures(tmp_path / name)
-        assert "first" in picture.note
-        difference = picture.pixels.permute(1, 2, 0).numpy() - RGB8 / 255
-        assert np.abs(difference).mean() < 0.04  # a GIF has 256 colours
+    first.save(tmp_path / name, save_all=True, append_images=[second])
+    picture, = read_pictures(tmp_path / name)
+    assert "first" in picture.note
+    difference = picture.pixels.permute(1, 2, 0).numpy() - RGB8 / 255
+    assert np.abs(difference).mean() < 0.04  # a GIF has 256 colours
 
 
 @pytest.mark.parametrize("shape", [(21, 33), (23, 31), (25, 28), (1, 1)])
@@ -305,17 +279,16 @@ def test_every_page_of_a_stack(tmp_path, options, colour):
         assert [bool(picture.note) for picture in pictures] == [True, False, False]
 
 
-def test_pages_may_differ_and_thumbnails_are_no_pages(tmp_path):
-    pages = [GREY16, RGB8, RGB32[:9], GREY16[:, :5] >> 6]
+def test_pages_may_differ_in_size_and_thumbnails_are_no_pages(tmp_path):
+    pages = [GREY16, RGB16, GREY16[:, :5] >> 6]
     with tifffile.TiffWriter(tmp_path / "a.tif") as tif:
-        for i, page in enumerate(pages):
-            tif.write(page, photometric="rgb" if page.ndim == 3 else "minisblack", metadata=None,
-                      extratags=[(270, 2, 0, str(i), True)])
+        for page in pages:
+            tif.write(page, photometric="rgb" if page.ndim == 3 else "minisblack", metadata=None)
         tif.write(RGB8[::2, ::2], photometric="rgb", subfiletype=1, metadata=None)
     _, target = rewrite(tmp_path / "a.tif")
     with tifffile.TiffFile(target) as tif:
-        assert all(np.array_equal(page.asarray(), pixels) and page.description == str(i)
-                   for i, (page, pixels) in enumerate(zip(tif.pages, pages, strict=True)))
+        assert all(np.array_equal(page.asarray(), pixels)
+                   for page, pixels in zip(tif.pages, pages, strict=True))
 
 
 # --- what is no picture -----------------------------------------------------------------------
@@ -334,60 +307,51 @@ def refuse(path, words=""):
     ("lzw.tif", tiff(RGB16, compression="lzw", rowsperstrip=4)), ("tiles.tif", tiff(
         RGB16, tile=(16, 16))),
 ])
-@pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_half_a_file(tmp_path, name, make, part):
+@pytest.mark.parametrize("part", [0, 0.1, 0.5, 0.9])
+def test_part_of_a_file(tmp_path, name, make, part):
     make(tmp_path / name)
     content = (tmp_path / name).read_bytes()
-    refuse(io.BytesIO(content[:int(part * len(content))]))
-
-
-def small_tiff(following, before):
-    """A picture of one pixel; where its next page is said to be, and what is before its tags."""
-    tags = {256: 1, 257: 1, 258: 8, 259: 1, 262: 1, 273: 0, 277: 1, 278: 1, 279: 1}
-    tags[273] = 8 + len(before) + 2 + 12 * len(tags) + 4
-    return io.BytesIO(struct.pack("<4sI", b"II*", 8 + len(before)) + before
-                      + struct.pack("<H", len(tags))
-                      + b"".join(struct.pack("<HHII", tag, 4, 1, n) for tag, n in tags.items())
-                      + struct.pack("<IB", following, 200))
+    refuse(io.BytesIO(content[:int(part * len(content))]), "" if part else "known formats")
 
 
 def test_no_pictures(tmp_path):
     refuse(tmp_path / "nowhere.png", "nowhere.png: No such file")
-    (tmp_path / "empty.png").touch()
-    refuse(tmp_path / "empty.png", "empty")
-    (tmp_path / "page.jpg").write_text("<html>")
-    refuse(tmp_path / "page.jpg", "known formats")
+    refuse(io.BytesIO(b"<html>"), "known formats")
     refuse(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "known formats")
-    refuse(io.BytesIO(b"P6 31 23 65535\n" + RGB16.tobytes()), "8 bits")
-    refuse(small_tiff(0, b"CR\2\0----"), "raw file")
-    refuse(small_tiff(8, b""), "circle")  # a page that is followed by itself
-    assert len(read_pictures(small_tiff(0, b"anything"))) == 1
     refuse(tmp_path, "no file")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.png")
         refuse(tmp_path / "pipe.png", "no file")  # and does not wait for it
 
 
-@pytest.mark.parametrize(("pixels", "options", "words"), [
-    (np.where(RGB32 > 0.2, np.nan, RGB32), {}, "finite"),
-    (RGB32 * np.float64(1e300), {}, "finite"),  # float64, and no float32
-    (GREY16.astype(complex), {}, "complex"), (GREY16.astype(np.uint64) << 45, {}, "2^53"),
-    (np.dstack([RGB16] * 2), {"photometric": "minisblack", "planarconfig": "contig"}, "channels"),
-    (RGB8, {"subfiletype": 1, "metadata": None}, "raw file"),
-    (STACK, {"imagej": True, "truncate": True}, "a page for each"),
+@pytest.mark.parametrize(("make", "words"), [
+    (tiff(np.where(RGB32 > 0.2, np.nan, RGB32)), "finite"),
+    (tiff(RGB32 * np.float64(1e300)), "finite"),  # float64, and no float32
+    (tiff(GREY16.astype(complex)), "complex"),
+    (tiff(GREY16, photometric="miniswhite"), "mode I;16"),
+    (tiff(np.moveaxis(RGB16, 2, 0), photometric="rgb", planarconfig="separate"), "save each page"),
+    (tiff(np.dstack([RGB16] * 2), photometric="minisblack", planarconfig="contig"), "6 channels"),
+    (tiff(RGBA16, extrasamples=["unspecified"]), "no plain alpha"),
+    (tiff(RGBA16, extrasamples=["assocalpha"]), "no plain alpha"),
+    (tiff(RGB8, subfiletype=1, metadata=None), "raw file"),
+    (tiff(STACK, imagej=True, truncate=True), "a page for each"),
+    (lambda path: Image.fromarray(RGB8).convert("CMYK").save(path), "mode CMYK: save it in"),
+    (lambda path: Image.fromarray(RGB8).convert("CMYK").save(path, "JPEG"), "mode CMYK"),
+    (pillow(RGB8, format="TIFF", save_all=True, append_images=[Image.fromarray(GREY16)]),
+     "different types"),
 ])
-def test_tiffs_that_are_refused(tmp_path, pixels, options, words):
-    tiff(pixels, **options)(tmp_path / "a.tif")
+def test_what_is_refused(tmp_path, make, words):
+    make(tmp_path / "a.tif")
     refuse(tmp_path / "a.tif", words)
 
 
 @pytest.mark.parametrize(("make", "tag", "value", "words"), [
     (tiff(GREY16), 257, 2**20, "cut short"),  # more rows than there are strips
     (pillow(GREY8 > 90), 257, 2**20, "cut short"),
-    (tiff(GREY16), 256, 2**20, "cut short"),  # wider than there are bytes
+    (tiff(GREY16), 256, 2**20, ""),  # wider than there are bytes
     (tiff(GREY16, compression="lzw", rowsperstrip=6), 273, 0, "cut short"),  # never written
     (tiff(GREY16, compression="lzw", rowsperstrip=6), 279, 0, "cut short"),
-    (tiff(GREY16, compression="lzw", rowsperstrip=6), 273, 2**20, "cut short"),  # elsewhere
+    (tiff(GREY16, compression="lzw", rowsperstrip=6), 273, 2**20, ""),  # elsewhere
     (tiff(GREY16), 257, 2**30, "too many"),
 ])
 def test_nothing_is_filled_with_black(tmp_path, make, tag, value, words):
@@ -402,11 +366,10 @@ def test_nothing_is_filled_with_black(tmp_path, make, tag, value, words):
     ("16.png", png(RGB16)), ("8.jpg", pillow(RGB8)), ("8.heic", heic(RGB8)), ("8.tif", tiff(RGB8))])
 def test_too_large(tmp_path, monkeypatch, name, make):
     make(tmp_path / name)
-    monkeypatch.setattr(formats, "MAX_PIXELS", GREY8.size + 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", GREY8.size / 2 + 1)  # Pillow's warns from half
     assert len(read_pictures(tmp_path / name)) == 1
-    monkeypatch.setattr(formats, "MAX_PIXELS", GREY8.size - 1)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", GREY8.size / 2 - 1)
     refuse(tmp_path / name, "too many")
-    assert Image.MAX_IMAGE_PIXELS == 1024**3 // 4 // 3  # Pillow's own, for all others
 
 
 def test_what_cannot_be_written(tmp_path):

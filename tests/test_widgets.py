@@ -517,7 +517,7 @@ def test_warnings_and_what_was_decided_are_lines(explorer, monkeypatch):
     assert "it is &lt;b&gt;: try kernel disk:2<" in lines[1]
     assert "noisy: try noise std 0.1<" in lines[2]
     upload(explorer.upload, "mine.tif", tiff(np.full((40, 50), 3000, np.uint16)))
-    assert "12 bits in 16" in explorer.status.value
+    assert "4095 for white" in explorer.status.value
 
 
 def test_every_page_of_a_stack_is_restored(explorer):

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from jfbnb.common import UserError, pick_device
 from jfbnb.core.models import Restorer
-from jfbnb.photo import kernel_option
+from jfbnb.photo import kernel_option, light
 from jfbnb.photo.model_check import Warning
-from jfbnb.photo.restore import Restored, restore
+from jfbnb.photo.restore import METHOD, SAFER, Restored, restore
 from jfbnb.training.restorers import make_methods
 
 Image = np.ndarray | Tensor
-WHITE = {"uint8": 255, "uint16": 65535, "float16": 1, "bfloat16": 1, "float32": 1, "float64": 1}
 
 
 def load(name: str = "jfb", weights: str | Path | None = None,
@@ -57,8 +56,9 @@ def deblur(
     image: Image,
     kernel: Image | str | Path,
     noise_std: float | None = None,
-    method: str | Restorer = "jfb",
+    method: str | Restorer | None = None,
     border: str = "unknown",
+    gamma: str | float = "auto",
     progress: Callable[[int, int], None] = lambda done, tiles: None,
 ) -> Restored:
     """Restore an image that was convolved with a known kernel; of any size, grey or colour.
@@ -73,8 +73,11 @@ def deblur(
         noise_std: of the noise in the image, on the scale from 0 for black to 1 for white;
             estimated if not given.
         method: its name; or what `load` returned, which saves the loading, on the same device as
-            the image. An array is restored on the CPU, a tensor where it is.
+            the image. An array is restored on the CPU, a tensor where it is. By default "jfb", and
+            "total-variation" where the result is `doubtful`, as by the command.
         border: "unknown" if the scene continues beyond the image, as a camera's does, or "black".
+        gamma: how the image stores light: "linear", "srgb" or a power, e.g. 2.2. By default linear,
+            and srgb where that explains the image better.
         progress: called with the numbers of tiles that are done and of all, for each image.
 
     Returns:
@@ -83,7 +86,8 @@ def deblur(
         fields is a list, with one entry for each image.
 
     Raises:
-        UserError: for another image, kernel, method or border; for a kernel larger than the image.
+        UserError: for another image, kernel, method, border or gamma; for a kernel larger than the
+            image.
 
     >>> import jfbnb
     >>> from scipy.ndimage import gaussian_filter
@@ -97,22 +101,17 @@ def deblur(
     ([], (128, 128), dtype('uint8'))
     """
     x, channels, white = _pixels(image)
-    kernel = _kernel(kernel)
-    if noise_std is not None:
-        try:
-            noise_std = float(noise_std)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"noise_std={noise_std!r}: give a number, or None to estimate it"
-                            ) from error
-    if not callable(method):
-        method = load(method, device=x.device)
-    results = [restore(method, one, kernel, noise_std, border, progress) for one in x]
-    y = torch.stack([result.image for result in results])
+    kernel, gamma = _kernel(kernel), light.parse(gamma)
+    safer = None if method else load(SAFER, device=x.device)
+    restorer = method if callable(method) else load(method or METHOD, device=x.device)
+    results = [restore(restorer, one, kernel, noise_std, border, progress, safer, gamma)
+               for one in x]
     if white == 65535 and x.max() * white < 2**12:
         for result in results:
             result.warnings.append(Warning(
                 "range", "white is 65535 in an image of uint16, and this has no value over 4095: "
                 "divide it by what is white in it"))
+    y = torch.stack([result.image for result in results])
     whole = results[0] if image.ndim < 4 else Restored(
         *([getattr(result, field.name) for result in results] for field in fields(Restored)))
     return replace(whole, image=_as_given(y, image, channels, white))
@@ -120,21 +119,20 @@ def deblur(
 
 def _pixels(image: Image) -> tuple[Tensor, int | None, int]:
     """The image as (B, C, H, W) in [0, 1]; which axis its channels were; what white was."""
-    if isinstance(image, np.ndarray):
-        kind, axes = image.dtype.name, (-1, -3)
-    elif isinstance(image, Tensor):
-        kind, axes = str(image.dtype).removeprefix("torch."), (-3, -1)
-    else:
+    if not isinstance(image, np.ndarray | Tensor):
         raise UserError(f"an image of type {type(image).__name__}: give a NumPy array or a tensor")
-    if kind not in WHITE:
+    kind, shape = getattr(image.dtype, "name", str(image.dtype)), tuple(image.shape)
+    kind = kind.removeprefix("torch.")
+    if not ("float" in kind or kind in ("uint8", "uint16")):
         raise UserError(f"an image of {kind}: give uint8, uint16, or floats in about [0, 1]")
-    shape, white = tuple(image.shape), WHITE[kind]
+    axes = (-1, -3) if isinstance(image, np.ndarray) else (-3, -1)
     channels = next((axis for axis in axes if len(shape) > 2 and shape[axis] in (1, 3)), None)
     if 0 in shape or not 2 <= len(shape) <= 4 or (len(shape) > 2 and channels is None):
         raise UserError(f"an image of shape {shape}: give (H, W), (H, W, C), (C, H, W), "
                         "(B, C, H, W) or (B, H, W, C), with C 1 or 3; leave alpha out")
     x = (image.detach().float() if isinstance(image, Tensor)
-         else torch.from_numpy(np.array(image, np.float32)))  # a copy: it may be read-only
+         else torch.from_numpy(image.astype(np.float32)))  # a copy: it may be read-only
+    white = {"uint8": 255, "uint16": 65535}.get(kind, 1)
     low, high = x.min().item(), x.max().item()
     if white == 1 and not (low >= -0.5 and high <= 1.5):  # nor NaN
         raise UserError(f"an image of floats from {low:.4g} to {high:.4g}: give finite ones in "
@@ -159,9 +157,8 @@ def _kernel(kernel: Image | str | Path) -> Tensor:
     if isinstance(kernel, str | os.PathLike):
         return kernel_option.parse(os.fspath(kernel))
     try:
-        values = kernel.detach().cpu() if isinstance(kernel, Tensor) else np.array(kernel, float)
-        values = torch.as_tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
+        values = torch.as_tensor(kernel, dtype=torch.float64).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"a kernel of type {type(kernel).__name__}: give an array (kh, kw), a "
                         "tensor, or a text such as 'disk:3'") from error
     if not (values.dim() == 2 and values.isfinite().all()

@@ -1,30 +1,37 @@
 """A user's picture in and out, with what else is in its file.
 
-A `Picture` has the pixels of any format on one scale, and all that it takes to write others in
-their place, as a PNG or TIFF.
+Pillow reads the usual formats, imagecodecs PNG of 16 bits, pillow-heif HEIC, tifffile TIFF. A
+`Picture` has the pixels of any of them on one scale, and what it takes to write others in their
+place, as a PNG or TIFF.
 """
 
+import contextlib
 import io
-import os
-import struct
+import logging
 import warnings
 import zlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import imagecodecs
 import numpy as np
 import tifffile
 import torch
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import putchunk
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 
 from jfbnb.common import UserError, atomic_path, printable
-from jfbnb.photo.formats import EXIF, GPS, UNASSOCIATED, Metadata, Page, decode
 
-MAX_TIFF = 2**32 - 2**26  # bytes of pixels; what is larger becomes a BigTIFF
+FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF")  # that Pillow may try
+TIFF, PNG = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
+ORIENTATION, ICC = 274, 34675  # tags of TIFF and EXIF
+UNASSOCIATED = 2  # TIFF's number for alpha that the colours are not multiplied by
+
+# They log damaged metadata; a program that wants to know of it can still add a handler.
+for reader in ("tifffile", "imagecodecs"):
+    logging.getLogger(reader).addHandler(logging.NullHandler())
 
 
 @dataclass
@@ -34,12 +41,14 @@ class Picture:
     Attributes:
         pixels: float32 (C, H, W), C 1 or 3, upright, from 0 for black to 1 for white. Floats may
             go beyond, and so may integers where the user gives a range.
-        dtype: of the numbers in the file: uint8, uint16, int32, float32, ...
+        dtype: of the numbers to write: uint8 or uint16 as in the file, float32 for all others.
         scale: the numbers that are black and white.
         limits: the smallest and the largest number to write; None for floats.
         note: one line if something was decided for the user, else "".
         alpha: (H, W), upright, as in the file, or None.
         pages: how many the file had.
+        icc: the colour profile.
+        exif: of the upright picture, without a thumbnail; not of a TIFF.
     """
 
     pixels: Tensor
@@ -49,15 +58,13 @@ class Picture:
     note: str = ""
     alpha: np.ndarray | None = None
     pages: int = 1
-    metadata: Metadata = field(default_factory=Metadata)
+    icc: bytes | None = None
+    exif: bytes | None = None
 
     @property
     def suffix(self) -> str:
-        """Of the file to write: .png for 8 and 16 bits, .tif for other numbers and for stacks."""
-        fits = (self.pages == 1 and self.dtype in (np.uint8, np.uint16)
-                and self.metadata.alpha_kind == UNASSOCIATED
-                and max(self.pixels.shape) <= 10**6)  # libpng's limit
-        return ".png" if fits else ".tif"
+        """Of the file to write: .png for integers, .tif for floats and for stacks."""
+        return ".png" if self.pages == 1 and self.dtype.kind == "u" else ".tif"
 
     def with_pixels(self, pixels: Tensor) -> "Picture":
         """The same picture with other pixels, (C, H', W') for any H' and W'.
@@ -79,109 +86,192 @@ def read_pictures(
 ) -> list[Picture]:
     """Every page of a TIFF, or the one picture of another file; of an animation the first.
 
-    8 bits are divided by 255. Wider integers seldom fill their type: they are divided by the
-    smallest of 2^8 - 1, 2^10 - 1, 2^12 - 1, ... that holds the largest of all pages. Floats stay
-    as they are if they about fit in [0, 1], and are divided by a power of two if not. `note` says
-    so. float32 has 24 bits: of larger integers the last ones are rounded off.
+    8 bits are divided by 255. 16 bits are seldom all used: they are divided by the smallest of
+    2^8 - 1, 2^10 - 1, 2^12 - 1, ... that holds the largest of all pages. All other numbers are
+    taken for floats: they stay as they are if they about fit in [0, 1], and are divided by a power
+    of two if not. `note` says so.
 
     Args:
         source: a file, whatever its name ends in, or the content of one.
         value_range: the numbers to take for black and white instead.
 
     Raises:
-        UserError: if it is no readable picture, holds NaN or infinity, has over 2^28 pixels to a
-            page, or channels that are neither grey, RGB nor alpha; and for an empty range.
+        UserError: if it is no readable picture, holds NaN or infinity, has more pixels than Pillow
+            allows (2 MAX_IMAGE_PIXELS, 179 million) to a page, or channels that are neither grey,
+            RGB nor plain alpha; and for an empty range.
     """
+    name = "" if isinstance(source, io.BytesIO) else f" {printable(str(source))}"
     if value_range is not None and not (
             np.isfinite(value_range).all() and value_range[0] < value_range[1]):
         raise UserError(f"range {value_range[0]:g},{value_range[1]:g}: give two numbers, the lower "
                         "one first, e.g. 0,4095")
     try:
+        if not isinstance(source, io.BytesIO):
+            if Path(source).exists() and not Path(source).is_file():
+                raise ValueError("it is no file")  # a pipe would be waited for
+            source = io.BytesIO(Path(source).read_bytes())
+        content = source.getvalue()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, on damaged metadata
-            return _to_pictures(decode(_read(source)), value_range)
+            if content.startswith(TIFF):
+                return _to_pictures(_read_tiff(content), value_range)
+            heif = content[4:8] == b"ftyp" and content[8:12] not in (b"avif", b"avis")
+            return _to_pictures([(_read_heif if heif else _read_with_pillow)(content)], value_range)
     except MemoryError:
         raise
     except Exception as error:  # readers of damaged files raise all sorts
-        reason = ("it is none of the known formats: JPEG, PNG, TIFF, HEIC, AVIF, WebP, BMP, GIF, "
-                  "PPM" if isinstance(error, UnidentifiedImageError)
-                  else getattr(error, "strerror", None) or str(error) or type(error).__name__)
-        name = "" if isinstance(source, io.BytesIO) else f" {printable(str(source))}"
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"it is none of the known formats: {', '.join(FORMATS)}, HEIC"
+        elif isinstance(error, Image.DecompressionBombError):
+            reason = "it has too many pixels: cut it into parts"
         raise UserError(f"cannot read the image{name}: "
                         f"{printable(' '.join(reason.split()))}") from error
 
 
-def _read(source: str | Path | io.BytesIO) -> bytes:
-    if isinstance(source, io.BytesIO):
-        content = source.getvalue()
-    elif Path(source).exists() and not Path(source).is_file():
-        raise ValueError("it is no file")  # a pipe would be waited for
-    else:
-        content = Path(source).read_bytes()
-    if not content:
-        raise ValueError("the file is empty")
-    return content
+# --- formats ------------------------------------------------------------------------------------
+
+
+class Page(NamedTuple):
+    """What a file holds of a picture: samples (H, W, 1 to 4), grey or RGB, then alpha if any."""
+
+    samples: np.ndarray
+    note: str = ""
+    icc: bytes | None = None
+    exif: bytes | None = None
+
+
+def _read_with_pillow(content: bytes, index: int = 0) -> Page:
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        image.seek(index)
+        if content.startswith(PNG) and content[24] == 16:  # of which Pillow would make 8 bits
+            samples = imagecodecs.png_decode(content)
+        elif image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "YCbCr"):
+            image.load()
+            grey = "L" if image.mode in ("1", "L", "LA") else "RGB"
+            samples = np.array(image.convert(grey + "A" * image.has_transparency_data))
+        else:
+            raise ValueError(f"it is of mode {image.mode}: save it in grey or RGB")
+        note = ""
+        if image.format not in ("MPO", "TIFF") and getattr(image, "is_animated", False):
+            note = f"an animation of {image.n_frames} pictures: the first is taken"
+        exif, orientation = _upright_exif(image.info.get("exif"))  # a TIFF is upright
+        return Page(_upright(samples, orientation), note, image.info.get("icc_profile"), exif)
+
+
+def _upright(samples: np.ndarray, orientation: int) -> np.ndarray:
+    samples = samples.reshape(*samples.shape[:2], -1)
+    samples = samples[::-1 if orientation in (3, 4, 6, 7) else 1,
+                      ::-1 if orientation in (2, 3, 7, 8) else 1]
+    return samples.swapaxes(0, 1) if orientation in (5, 6, 7, 8) else samples
+
+
+def _upright_exif(content: bytes | None) -> tuple[bytes | None, int]:
+    """EXIF without orientation and thumbnail, None if it is damaged; and that orientation."""
+    exif, orientation = Image.Exif(), 1
+    with contextlib.suppress(Exception):  # of damaged EXIF Pillow raises all sorts
+        exif.load(content)
+        orientation = exif.pop(ORIENTATION, 1)
+        for tag, value in list(exif.items()):
+            if isinstance(value, str):  # read as Latin-1, but Pillow would write it as ASCII
+                exif[tag] = value.encode("latin-1")
+        return exif.tobytes().removeprefix(b"Exif\0\0") if exif else None, orientation
+    return None, orientation
+
+
+def _check_size(width: int, height: int) -> None:
+    """As Pillow does for the formats that it opens, with the limit that the process has set it."""
+    if Image.MAX_IMAGE_PIXELS and width * height > 2 * Image.MAX_IMAGE_PIXELS:
+        raise Image.DecompressionBombError
+
+
+def _read_heif(content: bytes) -> Page:
+    """A phone's HEIC; 10 and 12 bits become 16."""
+    import pillow_heif  # slow to import, and needed here only
+
+    if not pillow_heif.is_supported(content):
+        raise UnidentifiedImageError
+    image = pillow_heif.open_heif(content, convert_hdr_to_8bit=False)
+    _check_size(*image.size)
+    return Page(_upright(np.array(image), 1), "", image.info.get("icc_profile"),
+                _upright_exif(image.info.get("exif"))[0])
+
+
+def _read_tiff(content: bytes) -> list[Page]:
+    """Every page, but for thumbnails and masks."""
+    # is_ome: a microscope's file may name others, which are not to be opened.
+    with tifffile.TiffFile(io.BytesIO(content), is_ome=False) as tif:
+        pages = [page for page in tif.pages if not (page.is_reduced or page.is_mask)]
+        if not pages or content[8:10] == b"CR":  # Canon's
+            raise ValueError("it looks like a camera's raw file: develop it into a TIFF or PNG")
+        if tif.is_imagej and tif.imagej_metadata.get("images", 1) > len(pages):
+            raise ValueError("it has one page for several pictures: save it with a page for each")
+        return [_read_tiff_page(page, content) for page in pages]
+
+
+def _read_tiff_page(page: tifffile.TiffPage, content: bytes) -> Page:
+    _check_size(page.imagewidth, page.imagelength)
+    written = [at > 0 < n for at, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if sum(written) < np.prod(page.chunked):  # tifffile would leave the rest black
+        raise ValueError("it is cut short, or parts of the picture were never written")
+    if page.bitspersample == 1 or page.photometric.name not in ("MINISBLACK", "RGB"):
+        return _read_with_pillow(content, page.index)
+    if page.axes not in ("YX", "YXS") or page.samplesperpixel > 4:
+        raise ValueError(f"it has {page.samplesperpixel} channels or planes to a page: save each "
+                         "page in grey or RGB")
+    if page.samplesperpixel in (2, 4) and page.extrasamples != (UNASSOCIATED,):
+        raise ValueError("its last channel is no plain alpha: save it without")
+    samples = page.asarray()
+    if samples.dtype.kind not in "uif":
+        raise ValueError(f"its numbers are of type {samples.dtype}: save it as integers or floats")
+    kept = samples.dtype.name if samples.dtype.name in ("uint8", "uint16") else "float32"
+    orientation, icc = page.tags.valueof(ORIENTATION, default=1), page.tags.valueof(ICC)
+    return Page(_upright(samples.astype(kept, copy=False), orientation),
+                icc=icc if isinstance(icc, bytes) else None)
 
 
 # --- from numbers to pixels -------------------------------------------------------------------
 
 
 def _to_pictures(pages: list[Page], value_range: tuple[float, float] | None) -> list[Picture]:
-    """Pages with numbers of one type share a scale, and the first of them has the note on it."""
-    extremes = {}
-    for page in pages:
-        if page.samples.dtype.kind == "f":
-            page.samples = page.samples.astype(np.float32, copy=False)
-        values = page.samples[..., :page.colours]
-        low, high = values.min().item(), values.max().item()
-        if not np.isfinite(low + high):
-            raise ValueError("it holds values that are no finite numbers: replace them")
-        if values.dtype.kind != "f" and max(-low, high) > 2**53:
-            raise ValueError("it holds integers over 2^53: scale them down")
-        extremes.setdefault(values.dtype, []).extend((low, high))
-    scales = {dtype: _choose_scale(dtype, min(found), max(found), value_range)
-              for dtype, found in extremes.items()}
+    """All pages share a scale, and the first of them has the note on it."""
+    dtype = pages[0].samples.dtype
+    if any(page.samples.dtype != dtype for page in pages):
+        raise ValueError("its pages have numbers of different types: save them alike")
+    split = [np.split(page.samples, [3 if page.samples.shape[2] > 2 else 1], axis=2)
+             for page in pages]
+    low, high = (end([end(colours) for colours, _ in split]).item() for end in (np.min, np.max))
+    if not np.isfinite([low, high]).all():
+        raise ValueError("it holds values that are no finite numbers: replace them")
+    full = np.iinfo(dtype).max if dtype.kind == "u" else 1
+    black, white = value_range or _choose_scale(low, high, full)
+    limits = None if dtype.kind == "f" else (0, full if value_range else white)
+    scale_note = ""
+    if not value_range and (black, white) != (0, full):
+        scale_note = (f"its numbers go from {low:.4g} to {high:.4g}: {black:.4g} is taken for "
+                      f"black and {white:.4g} for white; if that is wrong, give the range LOW,HIGH")
     pictures = []
-    for page in pages:
-        samples, dtype, colours = page.samples, page.samples.dtype, page.colours
-        (low, high), limits, note = scales[dtype]
-        scales[dtype] = (low, high), limits, ""
-        alpha = samples[..., -1].copy() if samples.shape[2] > colours else None
-        pixels = np.empty((colours, *samples.shape[:2]), np.float32)
-        for c in range(colours):  # one at a time: float64 of all is twice the size of the pixels
-            pixels[c] = (samples[..., c].astype(np.float64) - low) / (high - low)
-        pictures.append(Picture(torch.from_numpy(pixels), dtype, (low, high), limits,
-                                "; ".join(filter(None, [*page.notes, note])), alpha,
-                                len(pages), page.metadata))
-        page.samples = None  # so that all pages are never there twice
+    for page, (colours, alpha) in zip(pages, split, strict=True):
+        pixels = np.stack([((channel.astype(np.float64) - black) / (white - black))
+                           .astype(np.float32) for channel in np.moveaxis(colours, 2, 0)])
+        pictures.append(Picture(
+            torch.from_numpy(pixels), dtype, (black, white), limits,
+            "; ".join(filter(None, [page.note, scale_note])),
+            alpha[..., 0].copy() if alpha.size else None, len(pages), page.icc, page.exif))
+        scale_note = ""
     return pictures
 
 
-def _choose_scale(
-    dtype: np.dtype, low: float, high: float, value_range: tuple[float, float] | None
-) -> tuple[tuple[float, float], tuple[float, float] | None, str]:
-    """(scale, limits, note) for numbers of a type from `low` to `high`."""
-    limits = (np.iinfo(dtype).min, np.iinfo(dtype).max) if dtype.kind in "ui" else None
-    if value_range is not None:
-        return value_range, limits, ""
-    otherwise = "if that is wrong, give the range LOW,HIGH"
-    if limits is None:
-        if (low >= -0.5 and 0.05 < high <= 1.5) or low == high == 0:
-            return (0.0, 1.0), None, ""
-        black = low if low < -0.05 * abs(high) else 0.0
-        # A power of two leaves a float's digits as they are.
-        white = black + 2.0 ** np.ceil(np.log2(high - black or 1.0)).item()
-        return (black, white), None, (f"floats from {low:.4g} to {high:.4g}: {black:.4g} is taken "
-                                      f"for black and {white:.4g} for white; {otherwise}")
-    if low < 0:
-        return (low, max(high, low + 1)), limits, (f"integers from {low} to {high}: these are "
-                                                   f"taken for black and white; {otherwise}")
-    bits = next(n for n in range(8, 66, 2) if high < 2**n)
-    white = min(2**bits - 1, limits[1])
-    if high == 0 or white == limits[1]:
-        return (0, limits[1]), limits, ""
-    return (0, white), (0, white), (f"{bits} bits in {8 * dtype.itemsize}: {white} is taken for "
-                                    f"white; {otherwise}")
+def _choose_scale(low: float, high: float, full: int) -> tuple[float, float]:
+    """The numbers to take for black and white; full is the largest of a type, 1 for floats."""
+    if full > 1:
+        bits = next(bits for bits in range(8, 18, 2) if high < 2**bits)
+        return 0, min(2**bits - 1, full) if high else full
+    if (low >= -0.5 and 0.05 < high <= 1.5) or low == high == 0:
+        return 0.0, 1.0
+    black = low if low < -0.05 * abs(high) else 0.0
+    # A power of two leaves a float's digits as they are.
+    return black, black + 2.0 ** np.ceil(np.log2(high - black or 1.0)).item()
 
 
 # --- out --------------------------------------------------------------------------------------
@@ -201,71 +291,38 @@ def write_pictures(path: str | Path, pictures: list[Picture]) -> None:
         raise UserError(f"cannot write {path}: give it a name that ends in {suffix}")
     with atomic_path(path) as temporary:
         if kind == ".png":
-            _write_png(temporary, pictures[0])
-        else:
-            _write_tiff(temporary, pictures)
+            temporary.write_bytes(_to_png(pictures[0]))
+            return
+        large = sum(picture.pixels.numel() * picture.dtype.itemsize for picture in pictures) > 2**31
+        with tifffile.TiffWriter(temporary, bigtiff=large) as tif:
+            for picture in pictures:
+                tif.write(_to_samples(picture), metadata=None, software=False,
+                          photometric="rgb" if len(picture.pixels) == 3 else "minisblack",
+                          planarconfig="contig", iccprofile=picture.icc,
+                          extrasamples=None if picture.alpha is None else [UNASSOCIATED])
 
 
 def _to_samples(picture: Picture) -> np.ndarray:
     """The numbers to write, (H, W) or (H, W, C)."""
-    (low, high), (colours, height, width) = picture.scale, picture.pixels.shape
-    samples = np.empty((height, width, colours + (picture.alpha is not None)), picture.dtype)
-    for c, channel in enumerate(picture.pixels.numpy()):
+    (low, high), channels = picture.scale, []
+    for channel in picture.pixels.numpy():
         values = channel.astype(np.float64) * (high - low) + low
-        samples[..., c] = values if picture.limits is None else (
-            np.rint(values).clip(*picture.limits))
+        if picture.limits is not None:
+            values = np.rint(values).clip(*picture.limits)
+        channels.append(values.astype(picture.dtype))
     if picture.alpha is not None:
-        samples[..., -1] = picture.alpha
-    return samples if samples.shape[2] > 1 else samples[..., 0]
+        channels.append(picture.alpha)
+    return np.stack(channels, axis=-1) if len(channels) > 1 else channels[0]
 
 
-def _write_png(path: Path, picture: Picture) -> None:
+def _to_png(picture: Picture) -> bytes:
+    """By imagecodecs, as Pillow writes no colours of 16 bits; profile and EXIF are put in."""
     # Of the settings tried these are the fastest, and within a few per cent of the smallest.
-    content = imagecodecs.png_encode(_to_samples(picture), level=1, strategy=3, filter=128)
-    metadata, header = picture.metadata, 33  # bytes of signature and IHDR
-    with open(path, "wb") as file:
-        file.write(content[:header])
-        if metadata.icc:
-            putchunk(file, b"iCCP", b"ICC profile\0\0" + zlib.compress(metadata.icc))
-        if metadata.resolution and metadata.resolution[2] > 1:
-            *sides, unit = metadata.resolution
-            per_metre = [round(side * 100 / (2.54 if unit == 2 else 1)) for side in sides]
-            putchunk(file, b"pHYs", struct.pack(">IIB", *per_metre, 1))
-        if metadata.exif:
-            putchunk(file, b"eXIf", metadata.exif.tobytes().removeprefix(b"Exif\0\0"))
-        file.write(content[header:])
-
-
-def _write_tiff(path: Path, pictures: list[Picture]) -> None:
-    size = sum(p.dtype.itemsize * p.pixels[0].numel() * (len(p.pixels) + 1) for p in pictures)
-    big = size > MAX_TIFF
-    with tifffile.TiffWriter(path, bigtiff=big) as tif:
-        for picture in pictures:
-            metadata = picture.metadata
-            tags = [(code - 1, "Q" if big else "I", 1, 0, True) if code in (EXIF, GPS)
-                    else (code, "s", 0, value, True) for code, value in metadata.exif.items()]
-            *sides, unit = metadata.resolution or (1, 1, 1)
-            tif.write(
-                _to_samples(picture), metadata=None, software=False, planarconfig="contig",
-                photometric="rgb" if len(picture.pixels) == 3 else "minisblack",
-                extrasamples=None if picture.alpha is None else [metadata.alpha_kind],
-                iccprofile=metadata.icc, resolution=sides, resolutionunit=unit, extratags=tags)
-    _link_directories(path, pictures)
-
-
-def _link_directories(path: Path, pictures: list[Picture]) -> None:
-    """Append what the camera and its GPS wrote: tifffile does not, but has left room for it."""
-    with tifffile.TiffFile(path, mode="r+") as tif:
-        file = tif.filehandle
-        file.seek(0)
-        header = file.read(16 if tif.is_bigtiff else 8)
-        for page, picture in zip(tif.pages, pictures, strict=True):
-            for code in {EXIF, GPS} & set(picture.metadata.exif):
-                directory = ImageFileDirectory_v2(header, group=code)
-                directory.update(picture.metadata.exif[code])
-                end = file.seek(0, os.SEEK_END)
-                place = file.seek(end + end % 2)
-                file.write(directory.tobytes(place))
-                room = page.tags[code - 1].overwrite(place)
-                file.seek(room.offset)
-                file.write(struct.pack(tif.byteorder + "H", code))
+    samples = np.ascontiguousarray(_to_samples(picture))
+    content = imagecodecs.png_encode(samples, level=1, strategy=3, filter=128)
+    chunks = io.BytesIO()
+    if picture.icc:
+        putchunk(chunks, b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc))
+    if picture.exif:
+        putchunk(chunks, b"eXIf", picture.exif)
+    return content[:33] + chunks.getvalue() + content[33:]  # after the signature and IHDR

@@ -7,16 +7,16 @@ from jfbnb.common import UserError
 SRGB_LINEAR = 0.04045, 12.92  # below this value sRGB is light times this
 
 
-def parse(text: str) -> float | str | None:
+def parse(given: str | float) -> float | str | None:
     """A number, linear as 1.0, srgb as it is, auto as None. Raises UserError for others."""
-    if text in ("srgb", "auto"):
-        return text if text == "srgb" else None
+    if given in ("srgb", "auto"):
+        return given if given == "srgb" else None
     try:
-        gamma = 1.0 if text == "linear" else float(text)
-    except ValueError:
+        gamma = 1.0 if given == "linear" else float(given)
+    except (TypeError, ValueError):
         gamma = 0.0
     if not 0.2 <= gamma <= 5:
-        raise UserError(f"gamma {text}: give auto, srgb, linear or a number, e.g. 2.2")
+        raise UserError(f"gamma {given}: give auto, srgb, linear or a number, e.g. 2.2")
     return gamma
 
 

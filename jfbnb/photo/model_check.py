@@ -77,11 +77,13 @@ def level(d: Tensor, noise_std: float) -> float:
 def estimate_noise(d: Tensor, kernel: Tensor) -> float:
     """The standard deviation of the noise in a blurred picture, rounding included.
 
-    It is read at frequencies that the kernel has removed, near 0.2 cycles per pixel: compression,
-    demosaicing and smoothing take away the noise of higher ones, which no restoration amplifies.
-    The spectra fitted are those of the channels' normalised sum and two differences, as noise that
-    channels share is strongest in the first. Where the kernel removes little, noise that does not
-    reach high frequencies is estimated too low.
+    The noise's spectrum is fitted together with the picture's. White noise is read at its finest
+    scale, 0.5 cycles per pixel, where there is least of the picture. Where the fit near 0.2 differs
+    by over 1.5, the noise is not white and counts there: compression, demosaicing and smoothing
+    take away that of higher frequencies, which no restoration amplifies. The spectra are those of
+    the channels' normalised sum and two differences, as noise that channels share is strongest in
+    the first. Where the kernel removes little, noise that does not reach high frequencies is
+    estimated too low.
 
     Args:
         d: the picture, (C, h, w), not blank.
@@ -100,9 +102,13 @@ def estimate_noise(d: Tensor, kernel: Tensor) -> float:
         directions = d.new_tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]])
         directions = directions / directions.norm(dim=1, keepdim=True)
     components = torch.einsum("kc,nchw->knhw", directions.to(blocks), blocks)
-    beta = _fit(*_spectra(components, [kernel]))[1]
-    variance = (beta[:, 6] + beta[:, 7] * math.log(0.2 / 0.5)).exp()
-    return max(variance[0], variance.mean()).sqrt().item()
+    power, gains, scene, noise = _spectra(components, [kernel])
+    beta = _fit(power, gains, scene, noise)[1]
+    near = (scene[:, 1] - math.log(0.2)).abs() < 0.2
+    middle = (beta[:, 6] + beta[:, 7] * math.log(0.2 / 0.5)).exp()
+    finest, middle = (max(variance[0], variance.mean()).sqrt().item() for variance in (
+        beta[:, 6].exp(), middle.minimum(power[:, near].mean(dim=1))))  # no more than all there is
+    return finest if finest / 1.5 < middle < finest * 1.5 else middle
 
 
 def _usable_blocks(d: Tensor, kernel: Tensor) -> Tensor:
@@ -114,36 +120,28 @@ def _usable_blocks(d: Tensor, kernel: Tensor) -> Tensor:
     return blocks[cut_off <= max(0.02, cut_off.quantile(0.1).item())]
 
 
-def _gain(kernel: Tensor, n: int) -> Tensor:
-    """What a blur does to power at each frequency, (n, n)."""
-    return torch.fft.fft2(kernel.double().cpu(), s=(n, n)).abs().square()
-
-
 def replace_outliers(d: Tensor, kernel: Tensor) -> tuple[Tensor, list["Warning"]]:
     """d (C, h, w) without its hot pixels, and a warning that says so, if it has some.
 
     A hot pixel is brighter than all around it by more than the kernel and the noise allow. Its
     value becomes the median of the 3 x 3 pixels.
     """
-    pixels, around = d.cpu().numpy(), np.ones((3, 3), bool)
-    around[1, 1] = False
+    pixels, around = d.cpu().numpy(), np.ones((1, 3, 3), bool)
+    around[0, 1, 1] = False
 
-    def neighbours(image: np.ndarray) -> np.ndarray:
-        return ndimage.maximum_filter(image, footprint=around, mode="mirror")
+    def neighbours(images: np.ndarray) -> np.ndarray:
+        return ndimage.maximum_filter(images, footprint=around, mode="mirror")
 
-    k = np.pad(kernel.cpu().numpy(), 1)
-    centre = np.unravel_index(k.argmax(), k.shape)
-    sharp = 1 - neighbours(k)[centre] / k[centre]  # how far a point stands out
-    found = np.zeros(pixels.shape, bool)
-    for one, hot in zip(pixels, found, strict=True):
-        noise_std = np.median(np.abs(np.diff(one, axis=1))) / 0.954 if one.shape[1] > 1 else 0
-        hot[:] = one - neighbours(one) > sharp * one + max(10 * noise_std, 0.1)
-    # Many are a sign of a sharp picture.
-    if not found.any() or found.mean() > 0.001:
+    k = np.pad(kernel.cpu().numpy(), 1)[None]
+    sharp = 1 - neighbours(k).flat[k.argmax()] / k.max()  # how far a point stands out
+    steps = np.abs(np.diff(pixels, axis=2)).reshape(len(pixels), -1)
+    noise_std = np.median(steps, axis=1)[:, None, None] / 0.954 if steps.size else 0.0
+    found = pixels - neighbours(pixels) > sharp * pixels + np.maximum(10 * noise_std, 0.1)
+    if not found.any() or found.mean() > 0.001:  # many are a sign of a sharp picture
         return d, []
-    medians = np.stack([ndimage.median_filter(one, 3, mode="mirror") for one in pixels])
+    mended = np.where(found, ndimage.median_filter(pixels, (1, 3, 3), mode="mirror"), pixels)
     n = int(found.any(axis=0).sum())
-    return torch.from_numpy(np.where(found, medians, pixels)).to(d), [Warning(
+    return torch.from_numpy(mended).to(d), [Warning(
         "outliers", f"{n} pixel{'s are' * (n > 1) or ' is'} far brighter than all around, as no "
         "blur leaves them: taken for hot pixels and replaced by the median of their neighbours")]
 
@@ -167,14 +165,17 @@ def contradictions(
         noise_std: the noise that it is assumed to have, or what `estimate_noise` finds.
         border: "unknown" or "black", as `operators.Blur` takes it.
     """
-    kernel = kernel.cpu()
+    kernel, found = kernel.cpu(), []
     top, bottom, left, right = frame = _frame(d)
-    d = d[:, top:d.shape[1] - bottom, left:d.shape[2] - right]
-    found = [
-        _check_frame(frame), _check_border(d, kernel, border),
-        # One at a time: light that is cut off and JPEG change the spectrum.
-        _check_saturation(d) or _check_jpeg(d) or _check_kernel(d, kernel)
-        or _check_noise(d, kernel, noise_std)]
+    if any(frame):
+        d = d[:, top:d.shape[1] - bottom, left:d.shape[2] - right]
+        found.append(Warning("frame", f"the picture has a frame ({top} pixels at the top, {bottom} "
+                             f"at the bottom, {left} left, {right} right), which no blur leaves so "
+                             "sharp: cut it off"))
+    found.append(_check_border(d, kernel, border))
+    # One at a time: light that is cut off and JPEG change the spectrum.
+    found.append(_check_saturation(d) or _check_jpeg(d) or _check_kernel(d, kernel)
+                 or _check_noise(d, kernel, noise_std))
     return [warning for warning in found if warning]
 
 
@@ -254,15 +255,6 @@ def _frame(d: Tensor) -> list[int]:
         step = away[width:width + 3].max().item() if width < len(away) else 0.0
         widths.append(width if step > 0.1 else 0)
     return widths if sum(width > 0 for width in widths) > 1 else [0, 0, 0, 0]
-
-
-def _check_frame(frame: list[int]) -> Warning | None:
-    if not any(frame):
-        return None
-    top, bottom, left, right = frame
-    return Warning("frame", f"the picture has a frame ({top} pixels at the top, {bottom} at the "
-                   f"bottom, {left} left, {right} right), which no blur leaves so sharp: cut it "
-                   "off")
 
 
 def _check_border(d: Tensor, kernel: Tensor, border: str) -> Warning | None:
@@ -376,8 +368,10 @@ def _spectra(blocks: Tensor, blurs: list[Tensor]) -> tuple[Tensor, Tensor, Tenso
     window = torch.hann_window(n, dtype=torch.float64)
     window = torch.outer(window, window) / window.square().sum()
     blocks = blocks.double() - blocks.double().mean(dim=(2, 3), keepdim=True)
-    power = torch.fft.fft2(blocks * window).abs().mean(dim=1).square() * 4 / math.pi
-    gains = torch.stack([_gain(blur, n) for blur in blurs])
+    power = torch.fft.fft2(blocks * window).abs().mean(dim=1).square()
+    power = power / (math.pi / 4 + (1 - math.pi / 4) / blocks.shape[1])  # expected of noise alone
+    gains = torch.stack([torch.fft.fft2(blur.double().cpu(), s=(n, n)) for blur in blurs])
+    gains = gains.abs().square()
     for dim in (1, 2):  # the window smears each frequency over the next
         gains = 2 / 3 * gains + (gains.roll(1, dim) + gains.roll(-1, dim)) / 6
 

@@ -29,6 +29,7 @@ from jfbnb.photo.model_check import (
 )
 from jfbnb.training.restorers import check_noise
 
+METHOD, SAFER = "jfb", "total-variation"  # unless another is asked for; where that is doubtful
 TILE = 448  # pixels on a side at most, with all that overlaps
 THROWN, BLENDED = 16, 16  # of these at each side that has a neighbour
 DIM = 0.5  # a picture whose brightest values are below it is made brighter for the networks
@@ -94,6 +95,7 @@ def restore(
                         "kernel: use a larger picture or a smaller kernel")
     if noise_std is not None:
         check_noise(noise_std)
+        noise_std = float(noise_std)
     low, high = d.aminmax()
     if low < high and ((d == low) | (d == high)).all():
         raise UserError("the picture has two values only, as a scan in black and white: that is no "

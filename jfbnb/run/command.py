@@ -24,8 +24,6 @@ from jfbnb.run import checkout
 from jfbnb.run.doctor import examine
 from jfbnb.training import evaluation, methods, restorers
 
-SAFER = "total-variation"  # the method for pictures that contradict their model
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status.
@@ -243,14 +241,15 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict:
 
 @torch.no_grad()
 def run_deblur(args: argparse.Namespace) -> int:
-    name = args.method or "jfb"
+    name, safer = args.method or restore.METHOD, restore.SAFER
     keep_freed_memory()
     kernel, gamma = _kernel(args.kernel), light.parse(args.gamma)
     noise_std = None if args.noise_std == "auto" else args.noise_std
     if noise_std is not None:
         restore.check_noise(noise_std)
     device = pick_device(args.device)
-    chosen = restorers.make_methods([name] if args.method else [name, SAFER], args.weights, device)
+    names = [name] if args.method else [name, safer]
+    method, *other = restorers.make_methods(names, args.weights, device).values()
     doubtful = []
 
     def deblur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str, str]:
@@ -259,8 +258,8 @@ def run_deblur(args: argparse.Namespace) -> int:
                 bar.total, bar.n = tiles, done
                 bar.refresh()
 
-            found = restore.restore(chosen[name], picture.pixels.to(device), kernel, noise_std,
-                                    args.border, progress, chosen.get(SAFER), gamma)
+            found = restore.restore(method, picture.pixels.to(device), kernel, noise_std,
+                                    args.border, progress, *(other or [None]), gamma)
         for warning in found.warnings:
             _warn(f"warning: {path}: {warning.line(_as_option)}")
         said = f"noise {found.noise_std:.2g}"
@@ -269,11 +268,11 @@ def run_deblur(args: argparse.Namespace) -> int:
                      f"{found.residual:.1e}")
         if found.doubtful and not args.method:
             doubtful.append(path)
-            _warn(f"warning: {path}: so {SAFER} is written instead; --method {name} insists")
-            return picture.with_pixels(found.image), said, SAFER
+            _warn(f"warning: {path}: so {safer} is written instead; --method {name} insists")
+            return picture.with_pixels(found.image), said, safer
         return picture.with_pixels(found.image), said, name
 
-    _each_picture(args, (name, SAFER), deblur)
+    _each_picture(args, (name, safer), deblur)
     return 3 if doubtful else 0
 
 
