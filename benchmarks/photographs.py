@@ -161,8 +161,7 @@ def stored(bench: Bench) -> Iterator[Row]:
     for case in scenes.STORED:
         for name in bench.photographs:
             file, d, x = case.take(name, bench.side // 2, bench.scratch)
-            options = ("--gamma", "srgb") if "srgb" in case.name else ()
-            image, said = deblur(file, case.right(bench.scratch), *options)
+            image, said = deblur(file, case.right(bench.scratch))
             yield {"stored": case.name, "blur": BLURS[case.option], "noise": case.noise_std,
                    "photograph": name, "input": psnr(d, x), "PSNR": psnr(image, x), **said}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import skimage.data
 import tifffile
-from PIL import Image
+from PIL import ExifTags, Image
 from scipy import ndimage
 
 NOISE = 0.01
@@ -114,6 +114,7 @@ class Case:
         quality: of JPEG; None writes a PNG.
         grey: one channel.
         raw: whether it is blurred and noisy in light and then demosaiced, as a camera's.
+        exif: whether the file says that a camera made it.
         soft: std in pixels of a Gaussian that smooths scene and noise.
     """
 
@@ -126,6 +127,7 @@ class Case:
     quality: int | None = None
     grey: bool = False
     raw: bool = False
+    exif: bool = False
     soft: float = 0.0
 
     def take(self, name: str, side: int, folder: Path) -> tuple[Path, np.ndarray, np.ndarray]:
@@ -142,7 +144,10 @@ class Case:
             d = noisy(middle(blurred(scene, self.kernel), side), self.noise_std, self.soft)
         x[rim(x, self.frame)] = d[rim(x, self.frame)] = 0
         file = folder / f"{name}.{'jpg' if self.quality else 'png'}"
-        Image.fromarray(d[..., 0] if self.grey else d).save(file, quality=self.quality)
+        exif = Image.Exif()
+        if self.exif:
+            exif[ExifTags.Base.Make] = "a camera"
+        Image.fromarray(d[..., 0] if self.grey else d).save(file, quality=self.quality, exif=exif)
         return file, read(file), x
 
     def right(self, folder: Path) -> str:
@@ -181,8 +186,8 @@ STORED = (  # as people have them
     replace(DISK, name="grey", grey=True),
     replace(DISK, name="grey, JPEG of quality 90", grey=True, quality=90),
     replace(DISK, name="smoothed by 0.7 pixels", soft=0.7),
-    replace(DISK, name="a camera's", raw=True, quality=95),
-    replace(DISK, name="a camera's, --gamma srgb", raw=True, quality=95))
+    replace(DISK, name="a camera's", raw=True, exif=True, quality=95),
+    replace(DISK, name="a camera's, without EXIF", raw=True, quality=95))
 NEARLY = (  # with the kernel that is given instead: a tenth larger or smaller, or turned a little
     (GAUSSIAN, "gaussian:2,5"), (GAUSSIAN, "gaussian:2.5,5"),
     (MOTION, "motion:8,30"), (MOTION, "motion:10,30"), (MOTION, "motion:9,24"),

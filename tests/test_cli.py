@@ -15,7 +15,7 @@ import scipy.ndimage
 import skimage.data
 import tifffile
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from jfbnb.photo import restore
 from jfbnb.run import checkout, command
@@ -371,3 +371,19 @@ def test_lab_opens_the_first_notebook_trusted_at_the_root_of_the_checkout(monkey
     assert lab[1:6] == ["-m", "jupyter", "lab", "--notebook-dir", str(checkout.ROOT)]
     assert lab[6].endswith("/lab/tree/notebooks/01_problem_setup_and_direct_inverse.ipynb")
     assert "jupyter trust ended with status 1" in refused(capsys, "lab")
+
+
+def test_a_cameras_picture_is_restored_in_light(capsys, tmp_path):
+    """By its EXIF, unless it is said otherwise."""
+    pixels, exif = skimage.data.astronaut()[100:164, 100:180], Image.Exif()
+    exif[ExifTags.Base.Make] = "a camera"
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    restored, notes = {}, {}
+    for gamma in ("auto", "srgb", "linear"):
+        notes[gamma] = run(capsys, "deblur", tmp_path / "a.jpg", "--out", tmp_path, "--noise-std",
+                           0.02, "--method", "tikhonov", "--gamma", gamma)[2]
+        restored[gamma] = np.array(Image.open(tmp_path / "a-tikhonov.png"))
+    assert "note" in notes["auto"] and "restored in light" in notes["auto"]
+    assert "in light" not in notes["srgb"] + notes["linear"]
+    np.testing.assert_array_equal(restored["auto"], restored["srgb"])
+    assert (restored["auto"] != restored["linear"]).any()

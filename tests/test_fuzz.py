@@ -35,7 +35,7 @@ from jfbnb import data
 from jfbnb.common import UserError
 from jfbnb.core.operators import Blur
 from jfbnb.photo import files
-from jfbnb.run import checkout, reproduce, sweep, train
+from jfbnb.run import reproduce, sweep, train
 from jfbnb.run.command import main
 from jfbnb.training import methods
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import math
 from unittest.mock import ANY
 
@@ -158,6 +159,39 @@ def test_a_warning_is_written_for_its_reader():
 def test_the_right_model_gives_no_warning(photo, blur, noise_std):
     d = camera(photo, KERNELS[blur], noise_std)
     assert contradictions(d, KERNELS[blur], noise_std) == []
+
+
+def margins() -> np.ndarray:
+    """A page of ragged lines on white paper."""
+    page, rng = np.ones((240, 230)), np.random.default_rng(0)
+    for top in range(30, 210, 12):
+        page[top:top + 7, 25:205] = np.where(rng.random((7, 180)) < 0.4, 0.1, 1)
+    return page
+
+
+def night() -> np.ndarray:
+    sky, rng = np.zeros((200, 200)), np.random.default_rng(0)
+    sky[*rng.integers(0, 200, (2, 100))] = rng.exponential(4, 100)
+    return sky
+
+
+def shake() -> torch.Tensor:
+    """The path of a hand, in 15 x 15 pixels."""
+    path = np.random.default_rng(3).standard_normal((2, 400)).cumsum(axis=1).cumsum(axis=1)
+    path = 14 * (path - path.min(axis=1)[:, None]) / np.ptp(path)
+    found = np.histogram2d(*path, bins=15, range=[[-0.5, 14.5]] * 2)[0]
+    return torch.from_numpy(found / found.sum())
+
+
+@pytest.mark.parametrize("noise_std", [0.003, 0.01])
+@pytest.mark.parametrize(("scene", "kernel"), [
+    *itertools.product((margins(), night()), (GAUSSIAN, KERNELS["disk"], KERNELS["motion"])),
+    (skimage.data.coffee()[:240, :240].mean(axis=2) / 255, shake())])
+def test_other_scenes_and_kernels_give_no_warning(scene, kernel, noise_std):
+    d = scipy.ndimage.convolve(scene, kernel.numpy(), mode="nearest")
+    d = d + noise_std * np.random.default_rng(0).standard_normal(d.shape)
+    d = torch.from_numpy(np.rint(255 * d.clip(0, 1)) / 255).float()[None]
+    assert contradictions(d, kernel, noise_std) == []
 
 
 @pytest.mark.parametrize("blur", ["gaussian", "wide"])

@@ -26,7 +26,7 @@ from jfbnb.common import UserError, atomic_path, printable
 
 FORMATS = ("JPEG", "PNG", "TIFF", "WEBP", "BMP", "GIF", "AVIF")  # that Pillow may try
 TIFF, PNG = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"), b"\x89PNG\r\n\x1a\n"
-ORIENTATION, ICC = 274, 34675  # tags of TIFF and EXIF
+ORIENTATION, ICC, MAKE = 274, 34675, 271  # tags of TIFF and EXIF
 UNASSOCIATED = 2  # TIFF's number for alpha that the colours are not multiplied by
 
 # They log damaged metadata; a program that wants to know of it can still add a handler.
@@ -65,6 +65,13 @@ class Picture:
     def suffix(self) -> str:
         """Of the file to write: .png for integers, .tif for floats and for stacks."""
         return ".png" if self.pages == 1 and self.dtype.kind == "u" else ".tif"
+
+    @property
+    def from_camera(self) -> bool:
+        """Whether its EXIF names a maker, as a camera's has, which stores light by sRGB's curve."""
+        exif = Image.Exif()
+        exif.load(self.exif or b"")
+        return bool(exif.get(MAKE))
 
     def with_pixels(self, pixels: Tensor) -> "Picture":
         """The same picture with other pixels, (C, H', W') for any H' and W'.

@@ -166,7 +166,7 @@ def contradictions(
         border: "unknown" or "black", as `operators.Blur` takes it.
     """
     kernel, found = kernel.cpu(), []
-    top, bottom, left, right = frame = _frame(d)
+    top, bottom, left, right = frame = _frame(d, kernel)
     if any(frame):
         d = d[:, top:d.shape[1] - bottom, left:d.shape[2] - right]
         found.append(Warning("frame", f"the picture has a frame ({top} pixels at the top, {bottom} "
@@ -174,8 +174,10 @@ def contradictions(
                              "sharp: cut it off"))
     found.append(_check_border(d, kernel, border))
     # One at a time: light that is cut off and JPEG change the spectrum.
-    found.append(_check_saturation(d) or _check_jpeg(d) or _check_kernel(d, kernel)
-                 or _check_noise(d, kernel, noise_std))
+    found.append(_check_saturation(d) or _check_jpeg(d))
+    # Of a night sky, cut off at black, it is not the scene's at all.
+    if not found[-1] and ((d <= d.amin()) | (d >= d.amax())).double().mean() < 0.3:
+        found.append(_check_kernel(d, kernel) or _check_noise(d, kernel, noise_std))
     return [warning for warning in found if warning]
 
 
@@ -242,18 +244,20 @@ def _sides(d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return d, d.flip(-2), d.mT, d.mT.flip(-2)
 
 
-def _frame(d: Tensor) -> list[int]:
+def _frame(d: Tensor, kernel: Tensor) -> list[int]:
     """How many rows at the top, at the bottom, columns left and right are bars of one colour.
 
-    A bar ends in a step along its whole length. A single one is taken for part of the scene.
+    A bar ends in a step that the kernel would have made less sharp: else it is a margin in the
+    scene. A single one is taken for part of the scene, too.
     """
     widths = []
-    for side in _sides(d):
+    for side, seen in zip(_sides(d), _sides(kernel), strict=True):
         side = side[..., ::max(1, side.shape[2] // 500)]
         away = (side - side[:, :1].mean(dim=2, keepdim=True)).abs().mean(dim=(0, 2))
         width = int((away <= 2.5 / 255).int().cumprod(dim=0).sum())
-        step = away[width:width + 3].max().item() if width < len(away) else 0.0
-        widths.append(width if step > 0.1 else 0)
+        beyond = away[width:width + min(len(seen), 7)].tolist()
+        sharp = len(beyond) > 2 and max(beyond[:2]) > max(0.1, 0.8 * max(beyond))
+        widths.append(width if sharp else 0)
     return widths if sum(width > 0 for width in widths) > 1 else [0, 0, 0, 0]
 
 

@@ -128,7 +128,8 @@ def make_parser() -> argparse.ArgumentParser:
     option("--method", metavar="NAME", help=f"{names}; by default jfb, and total-variation where "
            "the picture contradicts its kernel or noise: the exit status is 3 then")
     option("--gamma", default="auto", help="how the file stores light: linear, srgb or a number; "
-           "by default auto: linear, and srgb where that explains the picture better")
+           "by default auto: srgb for a camera's picture, by its EXIF; else linear, and srgb where "
+           "that explains the picture better")
 
     option = add("blur", run_blur, "blur images and add noise, to try deblur on", pictures)
     option("--noise-std", type=float, default=0.01,
@@ -253,13 +254,16 @@ def run_deblur(args: argparse.Namespace) -> int:
     doubtful = []
 
     def deblur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str, str]:
+        if in_light := gamma is None and picture.from_camera:
+            _warn(f"note: {path}: a camera's picture, restored in light: --gamma linear if not so")
         with tqdm(desc=path.name, unit="tile", disable=None, leave=False) as bar:
             def progress(done: int, tiles: int) -> None:
                 bar.total, bar.n = tiles, done
                 bar.refresh()
 
             found = restore.restore(method, picture.pixels.to(device), kernel, noise_std,
-                                    args.border, progress, *(other or [None]), gamma)
+                                    args.border, progress, *(other or [None]),
+                                    "srgb" if in_light else gamma)
         for warning in found.warnings:
             _warn(f"warning: {path}: {warning.line(_as_option)}")
         said = f"noise {found.noise_std:.2g}"
