@@ -289,11 +289,6 @@ def test_interrupt_says_how_to_go_on(capsys, image_folder, tmp_path, monkeypatch
     assert status == 130 and "goes on from here" in err
 
 
-def test_data_without_download_prints_the_steps(capsys):
-    status, out, _ = run(capsys, "data", "celeba")
-    assert status == 0 and "img_align_celeba.zip" in out
-
-
 def test_a_wheel_restores_pictures_and_needs_nothing_of_the_notebooks(tmp_path, image_folder):
     """Unpacked, away from any checkout, and with the packages of the extra `notebooks` hidden."""
     source, wheel = tmp_path / "source", tmp_path / "unpacked"
@@ -333,7 +328,7 @@ from jfbnb.run.command import main
 assert jfbnb.__path__ == [{str(wheel / "jfbnb")!r}], jfbnb.__path__
 for words in ("reproduce", "train jfb", "sweep seeds.yaml", "lab"):
     assert main(words.split()) == 2, words
-for words in ("doctor", "data celeba", "blur images/000001.jpg --out out",
+for words in ("doctor", "blur images/000001.jpg --out out",
               "deblur images/000001.jpg --out out --method jfb",
               "evaluate --data images --limit 1 --method jfb --method tikhonov"):
     assert main(words.split()) == 0, words
@@ -353,12 +348,6 @@ def test_what_the_notebooks_need_is_named_where_it_is_missing(capsys, monkeypatc
     monkeypatch.delitem(sys.modules, "jfbnb.run.reproduce", raising=False)
     line = refused(capsys, "reproduce")
     assert "nbformat is not installed" in line and "jfbnb[notebooks]" in line
-
-
-def test_celeba_goes_below_the_current_folder(capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("jfbnb.data.download_celeba", lambda out: out.absolute())
-    assert str(tmp_path / "data" / "celeba") in run(capsys, "data", "celeba", "--download")[1]
 
 
 def test_lab_opens_the_first_notebook_trusted_at_the_root_of_the_checkout(monkeypatch, capsys):

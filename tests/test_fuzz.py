@@ -137,11 +137,10 @@ def command(*argv: str) -> None:
 
 @pytest.fixture(autouse=True)
 def nothing_long(monkeypatch):
-    """No notebook is run, nothing trained or downloaded, and Python itself writes no file."""
+    """No notebook is run, nothing trained, and Python itself writes no file."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     monkeypatch.setattr(reproduce, "notebook_parameters", read_once)
-    for module, name in ((reproduce, "run_notebook"), (train, "train_network"), (sweep, "sweep"),
-                         (data, "download_celeba")):
+    for module, name in ((reproduce, "run_notebook"), (train, "train_network"), (sweep, "sweep")):
         monkeypatch.setattr(module, name, mock.Mock(side_effect=UserError("not here")))
     platform.platform()  # starts a program, once
 
@@ -286,7 +285,7 @@ OPTIONS = st.sampled_from(("--kernel", "--border", "--range", "--noise-std", "--
 
 @fuzz
 @given(name=st.sampled_from(("blur", "blur", "deblur", "deblur", "evaluate", "reproduce", "train",
-                             "sweep", "data", "doctor", "nope", "")),
+                             "sweep", "doctor", "nope", "")),
        files=st.lists(st.sampled_from(FILES), min_size=1, max_size=2),
        method=st.sampled_from(sorted(methods.METHODS)),
        parameter=st.builds("{}={}".format, PARAMETERS, TEXTS).map(lambda t: t.replace("\0", "")),
@@ -306,7 +305,7 @@ def test_command_lines(weights, name, files, method, parameter, options):
             "evaluate": ["--data", str(data), "--limit", "2", "--method", "tikhonov", "--json",
                          f"{out}/{files[0]}", *own],
             "train": ["denoiser", "-p", parameter], "reproduce": ["-p", parameter],
-            "sweep": [images[0]], "data": ["celeba"],
+            "sweep": [images[0]],
             "doctor": ["--data", str(data), *own],
         }.get(name, [])
         command(name, *words, *(word for option in options for word in option))
