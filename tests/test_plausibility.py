@@ -113,6 +113,15 @@ def test_noise_alone_is_its_standard_deviation():
     assert math.isnan(estimate_noise(d[..., :6], KERNELS["disk"]))
 
 
+@pytest.mark.parametrize("noise_std", [0.003, 0.01])
+def test_noise_that_is_cut_off_at_black_is_made_up_for(noise_std):
+    noise = noise_std * torch.randn(3, 300, 300, generator=torch.manual_seed(0))
+    d = (255 * noise.clamp(0, 1)).round() / 255
+    assert d.mean() > 0.3 * noise_std
+    assert model_check.replace_cut_noise(d, noise_std).mean().abs() < 0.05 * noise_std
+    assert torch.equal(model_check.replace_cut_noise(d + 0.1, noise_std), d + 0.1)
+
+
 # --- contradictions -----------------------------------------------------------------------------
 
 MISMATCHES = {

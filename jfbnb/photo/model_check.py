@@ -146,6 +146,21 @@ def replace_outliers(d: Tensor, kernel: Tensor) -> tuple[Tensor, list["Warning"]
         "blur leaves them: taken for hot pixels and replaced by the median of their neighbours")]
 
 
+def replace_cut_noise(d: Tensor, noise_std: float) -> Tensor:
+    """d, with values that were cut off at black replaced by the mean of the noise there.
+
+    Only where these are over 30% of all, as in a picture of the night sky, whose noise they
+    otherwise brighten by 0.4 noise_std. The mean is that of a normal distribution below half of
+    the smallest value over 0.
+    """
+    black = d <= 0
+    if not 0.3 < black.double().mean() < 1:
+        return d
+    normal, most = torch.distributions.Normal(0.0, 1.0), d[~black].min().cpu() / 2 / noise_std
+    mean = -noise_std * (normal.log_prob(most).exp() / normal.cdf(most)).item()
+    return d.masked_fill(black, mean)
+
+
 # --- contradictions -----------------------------------------------------------------------------
 
 

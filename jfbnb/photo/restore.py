@@ -25,6 +25,7 @@ from jfbnb.photo.model_check import (
     doubt,
     estimate_noise,
     level,
+    replace_cut_noise,
     replace_outliers,
 )
 from jfbnb.training.restorers import check_noise
@@ -130,7 +131,8 @@ def _in_light(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float | 
     d = gain * d
     noise_std = (max(ROUNDING, estimate_noise(d, kernel)) if noise_std is None
                  else noise_std * gain * slope)
-    x, infos = _by_tiles(restorer, d, kernel, level(d, factor * noise_std), border, progress)
+    told = level(d, factor * noise_std)
+    x, infos = _by_tiles(restorer, replace_cut_noise(d, noise_std), kernel, told, border, progress)
     if not x.isfinite().all():
         raise UserError("no finite picture comes out: try another method, kernel or noise level")
     warnings += contradictions(d, kernel, noise_std, border)
