@@ -14,6 +14,7 @@ kernel's reach, as for a camera, and nothing is assumed about what lies there.
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from jfbnb.common import UserError
 from jfbnb.core.kernels import gaussian_kernel
@@ -361,11 +362,21 @@ class Inpainting(LinearOperator):
         return self(d)
 
     def guess(self, d: Tensor) -> Tensor:
-        """Smooth between the known pixels. A channel without any is the mean of the others."""
+        """The known pixels; from them inwards, the mean of the neighbours that have a value.
+
+        A channel without any known pixel is the mean of the others.
+        """
         _require_size(d, self.mask.shape, "a measurement")
-        x = super().guess(d)
-        known = self.mask.expand_as(d).any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)
-        return torch.where(known, x, x.sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True))
+        known = self.mask.to(d.dtype).expand_as(d)
+        x = known * d
+        missing = ~known.any(dim=-1, keepdim=True).any(dim=-2, keepdim=True)  # whole channels
+        known = torch.where(missing, 1, known)
+        while not known.all():
+            near = avg_pool2d(known, 3, 1, 1)
+            x = torch.where(known > 0, x, avg_pool2d(x, 3, 1, 1) / near.clamp_min(1e-6))
+            known = (near > 0).to(d.dtype)
+        others = x.sum(dim=1, keepdim=True) / (~missing).sum(dim=1, keepdim=True)
+        return torch.where(missing, others, x)
 
     def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r, exactly, for tau > 0: A'A is diagonal."""

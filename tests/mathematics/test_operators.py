@@ -381,7 +381,19 @@ def test_mri_is_numpys_transform_of_lines_with_the_origin_in_the_middle(size):
                                / math.prod(size) ** 0.5)
 
 
-def test_inpainting_starts_from_a_smooth_image_through_the_known_pixels():
+def test_inpainting_starts_from_known_pixels_and_their_neighbours():
+    mask = torch.zeros(5, 9)
+    mask[2, 1] = mask[2, 7] = 1
+    d = Inpainting(mask)(torch.arange(9.0).expand(1, 1, 5, 9))
+    x = Inpainting(mask).guess(d)
+    assert torch.equal(mask * x, d)
+    expected = torch.tensor([1.0, 1, 1, 1, 4, 7, 7, 7, 7]).expand_as(x)
+    torch.testing.assert_close(x, expected)
+    known = Inpainting(torch.ones(5, 9))
+    assert torch.equal(known.guess(d), d)
+
+
+def test_the_start_of_an_operator_without_one_is_smooth():
     """By the dense normal equations of |A x - d|^2 + w |Laplacian x|^2, w a tenth of |A|^2 = 1."""
     mask, size = mask_of(6, 9), 54
     d = Inpainting(mask)(random(1, 1, 6, 9))
@@ -393,7 +405,7 @@ def test_inpainting_starts_from_a_smooth_image_through_the_known_pixels():
                 laplacian[[i, j, i, j], [i, j, j, i]] += [1, 1, -1, -1]
     normal = np.diag(mask.flatten().numpy()) + 0.1 * laplacian @ laplacian
     expected = np.linalg.solve(normal, d.flatten().numpy()).reshape(1, 1, 6, 9)
-    found = Inpainting(mask).guess(d).numpy()
+    found = LinearOperator.guess(Inpainting(mask), d).numpy()
     assert np.linalg.norm(found - expected) < 5e-3 * np.linalg.norm(expected)
 
 
