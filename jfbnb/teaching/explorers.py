@@ -458,8 +458,9 @@ class MethodsExplorer(Explorer):
         self.restored: dict[tuple, Tensor] = {}
         self.upload = Upload(accept=ACCEPTED, description="your own", tooltip="a picture")
         observe([self.upload], self.take_upload)
-        self.labels = {name: METHODS[name].label if weights or not METHODS[name].model
-                       else f"{METHODS[name].label}, released" for name in expected_methods(weights)}
+        released = "" if weights else ", released"  # a run's network of that name is another one
+        self.labels = {name: METHODS[name].label + released * METHODS[name].trainable
+                       for name in expected_methods(weights)}
         super().__init__(
             Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)}),
             image=w.Dropdown(options=list(self.scenes), description="image"),
