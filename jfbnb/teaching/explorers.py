@@ -382,6 +382,8 @@ class GradientExplorer(Explorer):
                          rate=slider("learning rate", 0.2, 0.05, 1.0))
 
     def arrange(self, reset: w.Button) -> tuple[w.Widget, ...]:
+        for control in self.controls.values():
+            control.layout.width = "340px"
         return (row(w.VBox([*self.controls.values(), reset, self.status],
                            layout=w.Layout(width="350px", flex="0 0 auto")), self.picture),)
 

@@ -202,11 +202,6 @@ def test_an_explorer_fits_the_page_and_answers(lab, page, name):
     page.wait_for_timeout(1000)
     assert image.evaluate("e => e.naturalWidth") * 0.7 < image.bounding_box()["width"]
     page.screenshot(path=str(SHOTS / f"{name}-800.png"))
-    page.set_viewport_size({"width": 1280, "height": 900})
-    if name == "gradient":
-        page.get_by_role("menuitem", name="Kernel", exact=True).click()
-        page.get_by_role("menuitem", name="Shut Down Kernel", exact=True).click()
-        page.locator(".jfbnb-explorer.jupyter-widgets-disconnected").wait_for(timeout=30_000)
 
 
 def swipe(page) -> None:
