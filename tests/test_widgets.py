@@ -4,8 +4,9 @@ import base64
 import io
 import re
 import threading
-from datetime import UTC, datetime
+from functools import partial
 
+import nbformat
 import numpy as np
 import pytest
 import scipy.ndimage
@@ -21,11 +22,12 @@ from jfbnb.core.baselines import gradient_descent_iterate, tikhonov_gradient_des
 from jfbnb.core.maps import SplittingMap
 from jfbnb.core.metrics import psnr
 from jfbnb.core.operators import Blur
-from jfbnb.data import bundled_photos
+from jfbnb.data import Splits, bundled_photos
 from jfbnb.photo import kernel_option
 from jfbnb.photo.model_check import Warning
 from jfbnb.photo.restore import Restored
-from jfbnb.teaching import explorers, swipe, your_photograph
+from jfbnb.run.checkout import ROOT
+from jfbnb.teaching import alone, explorers, swipe, your_photograph
 from jfbnb.teaching.explorers import (
     BlurExplorer,
     DenoiserExplorer,
@@ -34,11 +36,13 @@ from jfbnb.teaching.explorers import (
     SolverExplorer,
     TikhonovExplorer,
 )
-from jfbnb.teaching.figures import GRADIENT_COLOURS
+from jfbnb.teaching.figures import GRADIENT_COLOURS, image_row
 from jfbnb.teaching.swipe import compare, to_png
 from jfbnb.teaching.your_photograph import KernelControls, PhotographExplorer
 from jfbnb.training.methods import METHODS
+from jfbnb.training.recipes import Run
 from jfbnb.training.restorers import RELEASED, load_model
+from jfbnb.training.weights import load_denoiser
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +95,12 @@ def test_what_cannot_be_compared_is_said(images, truth, message):
 
 
 # --- the explorers ------------------------------------------------------------------------------
+
+
+def pictures(explorer) -> list[bytes]:
+    """The PNG files of an explorer's panels."""
+    return [base64.b64decode(found) for found in
+            re.findall('src="data:image/png;base64,([^"]*)"', explorer.picture.value)]
 
 
 NAMES = ("blur", "tikhonov", "denoiser", "solver", "gradient")
@@ -168,7 +178,8 @@ def test_solver_explorer_says_that_it_diverges(x):
     explorer.controls["solver"].value = "Picard"
     assert "it diverges" in explorer.status.value
     explorer.controls["k"].value = explorer.MOST - 1
-    assert explorer.picture.value[:4] == b"\x89PNG"
+    assert [Image.open(io.BytesIO(panel)).size for panel in pictures(explorer)] in (
+        [(w, 272) for w in (267, 266, 267)], [(w, 272) for w in (267, 267, 266)])
 
 
 def test_explorers_have_a_picture_for_those_without_a_kernel():
@@ -179,7 +190,7 @@ def test_explorers_have_a_picture_for_those_without_a_kernel():
     assert metadata["image/png"]["alt"].startswith("plot: ")
     assert "cosine" in bundle["text/plain"] and "run the notebook" in bundle["text/plain"]
     kept = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"]))).convert("RGB")
-    assert kept.height > Image.open(io.BytesIO(explorer.picture.value)).height - 30
+    assert kept.height > Image.open(io.BytesIO(pictures(explorer)[0])).height - 30
     pixels = np.unique(np.asarray(kept).reshape(-1, 3), axis=0).astype(int)
     for gradient in ("exact", "Neumann", "JFB"):
         wanted = [round(255 * part) for part in to_rgb(GRADIENT_COLOURS[gradient])]
@@ -219,11 +230,13 @@ def test_gradient_explorer_shows_where_jfb_goes_uphill():
         assert torch.dot(jfb, exact) > 0
     explorer.controls["gamma"].value, explorer.controls["degrees"].value = 0.9, -45
     assert "uphill" not in explorer.status.value
-    found = []
-    for steps in range(5, 41, 5):
+    found, far = [], []
+    for steps in explorer.STEPS:
         explorer.controls["steps"].value = steps
         found.append("uphill" in explorer.status.value)
-    assert any(found)
+        far.append(float(re.search(r"is ([\d.e-]+) from", explorer.status.value)[1]))
+    assert any(found) and explorer.STEPS[-1] == 200
+    assert far[-1] < 0.01 < 0.3 < far[explorer.STEPS.index(40)]  # it ends at the goal all the same
 
 
 def test_closed_form_of_gradient_descent(x):
@@ -271,8 +284,10 @@ def png(width: int, height: int, colour: str = "red") -> bytes:
 
 def upload(control, name: str, content: bytes) -> None:
     """Give a file to an upload button."""
-    control.value = ({"name": name, "type": "image/png", "size": len(content),
-                      "content": memoryview(content), "last_modified": datetime.now(UTC)},)
+    half = len(content) // 2  # as the browser sends it: in pieces
+    for piece, first in ((content[:half], True), (content[half:], False)):
+        control._take(control, {"name": name, "first": first, "last": not first},
+                      [memoryview(piece)])
 
 
 def sent(comparison: swipe.Comparison) -> dict[str, np.ndarray]:
@@ -468,15 +483,6 @@ def test_bad_input_is_a_line(explorer):
     assert explorer.comparison.figures == shown and "example-" in offered(explorer)[0]
 
 
-def test_photograph_by_its_path(explorer, tmp_path):
-    explorer.path.value = str(tmp_path / "mine.tif")
-    assert "mine.tif: cannot read" in explorer.status.value
-    (tmp_path / "mine.tif").write_bytes(tiff(blurred("disk:3", 0)[1].astype(np.float32)))
-    explorer.path.value = ""
-    explorer.path.value = str(tmp_path / "mine.tif")
-    assert "mine.tif: 150 x 120 pixels" in explorer.status.value
-
-
 def test_noise_is_estimated_or_told(explorer):
     upload(explorer.upload, "mine.tif", tiff(blurred("motion:9,30", 0.03)[1].astype(np.float32)))
     press(explorer)
@@ -543,23 +549,27 @@ def test_progress_is_a_line(explorer, monkeypatch):
         assert re.fullmatch(rf"restoring, {tiles} tiles: {i / tiles:.0%}, about \d+ s to go", line)
 
 
-def test_restoring_can_be_stopped(explorer, monkeypatch):
+def test_restoring_stops_within_a_tile(explorer, monkeypatch):
+    """At the next evaluation, though no tile of it would ever end; and it says so at once."""
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(_, d, kernel, noise_std, border, progress):
+    def endless(_, d, kernel, noise_std, border, progress):
         progress(0, 2)
         begun.set()
-        go_on.wait(60)
-        progress(1, 2)
+        assert go_on.wait(60)
+        for _ in range(1000):
+            torch.nn.Identity()(d)
+        raise AssertionError("it was not stopped")
 
     shown = explorer.comparison.figures
     with monkeypatch.context() as patch:
-        patch.setattr(your_photograph, "restore", slow)
+        patch.setattr(your_photograph, "restore", endless)
         explorer.button.click()
         assert begun.wait(60)
         assert explorer.button.description == "Stop" and explorer.upload.disabled
         assert "restoring, 2 tiles: 0%" in explorer.status.value
         explorer.button.click()
+        assert "stopping" in explorer.status.value
         go_on.set()
         explorer.worker.join()
     assert "stopped" in explorer.status.value and explorer.comparison.figures == shown
@@ -617,3 +627,58 @@ def test_photographs_without_weights(tmp_path):
     picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
     assert picture.size == (800, 267) and len(bundle["image/png"]) < 200_000
     assert "restored" in metadata["image/png"]["alt"]
+
+
+# --- what the notebooks take from the package ---------------------------------------------------
+
+
+def test_a_figure_shows_itself_as_a_cells_last_line(x):
+    picture = image_row({"a": x[0], "b": x[0]}, {"a": 30.0})._repr_png_()
+    assert Image.open(io.BytesIO(picture)).width > 400
+
+
+def test_a_notebook_alone_takes_what_is_released(tmp_path, capsys):
+    tuning = alone.need(tmp_path / "runs", ["denoiser"], "classical.json", ["tikhonov"])
+    assert list(tuning.chosen) == ["tikhonov"]
+    assert "released with this project" in capsys.readouterr().out
+    assert load_denoiser(tmp_path / "runs" / "denoiser.safetensors").network.depth == 8
+    assert alone.need(tmp_path / "runs", ["denoiser"], "classical.json", ["tikhonov"]) == tuning
+    assert capsys.readouterr().out == ""  # it is there now
+
+
+def test_a_stopped_training_is_a_line_and_so_is_a_wrong_parameter():
+    with pytest.raises(UserError, match="run this cell again"), alone.stoppable():
+        raise KeyboardInterrupt
+    for given in ({"crop": 500}, {"batch_size": 0}, {"search_images": 0}):
+        with pytest.raises(UserError, match=f"{next(iter(given))} = "):
+            alone.check_parameters(**given)
+    alone.check_parameters(crop=32, batch_size=8)
+
+
+def test_notebook_3_goes_on_where_its_training_was_stopped(tmp_path):
+    """Its cells, run twice: the second time after a stop, and from the same untrained network."""
+    cells = {cell.id: cell.source for cell in nbformat.read(
+        next((ROOT / "notebooks").glob("03*")), 4).cells}
+    images = bundled_photos("train", 64)[:8]
+    lines = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            raise KeyboardInterrupt
+
+    names: dict[str, object] = {}
+    exec(cells["cell-02"], names)
+    names |= {"seed": 0, "network": "DnCNN", "depth": 2, "width": 2, "device": torch.device("cpu"),
+              "pretrain_epochs": 4, "pretrain_batch_size": 4, "pretrain_crop": 16, "bf16": "never",
+              "pretrain_learning_rate": 1e-3, "random_degradations": False, "runs": tmp_path,
+              "profile": "", "weights": "", "noise_max": 0.1,
+              "splits": Splits(images, images, images, "8 photographs"),
+              "Run": partial(Run, log=log)}
+    exec(cells["cell-06"], names)
+    with pytest.raises(UserError, match="stopped"):
+        exec(cells["cell-10"], names)
+    lines.append("stopped")
+    exec(cells["cell-10"], names)
+    assert any(line.startswith("resumed after") for line in lines)
+    assert names["history"].epoch.iloc[-1] == 4

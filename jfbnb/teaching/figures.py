@@ -4,6 +4,7 @@ A figure is saved as PNG and PDF, and what a notebook shows is the saved PNG its
 saved as CSV, Markdown and LaTeX, long data as CSV.
 """
 
+import io
 import re
 from pathlib import Path
 
@@ -44,11 +45,20 @@ STYLE = {
 }
 
 
+class Picture(Figure):
+    """A figure that shows itself where it is a cell's last line."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0,
                height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A figure in the common style and its axes, flat, row by row; sizes in inches."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
+        figure = Picture(figsize=(width, height))
         axes = figure.subplots(rows, columns, squeeze=False)
         return figure, list(axes.flat)
 

@@ -19,6 +19,7 @@ import skimage.data
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jfbnb.common import UserError, atomic_path, pick_device
 from jfbnb.core.models import Restorer
@@ -28,6 +29,7 @@ from jfbnb.photo.restore import Restored, restore
 from jfbnb.teaching.explorers import (
     ACCEPTED,
     WITHOUT_KERNEL,
+    Alive,
     button,
     int_slider,
     log_slider,
@@ -38,6 +40,7 @@ from jfbnb.teaching.explorers import (
     stored,
 )
 from jfbnb.teaching.swipe import Comparison, to_png
+from jfbnb.teaching.upload import Upload
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import expected_methods, make_methods
 
@@ -53,8 +56,8 @@ class KernelControls(w.HBox):
     def __init__(self) -> None:
         self.kind = w.Dropdown(options=["motion", "gaussian", "disk", "a file"],
                                description="kernel")
-        self.file = w.FileUpload(accept=f"{ACCEPTED},.npy,.txt,.csv", description="kernel",
-                                 tooltip="a picture of the kernel, or its numbers")
+        self.file = Upload(accept=f"{ACCEPTED},.npy,.txt,.csv", description="kernel",
+                           tooltip="a picture of the kernel, or its numbers")
         std, size = slider("std", 2, 0.3, 6, 0.1), int_slider("cut to", 13, 3, 37, 2)
         self.shapes = {
             "motion": [slider("length", 9, 1, 60, 0.5), slider("angle (°)", 30, -90, 90, 1)],
@@ -79,15 +82,16 @@ class KernelControls(w.HBox):
             numbers = ",".join(f"{control.value:g}" for control in self.shapes[self.kind.value])
             text = f"{self.kind.value}:{numbers}"
             return text, kernel_option.parse(text)
-        for file in self.file.value:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / Path(file["name"]).name
-                path.write_bytes(file["content"])
-                try:
-                    return path.name, kernel_option.read(path)
-                except UserError as error:  # the file's owner does not know that folder
-                    raise UserError(str(error).replace(f"{path.parent}/", "")) from error
-        raise UserError("no kernel is given: upload a picture of it, a .npy or a .txt")
+        if self.file.value is None:
+            raise UserError("no kernel is given: upload a picture of it, a .npy or a .txt")
+        name, content = self.file.value
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            path.write_bytes(content)
+            try:
+                return path.name, kernel_option.read(path)
+            except UserError as error:  # the file's owner does not know that folder
+                raise UserError(str(error).replace(f"{path.parent}/", "")) from error
 
     def adapt(self) -> None:
         """Show the sliders of this kind, and the kernel or what is wrong with it."""
@@ -107,7 +111,7 @@ class KernelControls(w.HBox):
         self.outline.layout.display = ""
 
 
-class PhotographExplorer(w.VBox):
+class PhotographExplorer(Alive):
     """*Your photograph*: a blurred picture and what becomes of it, under the swipe handle.
 
     It starts with an example, which is restored at once. An upload keeps its size, depth and pages;
@@ -125,11 +129,8 @@ class PhotographExplorer(w.VBox):
         self.loaded: dict[str, Restorer] = {}
         self.worker: threading.Thread | None = None
         self.stopped = False
-        self.upload = w.FileUpload(accept=ACCEPTED, description="photograph",
-                                   tooltip="a blurred picture")
-        # Jupyter's server drops larger messages from the browser without a word.
-        self.path = w.Text(description="or its path", placeholder="of a file over 10 MB",
-                           continuous_update=False)
+        self.upload = Upload(accept=ACCEPTED, description="photograph",
+                             tooltip="a blurred picture")
         self.noise = log_slider("noise std", 0.01, -3, -0.5)
         self.estimated = w.Checkbox(True, description="estimate the noise")
         self.kernel = KernelControls()
@@ -150,12 +151,10 @@ class PhotographExplorer(w.VBox):
         observe(self.settings, self.adapt)
         observe([self.zoom, self.across, self.down], self.show)
         observe([self.upload], self.take_upload)
-        observe([self.path], self.take_path)
-        super().__init__([
-            row(w.VBox([self.upload, self.path, self.noise, self.estimated, self.border,
-                        self.method]),
+        super().__init__(
+            row(w.VBox([self.upload, self.noise, self.estimated, self.border, self.method]),
                 w.VBox([self.kernel, w.HBox([self.button, self.start_anew])])),
-            self.status, row(self.zoom, self.across, self.down), self.comparison])
+            self.status, row(self.zoom, self.across, self.down), self.comparison)
         self.reset()
         self.restore()
 
@@ -169,25 +168,18 @@ class PhotographExplorer(w.VBox):
         """The example, and all controls as they were."""
         for control, value in zip(self.settings, self.defaults, strict=True):
             control.value = value
-        self.upload.value, self.path.value = (), ""
+        self.upload.value = None
         self.begin("example.png", [example()])
 
     # --- what is given --------------------------------------------------------------------------
 
     def take_upload(self) -> None:
-        """Take the uploaded file."""
-        for file in self.upload.value:
-            self.take(file["name"], io.BytesIO(file["content"]))
-
-    def take_path(self) -> None:
-        """Take the file at a path where the kernel runs."""
-        if self.path.value:
-            self.take(Path(self.path.value).name, Path(self.path.value))
-
-    def take(self, name: str, source: Path | io.BytesIO) -> None:
-        """Read a picture and show it, or say why not."""
+        """Read the uploaded picture and show it, or say why not."""
+        if self.upload.value is None:
+            return
+        name, content = self.upload.value
         try:
-            self.begin(name, read_pictures(source))
+            self.begin(name, read_pictures(io.BytesIO(content)))
         except (UserError, MemoryError) as error:
             self.say(f"{name}: {str(error) or 'memory ran out: take a smaller picture'}",
                      wrong=True)
@@ -216,6 +208,7 @@ class PhotographExplorer(w.VBox):
         """Begin to restore, or stop what was begun."""
         if self.worker and self.worker.is_alive():
             self.stopped = True
+            self.say("stopping")
             return
         self.stopped = False
         # In a thread of its own, or Jupyter would hear of no click before the end.
@@ -224,19 +217,27 @@ class PhotographExplorer(w.VBox):
 
     def restore(self) -> None:
         """Restore every page, show the first, offer the file; no other picture meanwhile."""
-        busy = self.upload, self.path, self.start_anew
+        busy = self.upload, self.start_anew
         self.button.description = "Stop"
         for control in busy:
             control.disabled = True
+        # Each module that is applied asks: a network, and the operator too.
+        asks = register_module_forward_pre_hook(lambda *_: self.go_on())
         try:
             self._restore()
             self.button.button_style = ""
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             self.say(str(error) or type(error).__name__, wrong=True)
         finally:
+            asks.remove()
             self.button.description = "Restore"
             for control in busy:
                 control.disabled = False
+
+    def go_on(self) -> None:
+        """Raise UserError in the thread that restores, where it is to stop."""
+        if self.stopped and threading.current_thread() is self.worker:
+            raise UserError("stopped: nothing is restored")
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -249,8 +250,7 @@ class PhotographExplorer(w.VBox):
         found: list[Restored] = []
 
         def progress(done: int, tiles: int) -> None:
-            if self.stopped:
-                raise UserError("stopped: nothing is restored")
+            self.go_on()
             share = (len(found) + done / tiles) / len(self.pages)
             line = f"restoring, {tiles * len(self.pages)} tiles: {share:.0%}"
             if share:
