@@ -18,7 +18,7 @@ from jfbnb.core.operators import Blur, Inpainting
 from jfbnb.core.protocols import get_protocol, measure
 from jfbnb.data import bundled_photos
 from jfbnb.run.checkout import ROOT
-from jfbnb.teaching.exercises import CHECKS, RIGHT, answer, validation
+from jfbnb.teaching.exercises import CHECKS, answer, measured
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model
 from jfbnb.training.weights import load_denoiser
@@ -69,58 +69,52 @@ def T():
     ("4.2", lambda T, z: T(T(z)), [lambda T, z: T(z), lambda T, z: T(T(T(z)))]),
     ("6.2", (1.0, 4.0), [(4.0, 1.0)]), ("6.3", ("0.5 dB", 1.0), [(1.0, 0.5)])])
 def test_right_and_wrong(exercise, right, wrong):
-    assert judged(exercise, right) == RIGHT
-    for given in wrong:
-        assert judged(exercise, given).startswith("not so: ")
+    assert judged(exercise, right) == ""
+    assert all(judged(exercise, given) for given in wrong)
 
 
 def test_right_by_an_experiment():
-    """Not by the formula that the checks use."""
+    """On images that the checks do not use."""
     x = bundled_photos("test", 128).as_float()[:2]
     A = get_protocol("paper").operator()
-    rounded = (A(x) * 255).round() / 255
-    assert judged("1.2", psnr(direct_inverse(A, rounded), x).mean().item()) == RIGHT
+    assert not judged("1.2", psnr(direct_inverse(A, (A(x) * 255).round() / 255), x).mean())
     code = get_protocol("code")
     B = code.operator()
     d = measure(B, x, code.noise_std, 0, range(2))
-    assert judged("1.1", psnr(direct_inverse(B, d), x).mean().item()) == RIGHT
-    assert "protocol paper" in judged("1.1", -23.6)
+    assert not judged("1.1", psnr(direct_inverse(B, d), x).mean())
     assert "keeps 3" in judged("4.2", lambda T, z: T(T(T(z))))
 
 
 def test_denoisers_are_run(network):
-    shallow = DnCNN(3, 4)
-    assert "train it" in judged("3.1", shallow)
-    assert "17 pixels" in judged("3.1", network)
+    assert "train it" in judged("3.1", DnCNN(3, 4)) and "17 pixels" in judged("3.1", network)
 
     def once(y, sigma):
         return y - network(y, sigma)
 
-    assert judged("3.2", lambda y, sigma: once(once(y, sigma), sigma), network) == RIGHT
-    assert judged("3.2", once, network).startswith("not so")
-    A, x, _ = validation()
+    A, x, _ = measured()
     with torch.no_grad():
+        assert not judged("3.2", lambda y, sigma: once(once(y, sigma), sigma), once, x[:1])
+        assert judged("3.2", once, once, x[:1])
         share = network(A(x[:1]), 0.05).norm() / (x[:1] - A(x[:1])).norm()
-    assert judged("3.3", share, network) == RIGHT
-    assert judged("3.3", 1.0, network).startswith("not so")
+        assert not judged("3.3", share, network) and judged("3.3", 1.0, network)
 
 
+@torch.no_grad()
 def test_maps_are_run(T):
-    assert "it stays" in judged("4.1", T)
-    with torch.no_grad():
-        (wild := load_model(METHODS["jfb"], RELEASED).T).D.network.layers[-1].weight.mul_(-3)
-    assert judged("4.1", wild).startswith(RIGHT)
-    assert judged("4.3", lambda T, z, d: T.data_step(z, d), T) == RIGHT
-    assert judged("4.3", lambda T, z, d: z, T).startswith("not so")
+    assert "300" in judged("4.1", T)
+    (wild := load_model(METHODS["jfb"], RELEASED).T).D.network.layers[-1].weight.mul_(-3)
+    assert not judged("4.1", wild)
+    assert not judged("4.3", lambda T, z, d: T.data_step(z, d), T)
+    assert judged("4.3", lambda T, z, d: z, T)
 
 
 def test_methods_are_run():
-    rivals = methods()
-    assert judged("5.1", "feedforward", rivals) == judged("5.1", "DnCNN", rivals) == RIGHT
-    assert judged("5.2", METHODS["direct-inverse"].label, rivals) == RIGHT
-    assert judged("5.2", "tikhonov", rivals).startswith("not so: there it is")
-    assert "is none of" in judged("5.1", "nothing", rivals)
-    assert judged("5.3", "a/1", WIDE) == RIGHT and "3.00 dB" in judged("5.3", "b/2", WIDE)
+    rivals, x = methods(), measured()[1]
+    assert not judged("5.1", "feedforward", rivals, x) and not judged("5.1", "dnCNN", rivals, x)
+    assert not judged("5.2", METHODS["direct-inverse"].label, rivals, x)
+    assert "ahead of tikhonov" in judged("5.2", "tikhonov", rivals, x)
+    assert "is none of" in judged("5.1", "nothing", rivals, x)
+    assert not judged("5.3", "a/1", WIDE) and "2.50 dB" in judged("5.3", "b/2", WIDE)
 
 
 class Camera(Blur):
@@ -139,8 +133,8 @@ class Camera(Blur):
 
 
 def test_operators_are_run():
-    assert judged("6.1", Camera()) == RIGHT
-    assert "channel" in judged("6.1", Inpainting(torch.ones(128, 128)))
+    assert not judged("6.1", Camera())
+    assert "numbers" in judged("6.1", Inpainting(torch.ones(128, 128)))
 
 
 def test_answers_are_noted_and_what_raises_is_a_line(tmp_path, monkeypatch, capsys):
@@ -149,18 +143,18 @@ def test_answers_are_noted_and_what_raises_is_a_line(tmp_path, monkeypatch, caps
     answer("1.2", "-4.7 dB")
     answer("1.2", "much")
     answer("4.2", lambda T, z: 1 / 0)
-    answer("3.2", nn.Linear(2, 2), nn.Linear(2, 2))
+    answer("3.3", 1.0, nn.Linear(2, 2))
     printed = capsys.readouterr().out.splitlines()
     assert printed[:2] == ["1.2: no answer yet", "1.2: right"] and len(printed) == 5
     assert "ValueError" in printed[2] and "division by zero" in printed[3]
     rows = list(csv.reader(Path("answers.csv").read_text().splitlines()))
-    assert [row[1] for row in rows] == ["1.2", "1.2", "4.2", "3.2"] and rows[0][2] == RIGHT
+    assert [row[1] for row in rows] == ["1.2", "1.2", "4.2", "3.3"] and rows[0][2] == "right"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
 def test_each_notebook_asks_for_its_answers(path: Path):
     """In its last cell, one line an exercise, unanswered, each with what to hand in."""
     cell = nbformat.read(path, 4).cells[-1]
-    asked = re.findall(r'answer\("([\d.]+)", None(?:, \w+)?\)  # .+', cell.source)
+    asked = re.findall(r'answer\("([\d.]+)", None(?:, [\w\[\]:]+)*\)  # .+', cell.source)
     assert asked == [name for name in CHECKS if name.startswith(f"{int(path.stem[:2])}.")]
     assert len(asked) == 3 and cell.cell_type == "code"
