@@ -42,6 +42,7 @@ from jfbnb.teaching.your_photograph import KernelControls, PhotographExplorer
 from jfbnb.training.methods import METHODS
 from jfbnb.training.recipes import Run
 from jfbnb.training.restorers import RELEASED, load_model
+from jfbnb.training.tuning import Tuning
 from jfbnb.training.weights import load_denoiser
 
 
@@ -637,13 +638,16 @@ def test_a_figure_shows_itself_as_a_cells_last_line(x):
     assert Image.open(io.BytesIO(picture)).width > 400
 
 
-def test_a_notebook_alone_takes_what_is_released(tmp_path, capsys):
-    tuning = alone.need(tmp_path / "runs", ["denoiser"], "classical.json", ["tikhonov"])
-    assert list(tuning.chosen) == ["tikhonov"]
-    assert "released with this project" in capsys.readouterr().out
-    assert load_denoiser(tmp_path / "runs" / "denoiser.safetensors").network.depth == 8
-    assert alone.need(tmp_path / "runs", ["denoiser"], "classical.json", ["tikhonov"]) == tuning
-    assert capsys.readouterr().out == ""  # it is there now
+def test_a_notebook_alone_takes_what_is_stored(tmp_path, capsys):
+    runs, empty = tmp_path / "runs", Tuning(0.01, 3)
+    with pytest.raises(UserError, match="run the earlier notebooks first"):
+        alone.need(runs, tmp_path, ["denoiser"], runs / "tuning.json", empty)
+    for said in ("stored networks are taken: denoiser\n", ""):  # it is there the second time
+        assert alone.need(runs, RELEASED, ["denoiser"], runs / "tuning.json", empty) is empty
+        assert capsys.readouterr().out.endswith(said)
+    assert load_denoiser(runs / "denoiser.safetensors").network.depth == 8
+    empty.save(runs / "tuning.json")
+    assert alone.need(runs, RELEASED, [], runs / "tuning.json", Tuning(0.02, 1)) == empty
 
 
 def test_a_stopped_training_is_a_line_and_so_is_a_wrong_parameter():

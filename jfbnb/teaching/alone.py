@@ -3,36 +3,32 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 from jfbnb.common import UserError
-from jfbnb.training.restorers import RELEASED
 from jfbnb.training.tuning import Tuning
 
 
-def need(runs: Path, networks: list[str], tuning: str, methods: list[str]) -> Tuning:
-    """What earlier notebooks have left in `runs`; what is not there is taken as released.
+def need(runs: Path, stored: str | Path, networks: list[str], tuning: Path,
+         empty: Tuning) -> Tuning:
+    """What earlier notebooks have left in `runs`: networks, and the settings that they chose.
 
-    A line says so. Running the earlier notebooks replaces it.
+    A network that is not there is taken from the folder `stored`, and a line says so; running the
+    earlier notebooks replaces it. Without the file `tuning` nothing is chosen yet: `empty`.
 
-    Args:
-        networks: names of weights files, each with its model card.
-        tuning: the file with the settings of `methods`.
+    Raises:
+        UserError: if `stored` lacks a network, too.
     """
     missing = [name for name in networks if not (runs / f"{name}.safetensors").is_file()]
-    for name in missing:
+    for file in (f"{name}{suffix}" for name in missing for suffix in (".safetensors", ".json")):
+        if not (Path(stored) / file).is_file():
+            raise UserError(f"{runs} has no {file}, and nothing is stored for this profile: run "
+                            "the earlier notebooks first")
         runs.mkdir(parents=True, exist_ok=True)
-        for suffix in (".safetensors", ".json"):
-            shutil.copyfile(RELEASED / f"{name}{suffix}", runs / f"{name}{suffix}")
-    if not (runs / tuning).is_file():
-        released = Tuning.load(RELEASED / "tuning.json")
-        chosen = {name: released.chosen[name] for name in methods}
-        replace(released, chosen=chosen, searches={}).save(runs / tuning)
-        missing.append("settings")
+        shutil.copyfile(Path(stored) / file, runs / file)
     if missing:
-        print(f"released with this project, as no earlier notebook has run: {', '.join(missing)}")
-    return Tuning.load(runs / tuning)
+        print(f"no earlier notebook has run here; stored networks are taken: {', '.join(missing)}")
+    return Tuning.load(tuning) if tuning.is_file() else empty
 
 
 def check_parameters(**given: float) -> None:

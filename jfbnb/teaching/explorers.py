@@ -9,8 +9,7 @@ import html
 import io
 import re
 from collections.abc import Callable
-from functools import partial
-from itertools import pairwise
+from functools import cache, partial
 from pathlib import Path
 
 import ipywidgets as w
@@ -19,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import center_crop
 
 from jfbnb.common import UserError
 from jfbnb.core.baselines import direct_inverse, gradient_descent_iterate
@@ -179,13 +179,11 @@ def drawn(figure: Figure, **options: object) -> bytes:
 
 def panels(picture: bytes, number: int) -> list[bytes]:
     """A PNG cut into so many of equal width."""
-    whole = Image.open(io.BytesIO(picture))
-    cuts, parts = [round(i * whole.width / number) for i in range(number + 1)], []
-    for left, right in pairwise(cuts):
-        part = io.BytesIO()
+    whole, parts = Image.open(io.BytesIO(picture)), [io.BytesIO() for _ in range(number)]
+    for i, part in enumerate(parts):
+        left, right = (round(k * whole.width / number) for k in (i, i + 1))
         whole.crop((left, 0, right, whole.height)).save(part, "png")
-        parts.append(part.getvalue())
-    return parts
+    return [part.getvalue() for part in parts]
 
 
 def three_panels(*pictures: tuple[Tensor, str]) -> tuple[Figure, Axes]:
@@ -218,19 +216,19 @@ class BlurExplorer(Explorer):
         A = Blur(tuple(self.x.shape[2:]), size, std)
         d = measure(A, self.x, noise, 0, [0])
         numbers = f"measurement {psnr(d, self.x).item():.1f} dB, "
-        if A.cond < HOPELESS:
+        mu = A.spectrum.abs().flatten().sort(descending=True).values
+        if A.cond > HOPELESS:
+            inverse, title = torch.full_like(d, 0.9), "no direct inverse"
+            numbers += "<b>an eigenvalue of A is zero to rounding: there is no inverse</b>"
+        else:
             inverse, title = direct_inverse(A, d), "direct inverse"
             numbers += (f"direct inverse {psnr(inverse, self.x).item():.1f} dB, condition number "
                         f"{A.cond:.1e}")
-        else:
-            inverse, title = torch.full_like(d, 0.9), "no direct inverse"
-            numbers += "<b>an eigenvalue of A is zero to rounding: there is no inverse</b>"
-        singular_values = A.spectrum.abs().flatten().sort(descending=True).values
-        if BAD < A.cond < HOPELESS:
-            numbers += ("; <b>an eigenvalue of A is next to zero</b>: the inverse multiplies the "
-                        f"noise in its pattern by {1 / singular_values[-1].item():.0e}")
+            if A.cond > BAD:
+                numbers += ("; <b>an eigenvalue of A is next to zero</b>: the inverse multiplies "
+                            f"the noise in its pattern by {1 / mu[-1].item():.0e}")
         figure, ax = three_panels((d[0], "measurement d"), (inverse[0], title))
-        ax.semilogy(singular_values, color=METHODS["measurement"].colour)
+        ax.semilogy(mu, color=METHODS["measurement"].colour)
         ax.axhline(noise, color=METHODS["direct-inverse"].colour, linestyle="--")
         ax.set_title("singular values; dashed: noise", fontsize=11)
         ax.set_xlabel("index, largest first")
@@ -311,20 +309,18 @@ class SolverExplorer(Explorer):
     def __init__(self, T: SplittingMap, x: Tensor, noise_std: float):
         self.x, self.d = x, measure(T.A, x, noise_std, 0, [0])
         self.maps = {kind.name: kind(T.A, T.D, T.tau.item()).to(x.device) for kind in MAPS}
-        self.solved: dict[tuple[str, str], tuple[list[Tensor], list[float]]] = {}
+        self.iterates = cache(self.iterates)  # each solve is made once
         super().__init__(
             map_name=w.ToggleButtons(options=list(self.maps), value=SplittingMap.name),
             solver=w.ToggleButtons(options=list(SOLVERS), value="Anderson"),
             k=int_slider("iterate k", 5, 0, self.MOST - 1, 1))
 
     def iterates(self, map_name: str, solver: str) -> tuple[list[Tensor], list[float]]:
-        """All iterates and their residuals, computed once."""
-        if (map_name, solver) not in self.solved:
-            states: list[Tensor] = []
-            _, info = solve(self.maps[map_name], self.d, 0.0, self.MOST, SOLVERS[solver],
-                            callback=lambda _, z: states.append(z))
-            self.solved[map_name, solver] = states, info.residuals[:, 0].tolist()
-        return self.solved[map_name, solver]
+        """All iterates and their residuals."""
+        states: list[Tensor] = []
+        _, info = solve(self.maps[map_name], self.d, 0.0, self.MOST, SOLVERS[solver],
+                        callback=lambda _, z: states.append(z))
+        return states, info.residuals[:, 0].tolist()
 
     def draw(self, map_name: str, solver: str, k: int) -> tuple[Figure, str]:
         states, residuals = self.iterates(map_name, solver)
@@ -382,10 +378,9 @@ class GradientExplorer(Explorer):
                          rate=slider("learning rate", 0.2, 0.05, 1.0))
 
     def arrange(self, reset: w.Button) -> tuple[w.Widget, ...]:
-        for control in self.controls.values():
-            control.layout.width = "340px"
-        return (row(w.VBox([*self.controls.values(), reset, self.status],
-                           layout=w.Layout(width="350px", flex="0 0 auto")), self.picture),)
+        beside = w.VBox([*self.controls.values(), reset, self.status],
+                        layout=w.Layout(width="390px", flex="0 0 auto"))
+        return (row(beside, self.picture),)
 
     def gradients(self, gamma: float, degrees: float,
                   terms: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -457,7 +452,7 @@ class MethodsExplorer(Explorer):
                        for i, name in enumerate(photos.names)}
         self.weights = weights
         self.loaded: dict[str, Restorer] = {}
-        self.restored: dict[tuple, Tensor] = {}
+        self.restored = cache(self._restored)  # once for each method, image, noise and kernel
         self.upload = Upload(accept=ACCEPTED, description="your own", tooltip="a picture")
         observe([self.upload], self.take_upload)
         released = "" if weights else ", released"  # a run's network of that name is another one
@@ -488,37 +483,38 @@ class MethodsExplorer(Explorer):
             self.status.value = message(f"{name}: {error}", wrong=True)
             return
         self.scenes[name] = camera, x
-        self.restored.clear()  # another file may have had that name
+        self.restored.cache_clear()  # another file may have had that name
         image.options = list(self.scenes)
         if image.value == name:
             self.refresh()
         image.value = name
 
-    def update(self, image: str, noise: float, std: float, methods: tuple[str, ...]) -> str:
+    def measured(self, image: str, noise: float, std: float) -> tuple[LinearOperator, Tensor]:
+        """The blur with this kernel, and its measurement of the image."""
         protocol, x = self.scenes[image]
         A = protocol.make(protocol.image_size, kernel_std=std)
-        d = measure(A, x, noise, 0, [0])
+        return A, measure(A, x, noise, 0, [0])
+
+    def update(self, image: str, noise: float, std: float, methods: tuple[str, ...]) -> str:
+        protocol, x = self.scenes[image]
+        A, d = self.measured(image, noise, std)
         shown = {"Original": A.visible(x)[0], METHODS["measurement"].label: d[0]}
         line = "" if protocol.name == "paper" else message(
             f"{image}: its middle square, shrunk to {d.shape[-1]} x {d.shape[-1]} and then blurred "
             "here. A picture that is blurred already is for Your photograph, in notebook 6.")
         for name in methods:
             try:
-                shown[self.labels[name]] = self._restore(name, A, d, image, noise, std)[0]
+                shown[self.labels[name]] = self.restored(name, image, noise, std)
             except UserError as error:  # the other methods are shown all the same
                 line = message(str(error), wrong=True)
         self.picture.show(shown, truth="Original")
         return line
 
-    def _restore(self, name: str, A: LinearOperator, d: Tensor, image: str, noise: float,
-                 std: float) -> Tensor:
-        """Computed once for each image, noise level and kernel."""
-        key = name, image, noise, std
-        if key not in self.restored:
-            if name not in self.loaded:
-                self.loaded |= make_methods([name], self.weights, torch.device("cpu"))
-            self.restored[key] = A.visible(self.loaded[name](A, d, noise)[0])
-        return self.restored[key]
+    def _restored(self, name: str, image: str, noise: float, std: float) -> Tensor:
+        if name not in self.loaded:
+            self.loaded |= make_methods([name], self.weights, torch.device("cpu"))
+        A, d = self.measured(image, noise, std)
+        return A.visible(self.loaded[name](A, d, noise)[0])[0]
 
 
 def read_upload(content: bytes, size: int) -> Tensor:
@@ -529,7 +525,6 @@ def read_upload(content: bytes, size: int) -> Tensor:
     """
     pixels = read_pictures(io.BytesIO(content))[0].pixels.expand(3, -1, -1)
     side = min(pixels.shape[1:])
-    top, left = ((n - side) // 2 for n in pixels.shape[1:])
-    return nn.functional.interpolate(pixels[None, :, top:top + side, left:left + side],
-                                     size=(size, size), mode="bilinear",
+    square = center_crop(pixels, [side, side])
+    return nn.functional.interpolate(square[None], size=(size, size), mode="bilinear",
                                      antialias=True).clamp(0, 1)

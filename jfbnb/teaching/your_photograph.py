@@ -44,7 +44,7 @@ from jfbnb.teaching.upload import Upload
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import expected_methods, make_methods
 
-WHOLE, PART = 1200, 800  # pixels on the longer side that a browser is sent
+WHOLE = 1200  # pixels on the longer side that a browser is sent
 OUTLINE = 96  # pixels on the longer side of a kernel's picture
 LINKED = 8_000_000  # bytes of a result that goes into the page as a link
 EXAMPLE = "motion:9,30"
@@ -56,7 +56,7 @@ class KernelControls(w.HBox):
     def __init__(self) -> None:
         self.kind = w.Dropdown(options=["motion", "gaussian", "disk", "a file"],
                                description="kernel")
-        self.file = Upload(accept=f"{ACCEPTED},.npy,.txt,.csv", description="kernel",
+        self.file = Upload(accept=f"{ACCEPTED},.npy,.txt,.csv", description="kernel file",
                            tooltip="a picture of the kernel, or its numbers")
         std, size = slider("std", 2, 0.3, 6, 0.1), int_slider("cut to", 13, 3, 37, 2)
         self.shapes = {
@@ -141,20 +141,16 @@ class PhotographExplorer(Alive):
         self.button = button("Restore", self.press)
         self.start_anew = button("Reset", lambda: (self.reset(), self.press()))
         self.status = w.HTML()
-        self.zoom = w.Dropdown(options=["whole", "a part at full size"], description="show")
-        self.across = slider("across (%)", 50, 0, 100, 1)
-        self.down = slider("down (%)", 50, 0, 100, 1)
         self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})
         self.settings = [self.noise, self.estimated, *self.kernel.controls, self.border,
                          self.method]
         self.defaults = [control.value for control in self.settings]
         observe(self.settings, self.adapt)
-        observe([self.zoom, self.across, self.down], self.show)
         observe([self.upload], self.take_upload)
         super().__init__(
             row(w.VBox([self.upload, self.noise, self.estimated, self.border, self.method]),
                 w.VBox([self.kernel, w.HBox([self.button, self.start_anew])])),
-            self.status, row(self.zoom, self.across, self.down), self.comparison)
+            self.status, self.comparison)
         self.reset()
         self.restore()
 
@@ -187,7 +183,6 @@ class PhotographExplorer(Alive):
     def begin(self, name: str, pages: list[Picture]) -> None:
         """Replace the picture; it is restored later."""
         self.name, self.pages, self.result = name, pages, pages[0].pixels
-        self.zoom.value, self.across.value, self.down.value = "whole", 50, 50
         self.show()
         self.adapt()
         _, height, width = self.result.shape
@@ -252,11 +247,9 @@ class PhotographExplorer(Alive):
         def progress(done: int, tiles: int) -> None:
             self.go_on()
             share = (len(found) + done / tiles) / len(self.pages)
-            line = f"restoring, {tiles * len(self.pages)} tiles: {share:.0%}"
-            if share:
-                seconds = (time.perf_counter() - start) * (1 / share - 1)
-                line += f", about {seconds:.0f} s to go"
-            self.say(line)
+            left = (time.perf_counter() - start) * (1 / share - 1) if share else 0
+            self.say(f"restoring, {tiles * len(self.pages)} tiles: {share:.0%}"
+                     + f", about {left:.0f} s to go" * bool(share))
 
         for page in self.pages:
             found.append(restore(self.loaded[name], page.pixels.to(device), kernel, noise_std,
@@ -271,8 +264,9 @@ class PhotographExplorer(Alive):
             line += f", {first.iterations} iterations, residual {first.residual:.1e}"
         pages = [page.with_pixels(f.image) for page, f in zip(self.pages, found, strict=True)]
         link = self.offer(f"{Path(self.name).stem}-{name}{pages[0].suffix}", pages)
-        warnings = dict.fromkeys(warning.line(_as_control) for f in found  # each once
-                                 for warning in f.warnings)
+        warnings = dict.fromkeys(  # each once
+            warning.line(lambda name, value: f"{name.replace('_', ' ')} {value}")
+            for f in found for warning in f.warnings)
         self.say(f"{line}, {time.perf_counter() - start:.1f} s", *warnings, link=link)
 
     def offer(self, name: str, pages: list[Picture]) -> str:
@@ -290,14 +284,9 @@ class PhotographExplorer(Alive):
                 f'{base64.b64encode(content).decode()}">download {html.escape(name)}</a>')
 
     def show(self) -> None:
-        """The picture and the restored one, whole or in part, as much as a browser can do with."""
-        large = max(self.result.shape) > WHOLE
-        part = large and self.zoom.value != "whole"
-        for control, needed in ((self.zoom, large), (self.across, part), (self.down, part)):
-            control.layout.display = "" if needed else "none"
-        where = self.across.value / 100, self.down.value / 100
-        self.comparison.show({label: _cut(x, *where) if part else _fit(x, WHOLE) for label, x in
-                              (("as it was", self.pages[0].pixels), ("restored", self.result))})
+        """The picture and the restored one, as large as a browser can do with."""
+        self.comparison.show({"as it was": _fit(self.pages[0].pixels, WHOLE),
+                              "restored": _fit(self.result, WHOLE)})
 
     def say(self, line: str, *warnings: str, wrong: bool = False, link: str = "") -> None:
         """A line, in red if something is wrong, with a link; and warnings."""
@@ -312,14 +301,6 @@ def _fit(x: Tensor, side: int) -> Tensor:
     return interpolate(x[None], size=size, mode="bilinear", antialias=True)[0].expand(3, -1, -1)
 
 
-def _cut(x: Tensor, across: float, down: float) -> Tensor:
-    """At most PART x PART pixels of an image (C, H, W), as it is, from left and top (0) to 1."""
-    for dim, share in ((1, down), (2, across)):
-        side = min(PART, x.shape[dim])
-        x = x.narrow(dim, round(share * (x.shape[dim] - side)), side)
-    return x.expand(3, -1, -1)
-
-
 def example() -> Picture:
     """A photograph that a shaking camera took: blurred, then cut, with noise, in 8 bits."""
     scene = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).double() / 255
@@ -328,7 +309,3 @@ def example() -> Picture:
     noise = torch.randn(blurred.shape, generator=torch.Generator().manual_seed(0))
     pixels = ((blurred + 0.01 * noise).clamp(0, 1) * 255).round() / 255
     return Picture(pixels.float(), np.dtype("uint8"), (0, 255), (0, 255))
-
-
-def _as_control(parameter: str, value: object) -> str:
-    return f"{parameter.replace('_', ' ')} {value}"

@@ -261,10 +261,15 @@ def test_photograph_is_restored_and_downloaded(lab, page, photograph):
     file, sharp = photograph
     run(page, lab, "photograph")
     bring(page, ".jfbnb-swipe canvas")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_title("a blurred picture").click()
-    chooser.value.set_files(file)
-    page.get_by_text("mine.png: 140 x 140 pixels").wait_for()
+    large = file.with_name("large.jpg")  # of more than a message may have
+    noise = np.random.default_rng(0).integers(0, 256, (2600, 2600, 3), np.uint8)
+    Image.fromarray(noise).save(large, quality=95)
+    assert large.stat().st_size > 10_000_000
+    for path, size in ((large, "2600 x 2600"), (file, "140 x 140")):
+        with page.expect_file_chooser() as chooser:
+            page.get_by_title("a blurred picture").click()
+        chooser.value.set_files(path)
+        page.get_by_text(f"{path.name}: {size} pixels").wait_for(timeout=60_000)
     page.get_by_label("kernel", exact=True).select_option("disk")
     page.get_by_role("button", name="Restore", exact=True).click()
     link = page.get_by_role("link", name="download mine-jfb.png")
