@@ -378,9 +378,10 @@ class GradientExplorer(Explorer):
                          rate=slider("learning rate", 0.2, 0.05, 1.0))
 
     def arrange(self, reset: w.Button) -> tuple[w.Widget, ...]:
-        beside = w.VBox([*self.controls.values(), reset, self.status],
-                        layout=w.Layout(width="390px", flex="0 0 auto"))
-        return (row(beside, self.picture),)
+        for control in self.controls.values():  # beside the picture, on 1280 pixels
+            control.layout.width = "340px"
+        return (row(w.VBox([*self.controls.values(), reset, self.status],
+                           layout=w.Layout(width="350px", flex="0 0 auto")), self.picture),)
 
     def gradients(self, gamma: float, degrees: float,
                   terms: int) -> dict[str, Callable[[Tensor], Tensor]]:

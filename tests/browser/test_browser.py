@@ -263,7 +263,7 @@ def test_photograph_is_restored_and_downloaded(lab, page, photograph):
     bring(page, ".jfbnb-swipe canvas")
     large = file.with_name("large.jpg")  # of more than a message may have
     noise = np.random.default_rng(0).integers(0, 256, (2600, 2600, 3), np.uint8)
-    Image.fromarray(noise).save(large, quality=95)
+    Image.fromarray(noise).save(large, quality=100)
     assert large.stat().st_size > 10_000_000
     for path, size in ((large, "2600 x 2600"), (file, "140 x 140")):
         with page.expect_file_chooser() as chooser:
