@@ -283,9 +283,9 @@ def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
                 at = rows.condition.map(conditions.index) + shift
             else:
                 ax.plot(at, rows.psnr, color=colour, linestyle=linestyle)
-            ax.scatter(at, rows.psnr, s=34, marker=marker, edgecolors=colour, linewidths=1.6,
-                       facecolors=["white" if share < 1 else colour for share in rows.converged],
-                       zorder=3)
+            for points, face in ((~(rows.converged < 1), colour), (rows.converged < 1, "white")):
+                ax.scatter(at[points], rows.psnr[points], s=34, marker=marker, facecolors=face,
+                           edgecolors=colour, linewidths=1.6, zorder=3)
         if named:
             ax.set_xticks(range(len(conditions)), [name.replace("_", " ") for name in conditions],
                           rotation=35, ha="right")
