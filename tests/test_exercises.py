@@ -1,74 +1,160 @@
-"""Answers to exercises: the right ones, typical wrong ones, and other words."""
+"""Answers to exercises: the right ones, typical wrong ones, and what cannot be checked."""
 
+import csv
 import re
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import pytest
 import torch
+from torch import nn
 
 from jfbnb.core.baselines import direct_inverse, tikhonov
+from jfbnb.core.denoisers import DnCNN
 from jfbnb.core.metrics import psnr
+from jfbnb.core.models import Restorer
+from jfbnb.core.operators import Blur, Inpainting
 from jfbnb.core.protocols import get_protocol, measure
 from jfbnb.data import bundled_photos
 from jfbnb.run.checkout import ROOT
-from jfbnb.teaching.exercises import EXERCISES, RIGHT, Choice, Number, answer
+from jfbnb.teaching.exercises import CHECKS, answer, measured
+from jfbnb.training.methods import METHODS
+from jfbnb.training.restorers import RELEASED, load_model
+from jfbnb.training.weights import load_denoiser
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("0*.ipynb"))
+WIDE = pd.DataFrame({"jfb": [30.0, 31.0], "tikhonov": [29.5, 28.0]}, index=["a/1", "b/2"])
+
+
+def judged(exercise: str, given: object, *context: object) -> str:
+    return CHECKS[exercise](given, *context)
+
+
+def sharpest(x):
+    return sum(x.roll(s, dim) - x for s in (-1, 1) for dim in (2, 3))  # wraps around: wrong
+
+
+def laplacian(x):
+    """The gradient of half the squared differences, by hand, without a border's own terms."""
+    g = torch.zeros_like(x)
+    for dim in (2, 3):
+        step = x.diff(dim=dim)
+        g.narrow(dim, 1, step.shape[dim]).add_(step)
+        g.narrow(dim, 0, step.shape[dim]).sub_(step)
+    return g
+
+
+def methods():
+    """Rivals that differ in what is asked: one is told nothing, one leaves the range."""
+    return {"tikhonov": Restorer(lambda A, d, noise: (tikhonov(A, d, 100 * noise**2), None)),
+            "feedforward": Restorer(lambda A, d, noise: ((noise == 0.01) * 1.1 * d, None)),
+            "direct-inverse": Restorer(lambda A, d, noise: (direct_inverse(A, d), None))}
 
 
 @pytest.fixture(scope="module")
-def x():
-    return bundled_photos("test", 128).as_float()[:2]
+def network():
+    return load_denoiser(RELEASED / "denoiser.safetensors").network
 
 
-@pytest.mark.parametrize("name", EXERCISES)
-def test_right_and_wrong(name, capsys):
-    question = EXERCISES[name]
-    wrong = ([*question.wrong] if isinstance(question, Choice)
-             else [*question.slips, 12345.0])
-    assert question.judge(question.right) == RIGHT
-    for given in wrong:
-        assert question.judge(given).startswith("not so: ")
-    answer(name)
-    answer(name, question.right)
-    assert capsys.readouterr().out == f"{name}: no answer yet\n{name}: right\n"
+@pytest.fixture(scope="module")
+def T():
+    return load_model(METHODS["jfb"], RELEASED).T
 
 
-def test_other_words_and_spellings():
-    assert EXERCISES["1.1"].judge(" Better ") == RIGHT
-    assert EXERCISES["1.1"].judge("wider") == "'wider' is none of better, worse"
-    assert EXERCISES["1.2"].judge("much") == "'much' is no number"
-    assert EXERCISES["3.1"].judge(0.1) == RIGHT
-    assert "sign" in EXERCISES["1.2"].judge(-EXERCISES["1.2"].right)
-    assert "variance" in EXERCISES["1.3"].judge(EXERCISES["1.3"].right ** 2)
+@pytest.mark.parametrize(("exercise", "right", "wrong"), [
+    ("1.1", "-13.2 dB", [-23.6, 13.2]), ("1.2", "\N{MINUS SIGN}4.7 dB", [4.7, -23.6]),
+    ("1.3", 2.1e-5, [4.4e-10, 6.6e-7]), ("2.1", 28, [3, 300]),
+    ("2.2", laplacian, [sharpest, lambda x: x]), ("2.3", (0.018, 0.036), [(0.018, 0.3)]),
+    ("4.2", lambda T, z: T(T(z)), [lambda T, z: T(z), lambda T, z: T(T(T(z)))]),
+    ("6.2", (1.0, 4.0), [(4.0, 1.0)]), ("6.3", ("0.5 dB", 1.0), [(1.0, 0.5)])])
+def test_right_and_wrong(exercise, right, wrong):
+    assert judged(exercise, right) == ""
+    assert all(judged(exercise, given) for given in wrong)
 
 
-def test_numbers_are_those_of_an_experiment(x):
-    A, noise = get_protocol("paper").operator(), get_protocol("paper").noise_std
-    rounded = (A(x) * 255).round() / 255
-    assert EXERCISES["1.2"].judge(psnr(direct_inverse(A, rounded), x).mean().item()) == RIGHT
-    sigma = EXERCISES["1.3"].right
-    reached = psnr(direct_inverse(A, measure(A, x, sigma, 0, range(2))), x).mean().item()
-    assert reached == pytest.approx(30, abs=1)
-    weights = torch.logspace(-3, -0.5, 51).tolist()
-    best = []
-    for noise_std in (noise, 2 * noise):
-        d = measure(A, x, noise_std, 0, range(2))
-        best.append(max(weights, key=lambda lam, d=d: psnr(tikhonov(A, d, lam), x).mean().item()))
-    assert EXERCISES["2.3"].judge(best[1] / best[0]) == RIGHT
+def test_right_by_an_experiment():
+    """On images that the checks do not use."""
+    x = bundled_photos("test", 128).as_float()[:2]
+    A = get_protocol("paper").operator()
+    assert not judged("1.2", psnr(direct_inverse(A, (A(x) * 255).round() / 255), x).mean())
+    code = get_protocol("code")
+    B = code.operator()
+    d = measure(B, x, code.noise_std, 0, range(2))
+    assert not judged("1.1", psnr(direct_inverse(B, d), x).mean())
+    assert "keeps 3" in judged("4.2", lambda T, z: T(T(T(z))))
+
+
+def test_denoisers_are_run(network):
+    assert "train it" in judged("3.1", DnCNN(3, 4)) and "17 pixels" in judged("3.1", network)
+
+    def once(y, sigma):
+        return y - network(y, sigma)
+
+    A, x, _ = measured()
+    with torch.no_grad():
+        assert not judged("3.2", lambda y, sigma: once(once(y, sigma), sigma), once, x[:1])
+        assert judged("3.2", once, once, x[:1])
+        share = network(A(x[:1]), 0.05).norm() / (x[:1] - A(x[:1])).norm()
+        assert not judged("3.3", share, network) and judged("3.3", 1.0, network)
+
+
+@torch.no_grad()
+def test_maps_are_run(T):
+    assert "300" in judged("4.1", T)
+    (wild := load_model(METHODS["jfb"], RELEASED).T).D.network.layers[-1].weight.mul_(-3)
+    assert not judged("4.1", wild)
+    assert not judged("4.3", lambda T, z, d: T.data_step(z, d), T)
+    assert judged("4.3", lambda T, z, d: z, T)
+
+
+def test_methods_are_run():
+    rivals, x = methods(), measured()[1]
+    assert not judged("5.1", "feedforward", rivals, x) and not judged("5.1", "dnCNN", rivals, x)
+    assert not judged("5.2", METHODS["direct-inverse"].label, rivals, x)
+    assert "ahead of tikhonov" in judged("5.2", "tikhonov", rivals, x)
+    assert "is none of" in judged("5.1", "nothing", rivals, x)
+    assert not judged("5.3", "a/1", WIDE) and "2.50 dB" in judged("5.3", "b/2", WIDE)
+
+
+class Camera(Blur):
+    def __init__(self):
+        super().__init__(128, 5, 5**0.5, border="unknown")
+        filters = torch.zeros(3, 124, 124)
+        filters[0, ::2, ::2] = filters[2, 1::2, 1::2] = 1
+        filters[1] = 1 - filters.sum(dim=0)
+        self.register_buffer("mosaic", filters)
+
+    def forward(self, x):
+        return (self.mosaic * super().forward(x)).sum(dim=1, keepdim=True)
+
+    def adjoint(self, d):
+        return super().adjoint(self.mosaic * d)
+
+
+def test_operators_are_run():
+    assert not judged("6.1", Camera())
+    assert "numbers" in judged("6.1", Inpainting(torch.ones(128, 128)))
+
+
+def test_answers_are_noted_and_what_raises_is_a_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    answer("1.2")
+    answer("1.2", "-4.7 dB")
+    answer("1.2", "much")
+    answer("4.2", lambda T, z: 1 / 0)
+    answer("3.3", 1.0, nn.Linear(2, 2))
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[:2] == ["1.2: no answer yet", "1.2: right"] and len(printed) == 5
+    assert "ValueError" in printed[2] and "division by zero" in printed[3]
+    rows = list(csv.reader(Path("answers.csv").read_text().splitlines()))
+    assert [row[1] for row in rows] == ["1.2", "1.2", "4.2", "3.3"] and rows[0][2] == "right"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem[:2])
 def test_each_notebook_asks_for_its_answers(path: Path):
-    """In its last cell, one line an exercise, unanswered; all choices are named there."""
+    """In its last cell, one line an exercise, unanswered, each with what to hand in."""
     cell = nbformat.read(path, 4).cells[-1]
-    asked = re.findall(r'answer\("([\d.]+)", None\)  # (.+)', cell.source)
-    own = [name for name in EXERCISES if name.startswith(f"{int(path.stem[:2])}.")]
-    assert [name for name, _ in asked] == own and cell.cell_type == "code"
-    for name, words in asked:
-        if isinstance(EXERCISES[name], Number):
-            assert "?" in words
-        else:
-            for word in (EXERCISES[name].right, *list(EXERCISES[name].wrong)[:1]):
-                assert f'"{word}"' in words
+    asked = re.findall(r'answer\("([\d.]+)", None(?:, [\w\[\]:]+)*\)  # .+', cell.source)
+    assert asked == [name for name in CHECKS if name.startswith(f"{int(path.stem[:2])}.")]
+    assert len(asked) == 3 and cell.cell_type == "code"

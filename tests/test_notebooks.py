@@ -3,12 +3,21 @@
 import ast
 import json
 import re
+from functools import partial
 from itertools import pairwise
 
 import nbformat
 import pytest
+import torch
 
+from jfbnb.common import UserError
+from jfbnb.data import Splits, bundled_photos
 from jfbnb.run.reproduce import notebook_parameters, notebooks
+from jfbnb.teaching import alone
+from jfbnb.training.recipes import Run
+from jfbnb.training.restorers import RELEASED
+from jfbnb.training.tuning import Tuning
+from jfbnb.training.weights import load_denoiser
 
 PATHS = notebooks()
 IDS = [path.stem for path in PATHS]
@@ -127,3 +136,52 @@ def test_small_and_without_paths_of_a_machine(path):
 def test_every_name_in_order():
     for path, following in pairwise(PATHS):
         assert following.name in last_words(nbformat.read(path, 4))
+
+
+def test_a_notebook_alone_takes_what_is_stored(tmp_path, capsys):
+    runs, empty = tmp_path / "runs", Tuning(0.01, 3)
+    with pytest.raises(UserError, match="run the earlier notebooks first"):
+        alone.need(runs, tmp_path, ["denoiser"], runs / "tuning.json", empty)
+    for said in ("stored networks are taken: denoiser\n", ""):  # it is there the second time
+        assert alone.need(runs, RELEASED, ["denoiser"], runs / "tuning.json", empty) is empty
+        assert capsys.readouterr().out.endswith(said)
+    assert load_denoiser(runs / "denoiser.safetensors").network.depth == 8
+    empty.save(runs / "tuning.json")
+    assert alone.need(runs, RELEASED, [], runs / "tuning.json", Tuning(0.02, 1)) == empty
+
+
+def test_a_stopped_training_is_a_line_and_so_is_a_wrong_parameter():
+    with pytest.raises(UserError, match="run this cell again"), alone.stoppable():
+        raise KeyboardInterrupt
+    for given in ({"crop": 500}, {"batch_size": 0}, {"search_images": 0}):
+        with pytest.raises(UserError, match=f"{next(iter(given))} = "):
+            alone.check_parameters(**given)
+    alone.check_parameters(crop=32, batch_size=8)
+
+
+def test_notebook_3_goes_on_where_its_training_was_stopped(tmp_path):
+    """Its cells, run twice: the second time after a stop, and from the same untrained network."""
+    cells = {cell.id: cell.source for cell in nbformat.read(PATHS[2], 4).cells}
+    images = bundled_photos("train", 64)[:8]
+    lines = []
+
+    def log(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            raise KeyboardInterrupt
+
+    names: dict[str, object] = {}
+    exec(cells["cell-02"], names)
+    names |= {"seed": 0, "network": "DnCNN", "depth": 2, "width": 2, "device": torch.device("cpu"),
+              "pretrain_epochs": 4, "pretrain_batch_size": 4, "pretrain_crop": 16, "bf16": "never",
+              "pretrain_learning_rate": 1e-3, "random_degradations": False, "runs": tmp_path,
+              "profile": "", "weights": "", "noise_max": 0.1,
+              "splits": Splits(images, images, images, "8 photographs"),
+              "Run": partial(Run, log=log)}
+    exec(cells["cell-06"], names)
+    with pytest.raises(UserError, match="stopped"):
+        exec(cells["cell-10"], names)
+    lines.append("stopped")
+    exec(cells["cell-10"], names)
+    assert any(line.startswith("resumed after") for line in lines)
+    assert names["history"].epoch.iloc[-1] == 4

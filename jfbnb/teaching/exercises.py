@@ -1,103 +1,208 @@
-"""Answers to the notebooks' exercises: right, or what to look at. Solutions are elsewhere."""
+"""Checks of the notebooks' exercises: each runs what it is given, or measures the answer anew."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import copy
+import csv
+import re
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
+from pathlib import Path
 
-RIGHT = "right"
+import torch
+from torch import Tensor, nn
 
+from jfbnb.common import seeded_generator
+from jfbnb.core.baselines import direct_inverse, tikhonov
+from jfbnb.core.fixed_point import picard, solve
+from jfbnb.core.gradients import neumann
+from jfbnb.core.maps import GradientMap, ImplicitMap
+from jfbnb.core.metrics import psnr
+from jfbnb.core.models import Restorer
+from jfbnb.core.operators import Blur, LinearOperator
+from jfbnb.core.protocols import get_protocol, measure
+from jfbnb.data import bundled_photos
+from jfbnb.teaching.explorers import ToyMap
+from jfbnb.training.methods import METHODS
 
-@dataclass(frozen=True)
-class Choice:
-    """One of some words; for each wrong one, what to look at."""
-
-    right: str
-    wrong: Mapping[str, str]
-
-    def judge(self, given: object) -> str:
-        word = str(given).strip()
-        if word.lower() == self.right.lower():
-            return RIGHT
-        for other, look in self.wrong.items():
-            if word.lower() == other.lower():
-                return f"not so: {look}"
-        return f"{given!r} is none of {', '.join(sorted([self.right, *self.wrong]))}"
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number, right within some distance. `slips` are typical wrong ones, and where to look."""
-
-    right: float
-    within: float
-    look: str
-    slips: Mapping[float, str]
-
-    def judge(self, given: object) -> str:
-        try:
-            value = float(given)
-        except (TypeError, ValueError):
-            return f"{given!r} is no number"
-        if abs(value - self.right) <= self.within:
-            return RIGHT
-        for slip, look in self.slips.items():
-            if abs(value - slip) <= 0.1 * abs(slip):
-                return f"not so: {look}"
-        return f"not so: {self.look}"
+RECORD = Path("answers.csv")  # of all that was answered, beside the notebook: to be handed in
+PROTOCOLS = ("paper", "code")  # exercise 1.1 changes it, and what follows may keep it so
 
 
-def answer(exercise: str, given: object = None) -> None:
-    """Print whether an answer is right, or what to look at; None is no answer yet."""
-    verdict = "no answer yet" if given is None else EXERCISES[exercise].judge(given)
+def answer(exercise: str, given: object = None, *context: object) -> None:
+    """Print whether an answer is right, or what to look at, and note it in `RECORD`.
+
+    Args:
+        given: None is no answer yet.
+        context: of the notebook, what the check needs to measure the answer itself.
+    """
+    if given is None:
+        print(f"{exercise}: no answer yet")
+        return
+    try:
+        with torch.no_grad():
+            hint = CHECKS[exercise](*(copy.deepcopy(value).cpu() if isinstance(value, nn.Module)
+                                      else value for value in (given, *context)))
+        verdict = f"not so: {hint}" if hint else "right"
+    except Exception as error:  # a student's function may raise anything
+        verdict = f"it cannot be checked: {type(error).__name__}: {error}".splitlines()[0]
+    with RECORD.open("a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow([datetime.now().isoformat(" ", "seconds"), exercise, verdict])
     print(f"{exercise}: {verdict}")
 
 
-EXERCISES: dict[str, Choice | Number] = {
-    "1.1": Choice("better", {
-        "worse": "compare the smallest eigenvalues of both kernels, and not their widths"}),
-    # 1.2 and 1.3 by the formula of 1.4, for the paper's blur.
-    "1.2": Number(-4.68, 1.5, "put the standard deviation of the hint into the formula of 1.4", {
-        -23.6: "that is with the protocol's noise: add none, round only",
-        4.68: "look at the sign: the error is larger than the image"}),
-    "1.3": Number(2.09e-5, 0.4e-5, "30 dB is a mean squared error of 1e-3, and that is sigma^2 "
-                  "times the mean of 1/mu^2", {
-        4.36e-10: "that is the variance: take its root",
-        6.6e-7: "30 dB is a ratio of squares: 10^(30/20), not 10^(30/10)"}),
-    "2.1": Choice("no", {
-        "yes": "count the steps from both starts, and compare with how far the curve is flat"}),
-    "2.2": Choice("slow", {
-        "fast": "what is the gradient of a grey wall, and what that of a fence?"}),
-    "2.3": Number(2.0, 0.7, "run it on a fine grid of weights, once with each noise level", {
-        4.0: "the variance grows by 4; but the patterns where image and noise balance are others "
-             "now, and stronger",
-        1.0: "it does move: the hint has the reason"}),
-    "3.1": Choice("0.1", {
-        "0.025": "how many pixels does one need to average noise away, and how many are seen?"}),
-    "3.2": Choice("worse", {
-        "better": "what does a network that looks for noise take, where there is none left?"}),
-    "3.3": Choice("nothing", {
-        "edges": "compare its size with what the blur has taken away",
-        "blur": "compare its size with what the blur has taken away"}),
-    "4.1": Choice("larger", {
-        "smaller": "the penalty acts on what stretches; what is there without it?",
-        "the same": "look at the largest norm, over all images"}),
-    "4.2": Number(2, 0, "differentiate T(T(x*)) in Theta by the chain rule", {
-        1: "the second application has a derivative of its own"}),
-    "4.3": Choice("x*", {
-        "z*": "which of the two maps ends with the denoiser?"}),
-    "5.1": Choice("DnCNN", {
-        "JFB, DE-PROX": "no weight of it follows the noise, but it is told the blur; who is not?",
-        "Tikhonov": "its weight follows the noise: sort the changes",
-        "Total variation": "its weight follows the noise: sort the changes",
-        "JFB, splitting": "its weight follows the noise: sort the changes"}),
-    "5.2": Choice("Direct inverse", dict.fromkeys(
-        ("JFB, splitting", "Tikhonov", "Total variation", "DnCNN", "Gradient descent"),
-        "which image has the most values far out of [0, 1]?")),
-    "5.3": Choice("smooth", {
-        "full of detail": "look at it under the swipe handle: what is there to restore?"}),
-    "6.1": Choice("mosaic first", {
-        "blur first": "the adjoint of a product goes back in the opposite order"}),
-    "6.2": Choice("the equilibrium", {
-        "total variation": "how far is the next known pixel, and how far does each look?"}),
-    "6.3": Choice("the equilibrium", {
-        "total variation": "run it for all powers, and compare largest and smallest PSNR"}),
-}
+def number(given: object) -> float:
+    """A number, as Python has it or as text, perhaps with a unit. Raises ValueError."""
+    text = str(given.item() if isinstance(given, Tensor) else given)
+    return float(re.sub(r"\s*(dB|steps?)$", "", text.strip().replace("\N{MINUS SIGN}", "-")))
+
+
+def near(given: object, measured: list[float], within: float, hint: str) -> str:
+    """No hint for a number that is one of those measured."""
+    return "" if min(abs(number(given) - value) for value in measured) < within else hint
+
+
+def best(given: object, values: Mapping[object, float], within: float = 1e-6) -> str:
+    """No hint for the choice whose value in dB is the largest; a method's label will do, too."""
+    labels = {METHODS[name].label: value for name, value in values.items() if name in METHODS}
+    known = {str(name).lower(): value for name, value in (values | labels).items()}
+    if (name := str(given).strip().lower()) not in known:
+        return f"{given!r} is none of {', '.join(map(str, values))}"
+    missed = max(values.values()) - known[name]
+    return "" if missed <= within else f"another one is ahead of {given} by {missed:.2f} dB"
+
+
+def mean_psnr(y: Tensor, x: Tensor) -> float:
+    return psnr(y, x).mean().item()
+
+
+def measured(protocol: str = "paper", noise_std: float = 0.01) -> tuple[Blur, Tensor, Tensor]:
+    """A protocol's blur, three validation images and their measurements, as in notebook 2."""
+    A, images = get_protocol(protocol).operator(), bundled_photos("validation", 128)[:3]
+    return A, images.as_float(), measure(A, images.as_float(), noise_std, 0, images.indices)
+
+
+def inverted(noise_std: float, *protocols: str) -> list[float]:
+    """The PSNR in dB of the direct inverse, by protocol."""
+    cases = [measured(name, noise_std) for name in protocols]
+    return [mean_psnr(direct_inverse(A, d), x) for A, x, d in cases]
+
+
+def best_step(given: object) -> str:
+    (A, x, d), curve = measured(), {}
+    z = torch.zeros_like(d)
+    for step in range(1, round(number(given)) + 60):
+        z = z - A.adjoint(A(z) - d)
+        curve[step] = mean_psnr(z, x)
+    return best(round(number(given)), curve, 0.05)
+
+
+@torch.enable_grad()
+def smoothness(gradient: Callable[[Tensor], Tensor]) -> str:
+    x = torch.rand(1, 3, 9, 8, dtype=torch.float64, generator=seeded_generator(0)).requires_grad_()
+    energy = 0.5 * (x.diff(dim=2).square().sum() + x.diff(dim=3).square().sum())
+    wrong = (gradient(x.detach()) - torch.autograd.grad(energy, x)[0])[..., 1:-1, 1:-1]
+    return "" if wrong.abs().max() < 1e-6 else "torch.autograd.grad says otherwise"
+
+
+def two_weights(given: tuple[float, float]) -> str:
+    for noise_std, lam in zip((0.01, 0.02), map(number, given), strict=True):
+        A, x, d = measured("paper", noise_std)
+        weights = (lam, *torch.logspace(-3, -0.5, 26).tolist())
+        if hint := best(lam, {w: mean_psnr(tikhonov(A, d, w), x) for w in weights}, 0.05):
+            return f"with noise of {noise_std} {hint}"
+    return ""
+
+
+@torch.enable_grad()
+def shallow(R: nn.Module) -> str:
+    _, x, _ = measured()
+    R(x.requires_grad_(), 0.1)[0, :, 64, 64].sum().backward()
+    seen = x.grad[0].abs().sum(dim=(0, 2)).count_nonzero().item()
+    y = x.detach() + 0.1 * torch.randn(x.shape, generator=seeded_generator(1))
+    gain = mean_psnr(y - R(y, 0.1), x) - mean_psnr(y, x)
+    return (f"at 0.1 it gains {gain:.1f} dB: train it" if gain < 3 else
+            "" if seen == 7 else f"it sees {seen} pixels in a column; three convolutions see 7")
+
+
+def applied_twice(twice: Callable, denoise: Callable, y: Tensor) -> str:
+    z = y
+    for _ in range(2):
+        z = denoise(z, 0.05)
+    return "" if torch.allclose(twice(y, 0.05), z, atol=1e-6) else "its result goes in again"
+
+
+def share_of_blur(given: object, R: nn.Module) -> str:
+    A, x, _ = measured()
+    share = (R(A(x[:1]), 0.05).norm() / (x[:1] - A(x[:1])).norm()).item()
+    return near(given, [share], 0.1 * share, "two norms, for the first validation image")
+
+
+def drifts(T: ImplicitMap) -> str:
+    A, x, d = measured()
+    soon, later = (mean_psnr(solve(T.on(A), d[:1], 0.0, k, picard)[0], x[:1]) for k in (5, 300))
+    said = f"{soon:.1f} dB after 5 iterations, {later:.1f} after 300"
+    return "" if not later >= soon - 3 else said  # it may be nan
+
+
+@torch.enable_grad()
+def two_terms(apply: Callable[[Callable, Tensor], Tensor]) -> str:
+    T = ToyMap(0.7, 40, torch.tensor([0.3, -0.5], dtype=torch.float64))
+    x_star = T.solution(T.theta.detach())[None]
+    own, *sums = (torch.autograd.grad(method(T, x_star)[0, 0], T.theta)[0] for method in
+                  (apply, *(partial(neumann, terms=terms) for terms in range(1, 9))))
+    kept = [k for k, found in enumerate(sums, 1) if torch.allclose(own, found)]
+    return "" if kept == [2] else f"of Eq. 7 it keeps {kept[0] if kept else 'no'} terms"
+
+
+def other_half(step: Callable[[ImplicitMap, Tensor, Tensor], Tensor], T: ImplicitMap) -> str:
+    A, _, d = measured()
+    T, d = T.on(A).double(), d[:1].double()
+    x = step(T, solve(T, d, 1e-9, 300)[0], d)
+    moved = (GradientMap(A, T.D, T.tau.item()).double()(x, d) - x).norm() / (T.tau * x.norm())
+    return "" if moved < 1e-5 else f"in units of tau Eq. 4 moves that by {moved.item():.0e}"
+
+
+def restored(methods: Mapping[str, Restorer], x: Tensor, protocol: str) -> dict[str, Tensor]:
+    """What each method makes of x, measured by a protocol."""
+    noise_std, A = get_protocol(protocol).noise_std, get_protocol(protocol).operator().to(x.device)
+    d = measure(A, x, noise_std, 0, range(len(x)))
+    return {name: method(A, d, noise_std)[0] for name, method in methods.items()}
+
+
+def loses_most(given: object, methods: Mapping[str, Restorer], x: Tensor) -> str:
+    paper, code = (restored(methods, x[:1], name) for name in PROTOCOLS)
+    return best(given, {name: mean_psnr(paper[name], x[:1]) - mean_psnr(code[name], x[:1])
+                        for name in methods})
+
+
+def gains_most(given: object, methods: Mapping[str, Restorer], x: Tensor) -> str:
+    found = restored(methods, x[:1], "paper").items()
+    return best(given, {name: mean_psnr(y.clamp(0, 1), x[:1]) - mean_psnr(y, x[:1])
+                        for name, y in found})
+
+
+def camera(A: LinearOperator) -> str:
+    A.check_adjoint(3, 128, 128)  # raises, and says why
+    x = bundled_photos("validation", 128)[:1].as_float()
+    blurred, d = Blur(128, 5, 5**0.5, border="unknown")(x), A(x)
+    if d.shape != blurred[:, :1].shape:
+        return f"it measures {tuple(d.shape[1:])} numbers, the sensor {tuple(blurred[0, :1].shape)}"
+    one = (blurred - d).abs().amin(dim=1)  # of the three colours each pixel measures one
+    return "" if one.max() < 1e-3 else "blur first, then the mosaic"
+
+
+CHECKS: dict[str, Callable[..., str]] = {  # (given, ...) -> a hint, "" for what is right
+    "1.1": lambda given: near(given, inverted(0.005, "code"), 1.5, "put the noise and the "
+                              "spectrum of protocol code into the formula of 1.4"),
+    "1.2": lambda given: near(given, inverted(1 / (255 * 12**0.5), *PROTOCOLS), 1.5, "round only; "
+                              "an error above the whole range is below 0 dB"),
+    "1.3": lambda given: near(30, inverted(number(given), *PROTOCOLS), 1.5, "with that noise the "
+                              f"direct inverse has {inverted(number(given), 'paper')[0]:.1f} dB"),
+    "2.1": best_step, "2.2": smoothness, "2.3": two_weights,
+    "3.1": shallow, "3.2": applied_twice, "3.3": share_of_blur,
+    "4.1": drifts, "4.2": two_terms, "4.3": other_half,
+    "5.1": loses_most, "5.2": gains_most,
+    "5.3": lambda given, wide: best(given, (wide["tikhonov"] - wide["jfb"]).to_dict()),
+    "6.1": camera,
+    **dict.fromkeys(("6.2", "6.3"), lambda given: "" if number(given[1]) > number(given[0]) > 0
+                    else "how far away is what each method fills a gap from?")}

@@ -9,7 +9,7 @@ import html
 import io
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import ipywidgets as w
@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import center_crop
 
 from jfbnb.common import UserError
 from jfbnb.core.baselines import direct_inverse, gradient_descent_iterate
@@ -32,9 +33,16 @@ from jfbnb.data import bundled_photos
 from jfbnb.photo.files import read_pictures
 from jfbnb.teaching.figures import GRADIENT_COLOURS, MAPS, described, new_figure, show
 from jfbnb.teaching.swipe import Comparison
+from jfbnb.teaching.upload import Upload
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import expected_methods, make_methods
 
+STYLE = """<style>
+.jfbnb-panels { display: flex; flex-wrap: wrap; }
+.jfbnb-panels img { max-width: 100%; }
+.jfbnb-explorer.jupyter-widgets-disconnected::before { font: bold 13px sans-serif; color: #b00020;
+  content: "The kernel is another one by now, and nothing here answers: run this cell again."; }
+</style>"""
 WITHOUT_KERNEL = "An explorer: run the notebook to turn the knobs."
 BUSY = "working; where cells below still run, they come first"
 ACCEPTED = "image/*,.tif,.tiff,.heic,.heif,.avif"  # of a browser's files
@@ -87,7 +95,15 @@ def stored(bundle: tuple[dict, dict], picture: bytes, text: str, alt: str) -> tu
     return {**bundle, "text/plain": text, "image/png": image}, {"image/png": {"alt": alt}}
 
 
-class Explorer(w.VBox):
+class Alive(w.VBox):
+    """Widgets one below the other, with a line above them where their kernel is gone."""
+
+    def __init__(self, *children: w.Widget):
+        super().__init__([w.HTML(STYLE, layout=w.Layout(display="none")), *children])
+        self.add_class("jfbnb-explorer")
+
+
+class Explorer(Alive):
     """Controls with a reset, a line of numbers and a picture. Subclasses have `draw`.
 
     Args:
@@ -95,20 +111,22 @@ class Explorer(w.VBox):
         controls: name -> widget with a `value`, as `draw` takes them.
     """
 
+    PANELS = 3  # of a figure; they stand one below the other where the page is narrow
+
     def __init__(self, shown: w.Widget | None = None, **controls: w.ValueWidget):
-        self.picture = shown or w.Image(format="png", layout=w.Layout(max_width="100%"))
+        self.picture = shown or w.HTML()
         self.controls = controls
         self.defaults = {name: control.value for name, control in controls.items()}
         # Room for two lines, so that what is below stays in place.
         self.status = w.HTML(layout=w.Layout(min_height="3.2em"))
         self.resetting = False
         observe(list(controls.values()), self.refresh)
-        super().__init__([self.arrange(button("Reset", self.reset)), self.status, self.picture])
+        super().__init__(*self.arrange(button("Reset", self.reset)))
         self.refresh()
 
-    def arrange(self, reset: w.Button) -> w.Widget:
-        """The controls and the reset, as they are laid out."""
-        return row(*self.controls.values(), reset)
+    def arrange(self, reset: w.Button) -> tuple[w.Widget, ...]:
+        """The controls, the reset and what they change, as they are laid out."""
+        return row(*self.controls.values(), reset), self.status, self.picture
 
     def draw(self, **values: object) -> tuple[Figure, str]:
         """The figure and the line of numbers for these values of the controls."""
@@ -117,7 +135,10 @@ class Explorer(w.VBox):
     def update(self, **values: object) -> str:
         """Show the result for these values, and return the line of numbers, as HTML."""
         self.figure, numbers = self.draw(**values)
-        self.picture.value = drawn(self.figure)
+        alt = html.escape(described(self.figure), quote=True)
+        self.picture.value = '<div class="jfbnb-panels">' + "".join(
+            f'<img alt="{alt}" src="data:image/png;base64,{base64.b64encode(panel).decode()}">'
+            for panel in panels(drawn(self.figure), self.PANELS)) + "</div>"
         return numbers
 
     def refresh(self) -> None:
@@ -156,11 +177,23 @@ def drawn(figure: Figure, **options: object) -> bytes:
     return buffer.getvalue()
 
 
+def panels(picture: bytes, number: int) -> list[bytes]:
+    """A PNG cut into so many of equal width."""
+    whole, parts = Image.open(io.BytesIO(picture)), [io.BytesIO() for _ in range(number)]
+    for i, part in enumerate(parts):
+        left, right = (round(k * whole.width / number) for k in (i, i + 1))
+        whole.crop((left, 0, right, whole.height)).save(part, "png")
+    return [part.getvalue() for part in parts]
+
+
 def three_panels(*pictures: tuple[Tensor, str]) -> tuple[Figure, Axes]:
     """A figure of two or three titled pictures (3, H, W), and the last of its three axes."""
     figure, axes = new_figure(columns=3, width=10, height=3.4)
     figure.set_layout_engine(None)  # it would draw all twice, half of an answer's time
-    figure.subplots_adjust(left=0.01, right=0.98, bottom=0.17, top=0.9, wspace=0.2)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.17, top=0.9, wspace=0.05)
+    left, bottom, width, height = axes[-1].get_position().bounds  # room for the ticks' labels
+    if len(pictures) < 3:
+        axes[-1].set_position([left + 0.055, bottom, width - 0.055, height])
     for ax, (image, title) in zip(axes, pictures, strict=False):
         show(ax, image, title)
     return figure, axes[-1]
@@ -183,21 +216,22 @@ class BlurExplorer(Explorer):
         A = Blur(tuple(self.x.shape[2:]), size, std)
         d = measure(A, self.x, noise, 0, [0])
         numbers = f"measurement {psnr(d, self.x).item():.1f} dB, "
-        if A.cond < HOPELESS:
+        mu = A.spectrum.abs().flatten().sort(descending=True).values
+        if A.cond > HOPELESS:
+            inverse, title = torch.full_like(d, 0.9), "no direct inverse"
+            numbers += "<b>an eigenvalue of A is zero to rounding: there is no inverse</b>"
+        else:
             inverse, title = direct_inverse(A, d), "direct inverse"
             numbers += (f"direct inverse {psnr(inverse, self.x).item():.1f} dB, condition number "
                         f"{A.cond:.1e}")
-        else:
-            inverse, title = torch.full_like(d, 0.9), "no direct inverse"
-            numbers += "<b>an eigenvalue of A is zero to rounding: there is no inverse</b>"
-        singular_values = A.spectrum.abs().flatten().sort(descending=True).values
-        if BAD < A.cond < HOPELESS:
-            numbers += ("; <b>an eigenvalue of A is next to zero</b>: the inverse multiplies the "
-                        f"noise in its pattern by {1 / singular_values[-1].item():.0e}")
+            if A.cond > BAD:
+                numbers += ("; <b>an eigenvalue of A is next to zero</b>: the inverse multiplies "
+                            f"the noise in its pattern by {1 / mu[-1].item():.0e}")
         figure, ax = three_panels((d[0], "measurement d"), (inverse[0], title))
-        ax.semilogy(singular_values, color=METHODS["measurement"].colour)
+        ax.semilogy(mu, color=METHODS["measurement"].colour)
         ax.axhline(noise, color=METHODS["direct-inverse"].colour, linestyle="--")
-        ax.set(title="singular values of A; dashed: noise", xlabel="index, largest first")
+        ax.set_title("singular values; dashed: noise", fontsize=11)
+        ax.set_xlabel("index, largest first")
         return figure, numbers
 
 
@@ -275,20 +309,18 @@ class SolverExplorer(Explorer):
     def __init__(self, T: SplittingMap, x: Tensor, noise_std: float):
         self.x, self.d = x, measure(T.A, x, noise_std, 0, [0])
         self.maps = {kind.name: kind(T.A, T.D, T.tau.item()).to(x.device) for kind in MAPS}
-        self.solved: dict[tuple[str, str], tuple[list[Tensor], list[float]]] = {}
+        self.iterates = cache(self.iterates)  # each solve is made once
         super().__init__(
             map_name=w.ToggleButtons(options=list(self.maps), value=SplittingMap.name),
             solver=w.ToggleButtons(options=list(SOLVERS), value="Anderson"),
             k=int_slider("iterate k", 5, 0, self.MOST - 1, 1))
 
     def iterates(self, map_name: str, solver: str) -> tuple[list[Tensor], list[float]]:
-        """All iterates and their residuals, computed once."""
-        if (map_name, solver) not in self.solved:
-            states: list[Tensor] = []
-            _, info = solve(self.maps[map_name], self.d, 0.0, self.MOST, SOLVERS[solver],
-                            callback=lambda _, z: states.append(z))
-            self.solved[map_name, solver] = states, info.residuals[:, 0].tolist()
-        return self.solved[map_name, solver]
+        """All iterates and their residuals."""
+        states: list[Tensor] = []
+        _, info = solve(self.maps[map_name], self.d, 0.0, self.MOST, SOLVERS[solver],
+                        callback=lambda _, z: states.append(z))
+        return states, info.residuals[:, 0].tolist()
 
     def draw(self, map_name: str, solver: str, k: int) -> tuple[Figure, str]:
         states, residuals = self.iterates(map_name, solver)
@@ -334,13 +366,22 @@ class GradientExplorer(Explorer):
 
     START = torch.tensor([-1.0, 0.9], dtype=torch.float64)
     GOAL = torch.tensor([0.7, -0.4], dtype=torch.float64)
+    STEPS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100, 150, 200)
+    PANELS = 1
 
     def __init__(self) -> None:
         super().__init__(gamma=slider("contraction γ", 0.6, 0.0, 0.95),
                          degrees=int_slider("J turns by (°)", 60, -165, 180, 15),
                          terms=int_slider("Neumann terms", 3, 1, 20, 1),
-                         steps=int_slider("steps", 0, 0, 40, 1),
+                         steps=w.SelectionSlider(options=self.STEPS, value=0,
+                                                 description="steps", **WIDE),
                          rate=slider("learning rate", 0.2, 0.05, 1.0))
+
+    def arrange(self, reset: w.Button) -> tuple[w.Widget, ...]:
+        for control in self.controls.values():  # beside the picture, on 1280 pixels
+            control.layout.width = "340px"
+        return (row(w.VBox([*self.controls.values(), reset, self.status],
+                           layout=w.Layout(width="350px", flex="0 0 auto")), self.picture),)
 
     def gradients(self, gamma: float, degrees: float,
                   terms: int) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -358,13 +399,15 @@ class GradientExplorer(Explorer):
     def draw(self, gamma: float, degrees: int, terms: int, steps: int,
              rate: float) -> tuple[Figure, str]:
         figure, (ax,) = new_figure(width=6, height=4.6)
-        self._contours(ax, ToyMap(gamma, degrees, torch.zeros(2)))
+        T = ToyMap(gamma, degrees, torch.zeros(2))
+        self._contours(ax, T)
         gradients = self.gradients(gamma, degrees, terms)
         paths = {kind: [self.START] for kind in gradients}
         for kind, path in paths.items():
             for _ in range(steps):
                 path.append(path[-1] - rate * gradients[kind](path[-1]))
         here = paths["JFB"][-1]
+        left = (T.solution(here) - T.solution(self.GOAL)).norm().item()
         arrows = {kind: gradient(here) for kind, gradient in gradients.items()}
         for kind, g in arrows.items():
             colour, wide = GRADIENT_COLOURS[kind], kind == "exact"  # others may lie upon it
@@ -378,7 +421,8 @@ class GradientExplorer(Explorer):
             f"{kind} {torch.cosine_similarity(g, arrows['exact'], dim=0).item():.2f}"
             for kind, g in arrows.items())
         uphill = torch.dot(arrows["JFB"], arrows["exact"]) < 0
-        return figure, (f"cosine to the exact gradient where JFB is after {steps} steps: {cosines}"
+        return figure, (f"JFB after {steps} steps is {left:.2g} from the goal's x*; cosine to the "
+                        f"exact gradient there: {cosines}"
                         + "; <b>JFB's arrow goes uphill</b>" * bool(uphill))
 
     def _contours(self, ax: Axes, T: ToyMap) -> None:
@@ -409,22 +453,23 @@ class MethodsExplorer(Explorer):
                        for i, name in enumerate(photos.names)}
         self.weights = weights
         self.loaded: dict[str, Restorer] = {}
-        self.restored: dict[tuple, Tensor] = {}
-        self.upload = w.FileUpload(accept=ACCEPTED, description="your own",
-                                   tooltip="a picture, up to 10 MB")
+        self.restored = cache(self._restored)  # once for each method, image, noise and kernel
+        self.upload = Upload(accept=ACCEPTED, description="your own", tooltip="a picture")
         observe([self.upload], self.take_upload)
-        labels = [(METHODS[name].label, name) for name in expected_methods(weights)]
+        released = "" if weights else ", released"  # a run's network of that name is another one
+        self.labels = {name: METHODS[name].label + released * METHODS[name].trainable
+                       for name in expected_methods(weights)}
         super().__init__(
             Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)}),
             image=w.Dropdown(options=list(self.scenes), description="image"),
             noise=log_slider("noise std", paper.noise_std, -3, -1),
             std=slider("kernel std", paper.make.keywords["kernel_std"], 0.3, 5.0, 0.1),
-            methods=w.SelectMultiple(options=labels, value=("tikhonov", "jfb"), rows=6,
-                                     description="methods"))
+            methods=w.SelectMultiple(options=[(label, name) for name, label in self.labels.items()],
+                                     value=("tikhonov", "jfb"), rows=6, description="methods"))
 
-    def arrange(self, reset: w.Button) -> w.Widget:
+    def arrange(self, reset: w.Button) -> tuple[w.Widget, ...]:
         *sliders, methods = self.controls.values()
-        return row(w.VBox([self.upload, *sliders]), methods, reset)
+        return (row(w.VBox([self.upload, *sliders]), methods, reset), self.status, self.picture)
 
     def _repr_mimebundle_(self, **kwargs: object) -> dict[str, object]:
         return {**w.VBox._repr_mimebundle_(self, **kwargs), "text/plain": WITHOUT_KERNEL}
@@ -432,45 +477,45 @@ class MethodsExplorer(Explorer):
     def take_upload(self) -> None:
         """Add the uploaded file to the images and show it."""
         camera, image = get_protocol("camera"), self.controls["image"]
-        for file in self.upload.value:
-            name = file["name"]
-            try:
-                x = read_upload(bytes(file["content"]), camera.image_size)
-            except UserError as error:
-                self.status.value = message(f"{name}: {error}", wrong=True)
-                return
-            self.scenes[name] = camera, x
-            self.restored.clear()  # another file may have had that name
-            image.options = list(self.scenes)
-            if image.value == name:
-                self.refresh()
-            image.value = name
+        name, content = self.upload.value
+        try:
+            x = read_upload(content, camera.image_size)
+        except UserError as error:
+            self.status.value = message(f"{name}: {error}", wrong=True)
+            return
+        self.scenes[name] = camera, x
+        self.restored.cache_clear()  # another file may have had that name
+        image.options = list(self.scenes)
+        if image.value == name:
+            self.refresh()
+        image.value = name
+
+    def measured(self, image: str, noise: float, std: float) -> tuple[LinearOperator, Tensor]:
+        """The blur with this kernel, and its measurement of the image."""
+        protocol, x = self.scenes[image]
+        A = protocol.make(protocol.image_size, kernel_std=std)
+        return A, measure(A, x, noise, 0, [0])
 
     def update(self, image: str, noise: float, std: float, methods: tuple[str, ...]) -> str:
         protocol, x = self.scenes[image]
-        A = protocol.make(protocol.image_size, kernel_std=std)
-        d = measure(A, x, noise, 0, [0])
+        A, d = self.measured(image, noise, std)
         shown = {"Original": A.visible(x)[0], METHODS["measurement"].label: d[0]}
         line = "" if protocol.name == "paper" else message(
             f"{image}: its middle square, shrunk to {d.shape[-1]} x {d.shape[-1]} and then blurred "
             "here. A picture that is blurred already is for Your photograph, in notebook 6.")
         for name in methods:
             try:
-                shown[METHODS[name].label] = self._restore(name, A, d, image, noise, std)[0]
+                shown[self.labels[name]] = self.restored(name, image, noise, std)
             except UserError as error:  # the other methods are shown all the same
                 line = message(str(error), wrong=True)
         self.picture.show(shown, truth="Original")
         return line
 
-    def _restore(self, name: str, A: LinearOperator, d: Tensor, image: str, noise: float,
-                 std: float) -> Tensor:
-        """Computed once for each image, noise level and kernel."""
-        key = name, image, noise, std
-        if key not in self.restored:
-            if name not in self.loaded:
-                self.loaded |= make_methods([name], self.weights, torch.device("cpu"))
-            self.restored[key] = A.visible(self.loaded[name](A, d, noise)[0])
-        return self.restored[key]
+    def _restored(self, name: str, image: str, noise: float, std: float) -> Tensor:
+        if name not in self.loaded:
+            self.loaded |= make_methods([name], self.weights, torch.device("cpu"))
+        A, d = self.measured(image, noise, std)
+        return A.visible(self.loaded[name](A, d, noise)[0])[0]
 
 
 def read_upload(content: bytes, size: int) -> Tensor:
@@ -481,7 +526,6 @@ def read_upload(content: bytes, size: int) -> Tensor:
     """
     pixels = read_pictures(io.BytesIO(content))[0].pixels.expand(3, -1, -1)
     side = min(pixels.shape[1:])
-    top, left = ((n - side) // 2 for n in pixels.shape[1:])
-    return nn.functional.interpolate(pixels[None, :, top:top + side, left:left + side],
-                                     size=(size, size), mode="bilinear",
+    square = center_crop(pixels, [side, side])
+    return nn.functional.interpolate(square[None], size=(size, size), mode="bilinear",
                                      antialias=True).clamp(0, 1)

@@ -4,6 +4,8 @@ A figure is saved as PNG and PDF, and what a notebook shows is the saved PNG its
 saved as CSV, Markdown and LaTeX, long data as CSV.
 """
 
+import io
+import math
 import re
 from pathlib import Path
 
@@ -44,11 +46,20 @@ STYLE = {
 }
 
 
+class Picture(Figure):
+    """A figure that shows itself where it is a cell's last line."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png")
+        return buffer.getvalue()
+
+
 def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0,
                height: float = 4.0) -> tuple[Figure, list[Axes]]:
     """A figure in the common style and its axes, flat, row by row; sizes in inches."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(width, height))
+        figure = Picture(figsize=(width, height))
         axes = figure.subplots(rows, columns, squeeze=False)
         return figure, list(axes.flat)
 
@@ -119,26 +130,27 @@ def show(axes: Axes, image: Tensor, title: str = "") -> None:
         axes.set_title(title, fontsize=11)
 
 
+def gallery(rows: dict[str, dict[str, tuple[Tensor, float]]], side: float = 1.65) -> Figure:
+    """Labelled rows of pictures (3, H, W), each with its PSNR in dB, which is shown where finite.
+
+    The labels of the first row are above it; `side` is a picture's, in inches.
+    """
+    columns = len(next(iter(rows.values())))
+    figure, axes = new_figure(columns, len(rows), side * columns + 0.2,
+                              (side + 0.3) * len(rows) + 0.3)
+    for i, (name, pictures) in enumerate(rows.items()):
+        axes[i * columns].set_ylabel(name)
+        for ax, (label, (image, quality)) in zip(
+                axes[i * columns:], pictures.items(), strict=False):
+            show(ax, image, label if i == 0 else "")
+            ax.set_xlabel(f"{quality:.1f} dB" if math.isfinite(quality) else "")
+    return figure
+
+
 def image_row(images: dict[str, Tensor], psnrs: dict[str, float]) -> Figure:
-    """Labelled images (3, H, W) side by side, with the PSNR in dB below those that have one."""
-    figure, axes = new_figure(columns=len(images), width=2.6 * len(images), height=3.4)
-    for ax, (label, image) in zip(axes, images.items(), strict=True):
-        show(ax, image, label)
-        if label in psnrs:
-            ax.set_xlabel(f"{psnrs[label]:.1f} dB")
-    return figure
-
-
-def image_table(rows: dict[str, Tensor]) -> Figure:
-    """Table 1: one labelled row per method, the same images (N, 3, H, W) in each."""
-    n = len(next(iter(rows.values())))
-    figure, axes = new_figure(columns=n, rows=len(rows), width=0.95 * n + 1.3,
-                              height=0.95 * len(rows) + 0.3)
-    for r, (label, images) in enumerate(rows.items()):
-        for c in range(n):
-            show(axes[r * n + c], images[c])
-        axes[r * n].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=6)
-    return figure
+    """One row of a gallery, with the PSNR in dB below those pictures that have one."""
+    return gallery({"": {label: (image, psnrs.get(label, math.nan))
+                         for label, image in images.items()}}, 2.6)
 
 
 def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-",
@@ -161,18 +173,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def more_computation(table: pd.DataFrame) -> Figure:
-    """PSNR after so many evaluations of T, as `evaluation.by_computation` has found it."""
-    figure, (ax,) = new_figure()
-    for name, own in table.groupby("method", sort=False):
-        labelled_line(ax, own.evaluations, own.psnr, name, "o")
-    ax.set(xlabel="evaluations of T for an image", ylabel="PSNR (dB)", title="More computation")
-    _logarithmic(ax, table.evaluations.unique())
-    ax.legend()
-    return figure
-
-
-def _logarithmic(ax: Axes, at: list) -> None:
+def logarithmic(ax: Axes, at: list) -> None:
     """A logarithmic x axis with plain numbers at the places that were computed."""
     ax.set(xscale="log", xticks=at, xticklabels=at)
     ax.minorticks_off()
@@ -196,32 +197,6 @@ def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
     ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.legend()
-    return figure
-
-
-def beside_published_loss(histories: dict[str, pd.DataFrame], images: int, protocol: str,
-                          published: pd.DataFrame) -> Figure:
-    """Fig. 1 for some methods, beside the authors' own training.
-
-    Args:
-        histories: a training's records by its method, with `epoch` and `fixed_mse`.
-        images: in an epoch of these.
-        protocol: of these, its name.
-        published: of `tables.published_loss`.
-    """
-    figure, (ours, theirs) = new_figure(2, width=9.0)
-    for name, history in histories.items():
-        labelled_line(ours, history.epoch * images, history.fixed_mse, name, "o")
-    theirs.plot(published.images, published.mse, color=METHODS["de-grad"].colour,
-                label="JFB, DE-GRAD, 17 x 64")
-    ours.set(title=f"This run, protocol {protocol}\nfixed crops, at the equilibrium",
-             ylabel="mean squared error")
-    theirs.set(title="The authors', protocol code\nmean of an epoch, after 150 iterations")
-    theirs.set(xscale="log")
-    for ax in (ours, theirs):
-        ax.set(xlabel="training images seen", yscale="log")
-        ax.yaxis.set_minor_formatter(mpl.ticker.LogFormatterSciNotation(minor_thresholds=(2, 1)))
-        ax.legend()
     return figure
 
 
@@ -256,7 +231,7 @@ def gradient_angles(terms: list[int], cosines: dict[str, list[float]]) -> Figure
         ax.plot(terms, cosines[kind.name], "o-", color=kind.colour, label=kind.name)
     ax.set(xlabel="terms $k$ (JFB has one)", ylabel="cosine to the exact gradient",
            title="Neumann-k after training", ylim=(None, 1.03))
-    _logarithmic(ax, terms)
+    logarithmic(ax, terms)
     ax.legend()
     return figure
 
@@ -315,7 +290,7 @@ def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
             ax.set_xticks(range(len(conditions)), [name.replace("_", " ") for name in conditions],
                           rotation=35, ha="right")
         elif max(conditions) > 10 * min(conditions):
-            _logarithmic(ax, conditions)
+            logarithmic(ax, conditions)
         ax.set(title=title, xlabel=xlabel, ylabel="PSNR (dB)")
     figure.legend(handles=_condition_handles(methods, list(dict.fromkeys(table.version))),
                   loc="outside upper center", ncols=4, fontsize=12, frameon=False)

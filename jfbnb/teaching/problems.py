@@ -3,13 +3,11 @@
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from jfbnb.core.metrics import psnr
 from jfbnb.core.models import Restorer
 from jfbnb.core.operators import LinearOperator
-from jfbnb.teaching.figures import new_figure, show
 from jfbnb.training.evaluation import evaluate
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import make_methods
@@ -50,19 +48,6 @@ def restored(A: LinearOperator, x: Tensor, d: Tensor, noise_std: float,
         images[LABELS[name]] = A.visible(methods[name](A, d, noise_std)[0])
     return {label: (y[0, :, 8:88, -80:], psnr(y, images["Original"]).item())
             for label, y in images.items()}
-
-
-def gallery(rows: dict[str, dict[str, tuple[Tensor, float]]]) -> Figure:
-    """A labelled row for each problem; below a picture its PSNR, where that is finite."""
-    columns = len(next(iter(rows.values())))
-    figure, axes = new_figure(columns, len(rows), 1.65 * columns + 0.2, 1.95 * len(rows) + 0.3)
-    for i, (name, pictures) in enumerate(rows.items()):
-        line = axes[i * columns : (i + 1) * columns]
-        line[0].set_ylabel(name)
-        for ax, (label, (image, quality)) in zip(line, pictures.items(), strict=True):
-            show(ax, image, label if i == 0 else "")
-            ax.set_xlabel(f"{quality:.1f} dB" if np.isfinite(quality) else "")
-    return figure
 
 
 def some_lines(n: int, power: float, seed: int) -> Tensor:

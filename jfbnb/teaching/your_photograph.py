@@ -19,6 +19,7 @@ import skimage.data
 import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jfbnb.common import UserError, atomic_path, pick_device
 from jfbnb.core.models import Restorer
@@ -28,6 +29,7 @@ from jfbnb.photo.restore import Restored, restore
 from jfbnb.teaching.explorers import (
     ACCEPTED,
     WITHOUT_KERNEL,
+    Alive,
     button,
     int_slider,
     log_slider,
@@ -38,10 +40,11 @@ from jfbnb.teaching.explorers import (
     stored,
 )
 from jfbnb.teaching.swipe import Comparison, to_png
+from jfbnb.teaching.upload import Upload
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import expected_methods, make_methods
 
-WHOLE, PART = 1200, 800  # pixels on the longer side that a browser is sent
+WHOLE = 1200  # pixels on the longer side that a browser is sent
 OUTLINE = 96  # pixels on the longer side of a kernel's picture
 LINKED = 8_000_000  # bytes of a result that goes into the page as a link
 EXAMPLE = "motion:9,30"
@@ -53,8 +56,8 @@ class KernelControls(w.HBox):
     def __init__(self) -> None:
         self.kind = w.Dropdown(options=["motion", "gaussian", "disk", "a file"],
                                description="kernel")
-        self.file = w.FileUpload(accept=f"{ACCEPTED},.npy,.txt,.csv", description="kernel",
-                                 tooltip="a picture of the kernel, or its numbers")
+        self.file = Upload(accept=f"{ACCEPTED},.npy,.txt,.csv", description="kernel file",
+                           tooltip="a picture of the kernel, or its numbers")
         std, size = slider("std", 2, 0.3, 6, 0.1), int_slider("cut to", 13, 3, 37, 2)
         self.shapes = {
             "motion": [slider("length", 9, 1, 60, 0.5), slider("angle (°)", 30, -90, 90, 1)],
@@ -79,15 +82,16 @@ class KernelControls(w.HBox):
             numbers = ",".join(f"{control.value:g}" for control in self.shapes[self.kind.value])
             text = f"{self.kind.value}:{numbers}"
             return text, kernel_option.parse(text)
-        for file in self.file.value:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / Path(file["name"]).name
-                path.write_bytes(file["content"])
-                try:
-                    return path.name, kernel_option.read(path)
-                except UserError as error:  # the file's owner does not know that folder
-                    raise UserError(str(error).replace(f"{path.parent}/", "")) from error
-        raise UserError("no kernel is given: upload a picture of it, a .npy or a .txt")
+        if self.file.value is None:
+            raise UserError("no kernel is given: upload a picture of it, a .npy or a .txt")
+        name, content = self.file.value
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / Path(name).name
+            path.write_bytes(content)
+            try:
+                return path.name, kernel_option.read(path)
+            except UserError as error:  # the file's owner does not know that folder
+                raise UserError(str(error).replace(f"{path.parent}/", "")) from error
 
     def adapt(self) -> None:
         """Show the sliders of this kind, and the kernel or what is wrong with it."""
@@ -107,7 +111,7 @@ class KernelControls(w.HBox):
         self.outline.layout.display = ""
 
 
-class PhotographExplorer(w.VBox):
+class PhotographExplorer(Alive):
     """*Your photograph*: a blurred picture and what becomes of it, under the swipe handle.
 
     It starts with an example, which is restored at once. An upload keeps its size, depth and pages;
@@ -125,11 +129,8 @@ class PhotographExplorer(w.VBox):
         self.loaded: dict[str, Restorer] = {}
         self.worker: threading.Thread | None = None
         self.stopped = False
-        self.upload = w.FileUpload(accept=ACCEPTED, description="photograph",
-                                   tooltip="a blurred picture")
-        # Jupyter's server drops larger messages from the browser without a word.
-        self.path = w.Text(description="or its path", placeholder="of a file over 10 MB",
-                           continuous_update=False)
+        self.upload = Upload(accept=ACCEPTED, description="photograph",
+                             tooltip="a blurred picture")
         self.noise = log_slider("noise std", 0.01, -3, -0.5)
         self.estimated = w.Checkbox(True, description="estimate the noise")
         self.kernel = KernelControls()
@@ -140,22 +141,16 @@ class PhotographExplorer(w.VBox):
         self.button = button("Restore", self.press)
         self.start_anew = button("Reset", lambda: (self.reset(), self.press()))
         self.status = w.HTML()
-        self.zoom = w.Dropdown(options=["whole", "a part at full size"], description="show")
-        self.across = slider("across (%)", 50, 0, 100, 1)
-        self.down = slider("down (%)", 50, 0, 100, 1)
         self.comparison = Comparison({"": torch.zeros(3, 8, 8), " ": torch.zeros(3, 8, 8)})
         self.settings = [self.noise, self.estimated, *self.kernel.controls, self.border,
                          self.method]
         self.defaults = [control.value for control in self.settings]
         observe(self.settings, self.adapt)
-        observe([self.zoom, self.across, self.down], self.show)
         observe([self.upload], self.take_upload)
-        observe([self.path], self.take_path)
-        super().__init__([
-            row(w.VBox([self.upload, self.path, self.noise, self.estimated, self.border,
-                        self.method]),
+        super().__init__(
+            row(w.VBox([self.upload, self.noise, self.estimated, self.border, self.method]),
                 w.VBox([self.kernel, w.HBox([self.button, self.start_anew])])),
-            self.status, row(self.zoom, self.across, self.down), self.comparison])
+            self.status, self.comparison)
         self.reset()
         self.restore()
 
@@ -169,25 +164,18 @@ class PhotographExplorer(w.VBox):
         """The example, and all controls as they were."""
         for control, value in zip(self.settings, self.defaults, strict=True):
             control.value = value
-        self.upload.value, self.path.value = (), ""
+        self.upload.value = None
         self.begin("example.png", [example()])
 
     # --- what is given --------------------------------------------------------------------------
 
     def take_upload(self) -> None:
-        """Take the uploaded file."""
-        for file in self.upload.value:
-            self.take(file["name"], io.BytesIO(file["content"]))
-
-    def take_path(self) -> None:
-        """Take the file at a path where the kernel runs."""
-        if self.path.value:
-            self.take(Path(self.path.value).name, Path(self.path.value))
-
-    def take(self, name: str, source: Path | io.BytesIO) -> None:
-        """Read a picture and show it, or say why not."""
+        """Read the uploaded picture and show it, or say why not."""
+        if self.upload.value is None:
+            return
+        name, content = self.upload.value
         try:
-            self.begin(name, read_pictures(source))
+            self.begin(name, read_pictures(io.BytesIO(content)))
         except (UserError, MemoryError) as error:
             self.say(f"{name}: {str(error) or 'memory ran out: take a smaller picture'}",
                      wrong=True)
@@ -195,7 +183,6 @@ class PhotographExplorer(w.VBox):
     def begin(self, name: str, pages: list[Picture]) -> None:
         """Replace the picture; it is restored later."""
         self.name, self.pages, self.result = name, pages, pages[0].pixels
-        self.zoom.value, self.across.value, self.down.value = "whole", 50, 50
         self.show()
         self.adapt()
         _, height, width = self.result.shape
@@ -216,6 +203,7 @@ class PhotographExplorer(w.VBox):
         """Begin to restore, or stop what was begun."""
         if self.worker and self.worker.is_alive():
             self.stopped = True
+            self.say("stopping")
             return
         self.stopped = False
         # In a thread of its own, or Jupyter would hear of no click before the end.
@@ -224,19 +212,27 @@ class PhotographExplorer(w.VBox):
 
     def restore(self) -> None:
         """Restore every page, show the first, offer the file; no other picture meanwhile."""
-        busy = self.upload, self.path, self.start_anew
+        busy = self.upload, self.start_anew
         self.button.description = "Stop"
         for control in busy:
             control.disabled = True
+        # Each module that is applied asks: a network, and the operator too.
+        asks = register_module_forward_pre_hook(lambda *_: self.go_on())
         try:
             self._restore()
             self.button.button_style = ""
         except (UserError, OSError, MemoryError, RuntimeError) as error:
             self.say(str(error) or type(error).__name__, wrong=True)
         finally:
+            asks.remove()
             self.button.description = "Restore"
             for control in busy:
                 control.disabled = False
+
+    def go_on(self) -> None:
+        """Raise UserError in the thread that restores, where it is to stop."""
+        if self.stopped and threading.current_thread() is self.worker:
+            raise UserError("stopped: nothing is restored")
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -249,14 +245,11 @@ class PhotographExplorer(w.VBox):
         found: list[Restored] = []
 
         def progress(done: int, tiles: int) -> None:
-            if self.stopped:
-                raise UserError("stopped: nothing is restored")
+            self.go_on()
             share = (len(found) + done / tiles) / len(self.pages)
-            line = f"restoring, {tiles * len(self.pages)} tiles: {share:.0%}"
-            if share:
-                seconds = (time.perf_counter() - start) * (1 / share - 1)
-                line += f", about {seconds:.0f} s to go"
-            self.say(line)
+            left = (time.perf_counter() - start) * (1 / share - 1) if share else 0
+            self.say(f"restoring, {tiles * len(self.pages)} tiles: {share:.0%}"
+                     + f", about {left:.0f} s to go" * bool(share))
 
         for page in self.pages:
             found.append(restore(self.loaded[name], page.pixels.to(device), kernel, noise_std,
@@ -271,8 +264,9 @@ class PhotographExplorer(w.VBox):
             line += f", {first.iterations} iterations, residual {first.residual:.1e}"
         pages = [page.with_pixels(f.image) for page, f in zip(self.pages, found, strict=True)]
         link = self.offer(f"{Path(self.name).stem}-{name}{pages[0].suffix}", pages)
-        warnings = dict.fromkeys(warning.line(_as_control) for f in found  # each once
-                                 for warning in f.warnings)
+        warnings = dict.fromkeys(  # each once
+            warning.line(lambda name, value: f"{name.replace('_', ' ')} {value}")
+            for f in found for warning in f.warnings)
         self.say(f"{line}, {time.perf_counter() - start:.1f} s", *warnings, link=link)
 
     def offer(self, name: str, pages: list[Picture]) -> str:
@@ -290,14 +284,9 @@ class PhotographExplorer(w.VBox):
                 f'{base64.b64encode(content).decode()}">download {html.escape(name)}</a>')
 
     def show(self) -> None:
-        """The picture and the restored one, whole or in part, as much as a browser can do with."""
-        large = max(self.result.shape) > WHOLE
-        part = large and self.zoom.value != "whole"
-        for control, needed in ((self.zoom, large), (self.across, part), (self.down, part)):
-            control.layout.display = "" if needed else "none"
-        where = self.across.value / 100, self.down.value / 100
-        self.comparison.show({label: _cut(x, *where) if part else _fit(x, WHOLE) for label, x in
-                              (("as it was", self.pages[0].pixels), ("restored", self.result))})
+        """The picture and the restored one, as large as a browser can do with."""
+        self.comparison.show({"as it was": _fit(self.pages[0].pixels, WHOLE),
+                              "restored": _fit(self.result, WHOLE)})
 
     def say(self, line: str, *warnings: str, wrong: bool = False, link: str = "") -> None:
         """A line, in red if something is wrong, with a link; and warnings."""
@@ -312,14 +301,6 @@ def _fit(x: Tensor, side: int) -> Tensor:
     return interpolate(x[None], size=size, mode="bilinear", antialias=True)[0].expand(3, -1, -1)
 
 
-def _cut(x: Tensor, across: float, down: float) -> Tensor:
-    """At most PART x PART pixels of an image (C, H, W), as it is, from left and top (0) to 1."""
-    for dim, share in ((1, down), (2, across)):
-        side = min(PART, x.shape[dim])
-        x = x.narrow(dim, round(share * (x.shape[dim] - side)), side)
-    return x.expand(3, -1, -1)
-
-
 def example() -> Picture:
     """A photograph that a shaking camera took: blurred, then cut, with noise, in 8 bits."""
     scene = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).double() / 255
@@ -328,7 +309,3 @@ def example() -> Picture:
     noise = torch.randn(blurred.shape, generator=torch.Generator().manual_seed(0))
     pixels = ((blurred + 0.01 * noise).clamp(0, 1) * 255).round() / 255
     return Picture(pixels.float(), np.dtype("uint8"), (0, 255), (0, 255))
-
-
-def _as_control(parameter: str, value: object) -> str:
-    return f"{parameter.replace('_', ' ')} {value}"

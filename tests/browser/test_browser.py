@@ -175,14 +175,16 @@ def test_a_notebook_shows_text_pictures_and_no_code_of_setup(lab, page, name):
 @pytest.mark.parametrize("name", list(EXPLORERS)[:5])
 def test_an_explorer_fits_the_page_and_answers(lab, page, name):
     run(page, lab, name)
-    image = bring(page, ".widget-image")
+    image = bring(page, ".jfbnb-panels img")
     page.wait_for_timeout(1000)  # JupyterLab lays the cells out anew
     for slider in page.locator(".jp-OutputArea .widget-slider").all():
         box = slider.bounding_box()
         assert box["height"] < 60 and box["width"] > 250
     explorer = page.locator(".jp-OutputArea .widget-vbox").first.bounding_box()
-    assert explorer["height"] < 800 and image.bounding_box()["width"] > 400
-    words = page.locator(".widget-html-content").first.inner_text()
+    assert explorer["height"] < 700
+    drawn = image.evaluate("e => [e.naturalWidth, e.clientWidth]")
+    assert drawn[0] == drawn[1] > 250  # neither stretched nor shrunk
+    words = page.locator(".widget-html-content", has_text=re.compile(r"\d")).first.inner_text()
     before = image.get_attribute("src")
     page.locator(".jp-OutputArea .noUi-handle").first.focus()
     for _ in range(3):
@@ -195,6 +197,11 @@ def test_an_explorer_fits_the_page_and_answers(lab, page, name):
     page.locator(".widget-html-content", has_text=words).wait_for(timeout=30_000)
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.screenshot(path=str(SHOTS / f"{name}.png"))
+    page.set_viewport_size({"width": 800, "height": 900})
+    bring(page, ".jfbnb-panels img")
+    page.wait_for_timeout(1000)
+    assert image.evaluate("e => e.naturalWidth") * 0.7 < image.bounding_box()["width"]
+    page.screenshot(path=str(SHOTS / f"{name}-800.png"))
 
 
 def swipe(page) -> None:
@@ -254,10 +261,15 @@ def test_photograph_is_restored_and_downloaded(lab, page, photograph):
     file, sharp = photograph
     run(page, lab, "photograph")
     bring(page, ".jfbnb-swipe canvas")
-    with page.expect_file_chooser() as chooser:
-        page.get_by_title("a blurred picture").click()
-    chooser.value.set_files(file)
-    page.get_by_text("mine.png: 140 x 140 pixels").wait_for()
+    large = file.with_name("large.jpg")  # of more than a message may have
+    noise = np.random.default_rng(0).integers(0, 256, (2600, 2600, 3), np.uint8)
+    Image.fromarray(noise).save(large, quality=100)
+    assert large.stat().st_size > 10_000_000
+    for path, size in ((large, "2600 x 2600"), (file, "140 x 140")):
+        with page.expect_file_chooser() as chooser:
+            page.get_by_title("a blurred picture").click()
+        chooser.value.set_files(path)
+        page.get_by_text(f"{path.name}: {size} pixels").wait_for(timeout=60_000)
     page.get_by_label("kernel", exact=True).select_option("disk")
     page.get_by_role("button", name="Restore", exact=True).click()
     link = page.get_by_role("link", name="download mine-jfb.png")
