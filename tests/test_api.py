@@ -210,7 +210,6 @@ GREY = np.full((20, 20), 0.5)
     ((GREY, np.inf * KERNEL), "and sum inf"),
     ((GREY, jfbnb.Inpainting(np.ones((20, 20)))), "a kernel of type Inpainting"),
     ((GREY, KERNEL, "much"), "noise std much: give it on the scale"),
-    ((GREY, KERNEL, -0.01), "noise std -0.01: give it on the scale"),
     ((GREY, KERNEL, 0.01, "tikhonov", "mirror"), "border 'mirror'"),
     ((GREY, KERNEL, 0.01, "tikhonov", "unknown", "loud"), "gamma loud: give auto, srgb"),
 ])
