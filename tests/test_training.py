@@ -354,7 +354,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
 
     def needed(node: ast.stmt) -> bool:
         if isinstance(node, ast.Assign):
-            return getattr(node.targets[0], "id", "") in ("config", "losses", "R")
+            return getattr(node.targets[0], "id", "") in ("config", "losses", "untrained")
         if isinstance(node, ast.If):
             return getattr(node.test, "id", "") == "random_degradations"
         return isinstance(node, ast.ImportFrom) and node.module.startswith("jfbnb")
@@ -365,7 +365,7 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
             exec(compile(ast.Module(nodes, []), path.stem, "exec"), wanted)
     assert seen["config"] == wanted["config"]
     if name == "denoiser":
-        assert repr(seen["network"]) == repr(wanted["R"])
+        assert repr(seen["network"]) == repr(wanted["untrained"])
     else:
         assert seen["losses"] == wanted["losses"]
         assert (seen["losses"].conditions == RANDOM_DEGRADATIONS) is profile.startswith("best")

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from jfbnb.common import UserError
+from jfbnb.common import UserError, atomic_path
 from jfbnb.training.tuning import Tuning
 
 
@@ -24,8 +24,8 @@ def need(runs: Path, stored: str | Path, networks: list[str], tuning: Path,
         if not (Path(stored) / file).is_file():
             raise UserError(f"{runs} has no {file}, and nothing is stored for this profile: run "
                             "the earlier notebooks first")
-        runs.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(Path(stored) / file, runs / file)
+        with atomic_path(runs / file) as temporary:
+            shutil.copyfile(Path(stored) / file, temporary)
     if missing:
         print(f"no earlier notebook has run here; stored networks are taken: {', '.join(missing)}")
     return Tuning.load(tuning) if tuning.is_file() else empty
