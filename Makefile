@@ -44,8 +44,8 @@ test: lint
 	cp -r notebooks docs build/nbval/
 	for notebook in build/nbval/notebooks/0[345]*.ipynb; do $(BIN)/papermill --prepare-only \
 	  --log-level WARNING -p weights data/weights/quick "$$notebook" "$$notebook" || exit 1; done
-	JFBNB_WORK=build/nbval $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
-	  --nbval-cell-timeout 900 build/nbval
+	JFBNB_WORK=build/nbval OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 \
+	  --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 900 build/nbval
 	JFBNB_WORK=build/nbval $(BIN)/python -m pytest tests/browser
 
 book: $(INSTALLED)

@@ -354,7 +354,8 @@ def test_the_command_trains_what_the_notebooks_train(profile, name, monkeypatch,
 
     def needed(node: ast.stmt) -> bool:
         if isinstance(node, ast.Assign):
-            return getattr(node.targets[0], "id", "") in ("config", "losses", "untrained")
+            return getattr(node.targets[0], "id", "") in (
+                "config", "untrained" if name == "denoiser" else "losses")
         if isinstance(node, ast.If):
             return getattr(node.test, "id", "") == "random_degradations"
         return isinstance(node, ast.ImportFrom) and node.module.startswith("jfbnb")
