@@ -211,13 +211,15 @@ def _read_tiff(content: bytes) -> list[Page]:
         pages = [page for page in tif.pages if not (page.is_reduced or page.is_mask)]
         if not pages or content[8:10] == b"CR":  # Canon's
             raise ValueError("it looks like a camera's raw file: develop it into a TIFF or PNG")
-        if tif.is_imagej and tif.imagej_metadata.get("images", 1) > len(pages):
+        if sum(series.size for series in tif.series) > sum(page.size for page in tif.pages):
             raise ValueError("it has one page for several pictures: save it with a page for each")
         return [_read_tiff_page(page, content) for page in pages]
 
 
 def _read_tiff_page(page: tifffile.TiffPage, content: bytes) -> Page:
     _check_size(page.imagewidth, page.imagelength)
+    if page.photometric == tifffile.PHOTOMETRIC.CFA:
+        raise ValueError("it is a camera's mosaic of colours: develop it into a TIFF or PNG in RGB")
     written = [at > 0 < n for at, n in zip(page.dataoffsets, page.databytecounts, strict=True)]
     if sum(written) < np.prod(page.chunked):  # tifffile would leave the rest black
         raise ValueError("it is cut short, or parts of the picture were never written")

@@ -60,6 +60,15 @@ class LossSettings:
         """The same over `RANDOM_DEGRADATIONS`."""
         return replace(self, conditions=RANDOM_DEGRADATIONS, stability_every=8, batch_reuse=8)
 
+    @classmethod
+    def read(cls, card: dict) -> Self:
+        """Those of a model card. JSON has lists for tuples."""
+        drawn = card["loss"]["conditions"]
+        if drawn is not None:
+            drawn = Conditions(**{name: tuple(value) if isinstance(value, list) else value
+                                  for name, value in drawn.items()})
+        return cls(**{**card["loss"], "conditions": drawn})
+
 
 @dataclass(frozen=True)
 class DenoiserLoss:
