@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -146,6 +146,21 @@ def test_a_gradient_is_cut_to_its_length_and_left_alone_by_0(images, monkeypatch
     assert found[0.0] == pytest.approx(sum(lengths[:3]) / 3)  # what is reported is uncut
     assert min(lengths[:3]) > 1e-5 and found[1e-6] > 1e-5
     assert lengths[6:] == pytest.approx(3 * [1e-6], rel=1e-2)
+
+
+# --- model cards --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("conditions", [None, Conditions(), RANDOM_DEGRADATIONS])
+def test_a_card_gives_back_its_losses(conditions):
+    losses = replace(LOSSES, conditions=conditions, stability_every=8)
+    card = json.loads(json.dumps({"loss": asdict(losses)}, allow_nan=False))
+    read = LossSettings.read(card)
+    assert read == losses
+    if conditions:
+        draws = [given.draw(24, torch.Generator().manual_seed(3)) for given in
+                 (read.conditions, conditions)]
+        assert draws[0][1] == draws[1][1] and type(draws[0][0]) is type(draws[1][0])
 
 
 # --- over conditions ----------------------------------------------------------------------------
