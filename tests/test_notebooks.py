@@ -109,10 +109,11 @@ def test_tagged_cells_have_stored_output(notebook):
 
 def test_pictures_say_what_they_show(notebook):
     """To those who do not see them."""
-    shown = [o for o in outputs(notebook) if "image/png" in o.get("data", {})]
+    shown = [(o, kind) for o in outputs(notebook) for kind in o.get("data", {})
+             if kind.startswith("image/")]
     assert shown
-    for output in shown:
-        assert len(output.metadata.get("image/png", {}).get("alt", "")) > 10
+    for output, kind in shown:
+        assert len(output.metadata.get(kind, {}).get("alt", "")) > 10
 
 
 def test_stored_checks_are_met(notebook):

@@ -96,7 +96,9 @@ def publish_notebook(path: Path, executed_path: Path, time: str) -> None:
             # A widget without its kernel is an error message; its picture stays.
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
             if "image/png" in output.get("data", {}):
-                output["data"]["image/png"] = with_a_palette(output["data"]["image/png"])
+                kind, content = packed(output["data"].pop("image/png"))
+                output["data"][kind] = content
+                output["metadata"][kind] = output["metadata"].pop("image/png", {})
             if "execution_count" in output:
                 output["execution_count"] = count
     first = notebook.cells[0]
@@ -104,14 +106,15 @@ def publish_notebook(path: Path, executed_path: Path, time: str) -> None:
     nbformat.write(notebook, path)
 
 
-def with_a_palette(png: str) -> str:
-    """A drawing in 256 colours, a third of its size; a photograph in its own, packed as well."""
+def packed(png: str) -> tuple[str, str]:
+    """A picture's type and content: a drawing as a PNG of 256 colours, a photograph as a JPEG."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+    kind, options = "jpeg", {"quality": 90}
     if image.getcolors(DRAWING) is not None:
-        image = image.quantize(256, dither=Image.Dither.NONE)
+        image, kind, options = image.quantize(256, dither=Image.Dither.NONE), "png", {}
     file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode() + "\n"
+    image.save(file, kind, optimize=True, **options)
+    return f"image/{kind}", base64.b64encode(file.getvalue()).decode() + "\n"
 
 
 # --- blocks -------------------------------------------------------------------------------------
