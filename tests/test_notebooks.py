@@ -174,7 +174,7 @@ def test_notebook_3_goes_on_where_its_training_was_stopped(tmp_path):
     names: dict[str, object] = {}
     exec(cells["cell-02"], names)
     names |= {"seed": 0, "network": "DnCNN", "depth": 2, "width": 2, "device": torch.device("cpu"),
-              "pretrain_epochs": 4, "pretrain_batch_size": 4, "pretrain_crop": 16, "bf16": "never",
+              "pretrain_epochs": 4, "pretrain_batch_size": 4, "pretrain_crop": 16,
               "pretrain_learning_rate": 1e-3, "random_degradations": False, "runs": tmp_path,
               "profile": "", "weights": "", "noise_max": 0.1,
               "splits": Splits(images, images, images, "8 photographs"),
