@@ -304,7 +304,7 @@ def _check_kernel(d: Tensor, kernel: Tensor) -> Warning | None:
     blurs = [kernel, *map(kernel_option.parse, OTHERS)]
     given, *others = _fit(*_spectra(grey[None], blurs))[0].tolist()
     best = min(others)
-    if given - best < 0.02 or given < 1.35 * best:
+    if given - best < 0.01 or given < 1.25 * best:
         return None
     # The simplest of those that are as good as the best.
     name = next(name for name, misfit in zip(OTHERS, others, strict=True) if misfit < 1.05 * best)
