@@ -122,6 +122,13 @@ def test_noise_that_is_cut_off_at_black_is_made_up_for(noise_std):
     assert torch.equal(model_check.replace_cut_noise(d + 0.1, noise_std), d + 0.1)
 
 
+def test_a_black_area_is_no_noise_that_is_cut_off():
+    d = camera("coffee", KERNELS["wide"])
+    d[:, :, :80] = 0
+    assert (d == 0).float().mean() > 0.4 and torch.equal(model_check.replace_cut_noise(d, 0.1), d)
+    assert [warning.kind for warning in contradictions(d, GAUSSIAN, 0.01)] == ["kernel"]
+
+
 # --- contradictions -----------------------------------------------------------------------------
 
 MISMATCHES = {

@@ -470,8 +470,8 @@ def test_bad_input_is_a_line(explorer):
 def test_what_is_chosen_is_told_and_what_is_found_is_said(explorer, monkeypatch):
     told = []
 
-    def doubtful(_, d, kernel, noise_std, border, progress):
-        told.append((noise_std, border))
+    def doubtful(_, d, kernel, noise_std, border, progress, gamma):
+        told.append((noise_std, border, gamma))
         return Restored(d, 0.02, [Warning("kernel", "it is <b>", {"kernel": "disk:2"}),
                                   Warning("noise", "noisy", {"noise_std": 0.1})], 1)
 
@@ -485,7 +485,7 @@ def test_what_is_chosen_is_told_and_what_is_found_is_said(explorer, monkeypatch)
     explorer.estimated.value, explorer.noise.value, explorer.border.value = False, 0.1, "black"
     assert not explorer.noise.disabled
     press(explorer)
-    assert told == [(None, "unknown"), (0.1, "black")]
+    assert told == [(None, "unknown", None), (0.1, "black", None)]
     upload(explorer.upload, "mine.tif", tiff(np.full((40, 50), 3000, np.uint16)))
     assert "4095 for white" in explorer.status.value
 
@@ -517,7 +517,7 @@ def test_restoring_stops_within_a_tile(explorer, monkeypatch):
     """At the next evaluation, though no tile of it would ever end; and it says so at once."""
     begun, go_on = threading.Event(), threading.Event()
 
-    def endless(_, d, kernel, noise_std, border, progress):
+    def endless(_, d, kernel, noise_std, border, progress, gamma):
         progress(0, 2)
         begun.set()
         assert go_on.wait(60)

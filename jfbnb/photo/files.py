@@ -67,11 +67,11 @@ class Picture:
         return ".png" if self.pages == 1 and self.dtype.kind == "u" else ".tif"
 
     @property
-    def from_camera(self) -> bool:
-        """Whether its EXIF names a maker, as a camera's has, which stores light by sRGB's curve."""
+    def gamma(self) -> str | None:
+        """How it stores light: "srgb" if its EXIF names a maker, as a camera's does; else None."""
         exif = Image.Exif()
         exif.load(self.exif or b"")
-        return bool(exif.get(MAKE))
+        return "srgb" if exif.get(MAKE) else None
 
     def with_pixels(self, pixels: Tensor) -> "Picture":
         """The same picture with other pixels, (C, H', W') for any H' and W'.

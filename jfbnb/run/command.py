@@ -254,7 +254,7 @@ def run_deblur(args: argparse.Namespace) -> int:
     doubtful = []
 
     def deblur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str, str]:
-        if in_light := gamma is None and picture.from_camera:
+        if gamma is None and picture.gamma:
             _warn(f"note: {path}: a camera's picture, restored in light: --gamma linear if not so")
         with tqdm(desc=path.name, unit="tile", disable=None, leave=False) as bar:
             def progress(done: int, tiles: int) -> None:
@@ -263,7 +263,7 @@ def run_deblur(args: argparse.Namespace) -> int:
 
             found = restore.restore(method, picture.pixels.to(device), kernel, noise_std,
                                     args.border, progress, *(other or [None]),
-                                    "srgb" if in_light else gamma)
+                                    gamma or picture.gamma)
         for warning in found.warnings:
             _warn(f"warning: {path}: {warning.line(_as_option)}")
         said = f"noise {found.noise_std:.2g}"

@@ -253,13 +253,14 @@ class PhotographExplorer(Alive):
 
         for page in self.pages:
             found.append(restore(self.loaded[name], page.pixels.to(device), kernel, noise_std,
-                                 border, progress))
+                                 border, progress, gamma=page.gamma))
         first = found[0]
         self.result = first.image.cpu()
         if noise_std is None:
             self.noise.value = first.noise_std
         self.show()
         line = f"{METHODS[name].label}, kernel {text}, noise {first.noise_std:.2g}"
+        line += ", restored in light" * bool(self.pages[0].gamma)
         if first.iterations is not None:
             line += f", {first.iterations} iterations, residual {first.residual:.1e}"
         pages = [page.with_pixels(f.image) for page, f in zip(self.pages, found, strict=True)]

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from jfbnb.common import seeded_generator
+from jfbnb.common import UserError, seeded_generator
 from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.fixed_point import SolveInfo, scale_of, solve
 from jfbnb.core.gradients import implicit, jfb
@@ -62,12 +62,19 @@ class LossSettings:
 
     @classmethod
     def read(cls, card: dict) -> Self:
-        """Those of a model card. JSON has lists for tuples."""
+        """Those of a model card. JSON has lists for tuples.
+
+        Raises:
+            UserError: for a card of another release.
+        """
         drawn = card["loss"]["conditions"]
         if drawn is not None:
             drawn = Conditions(**{name: tuple(value) if isinstance(value, list) else value
                                   for name, value in drawn.items()})
-        return cls(**{**card["loss"], "conditions": drawn})
+        try:
+            return cls(**{**card["loss"], "conditions": drawn})
+        except TypeError as error:
+            raise UserError(f"a model card of another release ({error}): train again") from error
 
 
 @dataclass(frozen=True)
@@ -97,11 +104,7 @@ class ExplicitLoss:
 
     def __call__(self, x: Tensor, keys: tuple[int, ...]) -> tuple[Tensor, dict[str, Tensor]]:
         model, d = _measured(self.model, self.settings, x, keys)
-        return _errors(model, self.settings, x, replace(self, model=model).restored(d)[0], d)
-
-    def restored(self, d: Tensor) -> tuple[Tensor, None]:
-        """The image that the loss sees, tracked."""
-        return self.model(d)
+        return _errors(model, self.settings, x, model(d)[0], d)
 
 
 @dataclass(frozen=True)
