@@ -1,4 +1,4 @@
-# make reproduce   run the six notebooks, regenerate every figure and table
+# make reproduce   run the notebooks, regenerate every figure and table
 # make test        lint, unit tests, the notebooks against their stored outputs, and in a browser
 # make test-fast   lint, and the tests of the mathematics
 # make book        the executed notebooks as pages that open from disk, in build/book/
@@ -42,7 +42,7 @@ test: lint
 	rm -rf build/nbval
 	mkdir -p build/nbval
 	cp -r notebooks docs build/nbval/
-	for notebook in build/nbval/notebooks/0[345]*.ipynb; do $(BIN)/papermill --prepare-only \
+	for notebook in build/nbval/notebooks/0[345]_*.ipynb; do $(BIN)/papermill --prepare-only \
 	  --log-level WARNING -p weights data/weights/quick "$$notebook" "$$notebook" || exit 1; done
 	JFBNB_WORK=build/nbval OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 \
 	  --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 900 build/nbval

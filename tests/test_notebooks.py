@@ -54,7 +54,7 @@ def test_valid_and_of_reasonable_length(notebook):
 @pytest.mark.parametrize("path", [*PATHS, *sorted(PATHS[0].parent.glob("solutions/*.ipynb"))],
                          ids=lambda path: path.stem)
 def test_code_cells_are_short(path):
-    """All but those of imports and of parameters, which are collapsed in the six notebooks."""
+    """All but those of imports and of parameters, which are collapsed in the notebooks."""
     code = code_cells(nbformat.read(path, 4))
     others = code[1:] if path not in PATHS else code[2:]
     assert max(len(cell.source.splitlines()) for cell in others) <= 15
@@ -73,7 +73,7 @@ def test_parameters_are_literals_with_a_line_and_a_comment_each(path, notebook):
 
 def test_a_parameter_of_several_notebooks_has_one_default():
     """Those of training are in all that train."""
-    given = {path.stem[:2]: notebook_parameters(path) for path in PATHS}
+    given = {path.stem.split("_")[0]: notebook_parameters(path) for path in PATHS}
     for name in {name for own in given.values() for name in own}:
         assert len({repr(own[name]) for own in given.values() if name in own}) == 1, name
     for name, places in (("network", "03"), ("random_degradations", "03 04 05")):
@@ -142,13 +142,14 @@ def test_every_name_in_order():
 def test_a_notebook_alone_takes_what_is_stored(tmp_path, capsys):
     runs, empty = tmp_path / "runs", Tuning(0.01, 3)
     with pytest.raises(UserError, match="run the earlier notebooks first"):
-        alone.need(runs, tmp_path, ["denoiser"], runs / "tuning.json", empty)
+        alone.need(runs, tmp_path, ["denoiser"])
     for said in ("stored networks are taken: denoiser\n", ""):  # it is there the second time
-        assert alone.need(runs, RELEASED, ["denoiser"], runs / "tuning.json", empty) is empty
+        alone.need(runs, RELEASED, ["denoiser"])
         assert capsys.readouterr().out.endswith(said)
     assert load_denoiser(runs / "denoiser.safetensors").network.depth == 8
+    assert alone.chosen_before(runs / "tuning.json", empty) is empty
     empty.save(runs / "tuning.json")
-    assert alone.need(runs, RELEASED, [], runs / "tuning.json", Tuning(0.02, 1)) == empty
+    assert alone.chosen_before(runs / "tuning.json", Tuning(0.02, 1)) == empty
 
 
 def test_a_stopped_training_is_a_line_and_so_is_a_wrong_parameter():

@@ -162,7 +162,7 @@ def test_only_and_force(here):
     assert go(only="02") == ["skipped"]
     assert go(only="02", force=True) == ["ran"]
     assert [folder.exists() for folder in checkpoints] == [False, True]
-    with pytest.raises(UserError, match="no notebook '07': choose 01 to 03"):
+    with pytest.raises(UserError, match="no notebook '07': choose 01, 02 or 03"):
         go(only="07")
 
 

@@ -5,7 +5,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs, svds
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigs, eigsh, svds
 from torch import Tensor
 
 from jfbnb.core.fixed_point import SolveInfo
@@ -145,3 +145,41 @@ def parameter_jacobian(T: ImplicitMap, state: Tensor, d: Tensor) -> Tensor:
     columns = torch.func.jacrev(apply)(parameters)
     return torch.cat([columns[name].reshape(state.numel(), -1) for name in parameters], dim=1)
 
+
+def worst_loss(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float = 0.1,
+               seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A linear loss <v, x*> that rises in JFB's direction if any does, and its two gradients.
+
+    With M = dT/dTheta at x*, JFB's gradient is M'v and the exact one M'w, where v = (I - J')w.
+    Their product is w'Bw with B = (I - J)MM'. Lanczos' method finds the unit vector w for which it
+    is smallest. Where it is negative, a step against JFB's gradient goes uphill.
+
+    Args:
+        x_star: the fixed point for one image (1, ...).
+        tolerance, seed: of Lanczos' method, as in `jacobian_norm`.
+
+    Returns:
+        v like x_star; JFB's gradient and the exact one, each one vector over all of Theta.
+    """
+    J, parameters = Jacobian(lambda z: T(z, d), x_star), list(T.parameters())
+    image = T(x_star.detach(), d)
+    u = torch.zeros_like(image, requires_grad=True)
+    uM = torch.autograd.grad(image, parameters, u, create_graph=True)  # as in `Jacobian`
+
+    def M_transposed(w: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(image, parameters, w, retain_graph=True)
+
+    def MM(w: Tensor) -> Tensor:
+        return torch.autograd.grad(uM, u, M_transposed(w), retain_graph=True)[0]
+
+    def symmetric(values: np.ndarray) -> np.ndarray:  # (B + B')w
+        w = torch.from_numpy(values).to(x_star).view_as(x_star)
+        y = MM(w)
+        found = y - J.times(y) + MM(w - J.transposed_times(w))
+        return found.double().flatten().cpu().numpy()
+
+    B = LinearOperator((x_star.numel(),) * 2, symmetric, dtype=np.float64)
+    _, vectors = eigsh(B, 1, which="SA", v0=_start(B, seed), tol=tolerance)
+    w = torch.from_numpy(vectors).to(x_star).view_as(x_star)
+    v = w - J.transposed_times(w)
+    return v, *(torch.cat([part.flatten() for part in M_transposed(g)]) for g in (v, w))

@@ -51,7 +51,11 @@ LEAST = {"depth": 2, "seed": 0, "penalty": 0, "power_iterations": 0, "unconverge
 
 def notebooks() -> list[Path]:
     """The suite's notebooks, in order."""
-    return sorted((checkout.ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    return sorted((checkout.ROOT / "notebooks").glob("[0-9][0-9]*_*.ipynb"))
+
+
+def _number(path: Path) -> str:
+    return path.stem.split("_")[0]
 
 
 # --- parameters ---------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ def earlier_hashes(path: Path, runs: Path) -> dict[str, str]:
             if name.startswith("figures") or name.endswith(".ipynb"):
                 continue
             if not (checkout.work() / name).is_file():
-                raise UserError(f"notebook {path.stem[:2]} needs what {earlier.stem[:2]} writes: "
+                raise UserError(f"notebook {_number(path)} needs what {_number(earlier)} writes: "
                                 "run that one first")
             hashes[name] = file_hash(checkout.work() / name)
     return hashes
@@ -224,7 +228,7 @@ def reproduce(profile: str, overrides: Parameters, only: str = "", force: bool =
 
     Args:
         overrides: parameter values that replace the profile's.
-        only: a notebook's number, e.g. "04": run that one alone.
+        only: a notebook's number, e.g. "04" or "04b": run that one alone.
         force: run notebooks even if they are done, and train from scratch: the run's checkpoints
             are deleted.
         folder: of runs/ and figures/ to write to, if not the profile's own.
@@ -232,9 +236,10 @@ def reproduce(profile: str, overrides: Parameters, only: str = "", force: bool =
     Raises:
         UserError: for bad input, or where a notebook stops with an error.
     """
-    paths = [path for path in notebooks() if path.name.startswith(only)]
+    paths = [path for path in notebooks() if only in ("", _number(path))]
     if not paths:
-        raise UserError(f"no notebook {only!r}: choose 01 to {notebooks()[-1].name[:2]}")
+        *known, last = map(_number, notebooks())
+        raise UserError(f"no notebook {only!r}: choose {', '.join(known)} or {last}")
     if "profile" in overrides:
         raise UserError("the parameter profile names the output folder: use --folder")
     folder = folder or profile

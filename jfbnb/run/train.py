@@ -29,7 +29,8 @@ TRAINED = [name for name, method in METHODS.items() if method.trainable and not 
 
 def network_parameters(profile: str, overrides: Parameters) -> Parameters:
     """What notebooks 3 to 5 are given in a profile. Raises UserError for unknown ones."""
-    found = complete(notebooks()[2:5], load_profile(profile) | overrides)
+    training = [path for path in notebooks() if path.stem[:2] in ("03", "04", "05")]
+    found = complete(training, load_profile(profile) | overrides)
     return {name: value for own in found.values() for name, value in own.items()}
 
 

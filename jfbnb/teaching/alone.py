@@ -9,12 +9,11 @@ from jfbnb.common import UserError, atomic_path
 from jfbnb.training.tuning import Tuning
 
 
-def need(runs: Path, stored: str | Path, networks: list[str], tuning: Path,
-         empty: Tuning) -> Tuning:
-    """What earlier notebooks have left in `runs`: networks, and the settings that they chose.
+def need(runs: Path, stored: str | Path, networks: list[str]) -> None:
+    """See that `runs` has the networks that earlier notebooks train.
 
-    A network that is not there is taken from the folder `stored`, and a line says so; running the
-    earlier notebooks replaces it. Without the file `tuning` nothing is chosen yet: `empty`.
+    One that is missing is taken from the folder `stored`, and a line says so; running the earlier
+    notebooks replaces it.
 
     Raises:
         UserError: if `stored` lacks a network, too.
@@ -28,7 +27,11 @@ def need(runs: Path, stored: str | Path, networks: list[str], tuning: Path,
             shutil.copyfile(Path(stored) / file, temporary)
     if missing:
         print(f"no earlier notebook has run here; stored networks are taken: {', '.join(missing)}")
-    return Tuning.load(tuning) if tuning.is_file() else empty
+
+
+def chosen_before(file: Path, empty: Tuning) -> Tuning:
+    """The settings that an earlier notebook stored in `file`; `empty` if none has run."""
+    return Tuning.load(file) if file.is_file() else empty
 
 
 def check_parameters(**given: float) -> None:

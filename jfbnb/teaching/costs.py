@@ -1,4 +1,4 @@
-"""What the step of a training costs, by gradient: seconds and memory (notebook 4)."""
+"""What the step of a training costs, by gradient: seconds and memory (notebook 4b)."""
 
 import os
 import time

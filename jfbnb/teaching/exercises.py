@@ -144,6 +144,14 @@ def drifts(T: ImplicitMap) -> str:
     return "" if not later >= soon - 3 else said  # it may be nan
 
 
+def other_half(step: Callable[[ImplicitMap, Tensor, Tensor], Tensor], T: ImplicitMap) -> str:
+    A, _, d = measured()
+    T, d = T.on(A).double(), d[:1].double()
+    x = step(T, solve(T, d, 1e-9, 300)[0], d)
+    moved = (GradientMap(A, T.D, T.tau.item()).double()(x, d) - x).norm() / (T.tau * x.norm())
+    return "" if moved < 1e-5 else f"in units of tau Eq. 4 moves that by {moved.item():.0e}"
+
+
 @torch.enable_grad()
 def two_terms(apply: Callable[[Callable, Tensor], Tensor]) -> str:
     T = ToyMap(0.7, 40, torch.tensor([0.3, -0.5], dtype=torch.float64))
@@ -154,12 +162,18 @@ def two_terms(apply: Callable[[Callable, Tensor], Tensor]) -> str:
     return "" if kept == [2] else f"of Eq. 7 it keeps {kept[0] if kept else 'no'} terms"
 
 
-def other_half(step: Callable[[ImplicitMap, Tensor, Tensor], Tensor], T: ImplicitMap) -> str:
-    A, _, d = measured()
-    T, d = T.on(A).double(), d[:1].double()
-    x = step(T, solve(T, d, 1e-9, 300)[0], d)
-    moved = (GradientMap(A, T.D, T.tau.item()).double()(x, d) - x).norm() / (T.tau * x.norm())
-    return "" if moved < 1e-5 else f"in units of tau Eq. 4 moves that by {moved.item():.0e}"
+@torch.enable_grad()
+def least_terms(given: object, T: ImplicitMap, *measured_there: Tensor) -> str:
+    z, d, v, exact = (value.cpu() for value in measured_there)
+
+    def uphill(terms: int) -> bool:
+        loss = (v * neumann(lambda x: T(x, d), z, terms)).sum()
+        parts = torch.autograd.grad(loss, list(T.parameters()))
+        return bool(torch.cat([part.flatten() for part in parts]) @ exact <= 0)
+
+    terms = round(number(given))
+    return (f"with {terms} it still goes uphill" if uphill(terms) else
+            "fewer terms will do" if terms > 1 and not uphill(terms - 1) else "")
 
 
 def restored(methods: Mapping[str, Restorer], x: Tensor, protocol: str) -> dict[str, Tensor]:
@@ -200,7 +214,7 @@ CHECKS: dict[str, Callable[..., str]] = {  # (given, ...) -> a hint, "" for what
                               f"direct inverse has {inverted(number(given), 'paper')[0]:.1f} dB"),
     "2.1": best_step, "2.2": smoothness, "2.3": two_weights,
     "3.1": shallow, "3.2": applied_twice, "3.3": share_of_blur,
-    "4.1": drifts, "4.2": two_terms, "4.3": other_half,
+    "4.1": drifts, "4.2": other_half, "4.3": two_terms, "4.4": least_terms,
     "5.1": loses_most, "5.2": gains_most,
     "5.3": lambda given, wide: best(given, (wide["tikhonov"] - wide["jfb"]).to_dict()),
     "6.1": camera,

@@ -296,7 +296,7 @@ class DenoiserExplorer(Explorer):
 
 
 class SolverExplorer(Explorer):
-    """Notebook 4: iterate k of the solve, by Picard or Anderson, on one of three maps.
+    """Notebook 4b: iterate k of the solve, by Picard or Anderson, on one of three maps.
 
     Args:
         T: a map; the other maps are made of its operator, denoiser and tau.
@@ -357,7 +357,7 @@ class ToyMap(nn.Module):
 
 
 class GradientExplorer(Explorer):
-    """Notebook 4: exact, Neumann-k and JFB gradient in the plane, and where they lead.
+    """Notebook 4b: exact, Neumann-k and JFB gradient in the plane, and where they lead.
 
     The arrows start where JFB is after its steps. The loss is |x*(theta) - x*(goal)|^2 / 2, with
     theta in the plane and x* the fixed point of a `ToyMap`. All gradients are those of

@@ -22,7 +22,7 @@ from jfbnb.common import atomic_path, atomic_write
 from jfbnb.core.maps import GradientMap, ImplicitMap, PreconditionedMap, SplittingMap
 from jfbnb.training.methods import METHODS
 
-MAPS = (GradientMap, PreconditionedMap, SplittingMap)  # those of notebook 4
+MAPS = (GradientMap, PreconditionedMap, SplittingMap)  # those of notebook 4b
 # The gradients through a fixed point: the colours of the methods that they train.
 GRADIENT_COLOURS = {"exact": METHODS["deq"].colour, "Neumann": "#117733",
                     "unrolled": METHODS["unrolled"].colour, "JFB": METHODS["jfb"].colour}
@@ -202,7 +202,7 @@ def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
 
 def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[float]],
                         residuals: Tensor, tolerance: float) -> Figure:
-    """Notebook 4: how near each map and solver is to its fixed point, and when a solver stops.
+    """Notebook 4b: how near each map and solver is to its fixed point, and when a solver stops.
 
     Args:
         distances: (map, solver) -> relative distance at each evaluation of T.
@@ -225,7 +225,7 @@ def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[floa
 
 
 def gradient_angles(terms: list[int], cosines: dict[str, list[float]]) -> Figure:
-    """Notebook 4: the cosine of Neumann-k to the exact gradient; for each map one for each k."""
+    """Notebook 4b: the cosine of Neumann-k to the exact gradient; for each map one for each k."""
     figure, (ax,) = new_figure()
     for kind in MAPS:
         ax.plot(terms, cosines[kind.name], "o-", color=kind.colour, label=kind.name)
@@ -236,8 +236,28 @@ def gradient_angles(terms: list[int], cosines: dict[str, list[float]]) -> Figure
     return figure
 
 
+def walks(lengths: list[float], losses: dict[str, dict[str, list[float]]]) -> Figure:
+    """Notebook 4b: how a loss changes with a step against a gradient, a panel for each loss.
+
+    Args:
+        lengths: of the steps, as shares of the length of all weights.
+        losses: loss -> gradient (a key of GRADIENT_COLOURS) -> change at each length.
+    """
+    figure, axes = new_figure(len(losses), width=9, height=3.6)
+    for ax, (title, changes) in zip(axes, losses.items(), strict=True):
+        for gradient, values in changes.items():
+            ax.plot([1e4 * length for length in lengths], values, "o-",
+                    color=GRADIENT_COLOURS[gradient], label=gradient)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(title=title, xlabel="length of the step, in 1/10,000 of the weights'",
+               ylabel="change of the loss")
+        ax.ticklabel_format(axis="y", scilimits=(-2, 2))
+    axes[0].legend()
+    return figure
+
+
 def gradient_cost(cost: pd.DataFrame) -> Figure:
-    """Notebook 4: seconds and memory of one training step against K, by gradient.
+    """Notebook 4b: seconds and memory of one training step against K, by gradient.
 
     Args:
         cost: columns gradient (a key of GRADIENT_COLOURS), K, seconds, MB.

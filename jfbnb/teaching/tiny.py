@@ -1,4 +1,4 @@
-"""Notebook 4: a network so small that its derivative in all parameters is one dense matrix."""
+"""Notebook 4b: a network so small that its derivative in all parameters is one dense matrix."""
 
 import torch
 from torch import Tensor, nn

@@ -12,6 +12,7 @@ from jfbnb.core.diagnostics import (
     parameter_gradient,
     parameter_jacobian,
     spectral_radius,
+    worst_loss,
 )
 from jfbnb.core.fixed_point import solve
 from jfbnb.core.gradients import jfb
@@ -119,6 +120,20 @@ def test_rescaled_channels_leave_the_parameter_jacobian_short_of_full_column_ran
         direction = torch.cat([v.flatten() for v in change.values()]).detach()
         assert (M @ direction).norm() < 1e-12 * M.norm() * direction.norm()
     assert torch.linalg.matrix_rank(M) <= M.shape[1] - 3
+
+
+def test_the_worst_loss_is_that_of_dense_linear_algebra(solved):
+    A, D, _, d, x_star = solved
+    T, z, d = make_map(PreconditionedMap, A, D), x_star[:1], d[:1]
+    J = torch.func.jacrev(lambda z: T(z, d))(z).detach().reshape(z.numel(), -1)
+    M = parameter_jacobian(T, z, d).detach()
+    B = (torch.eye(len(J)) - J) @ M @ M.T
+    least = torch.linalg.eigvalsh(B + B.T)[0] / 2
+    v, jfb_gradient, exact = worst_loss(T, z, d, 1e-6)
+    assert jfb_gradient @ exact == pytest.approx(least.item(), rel=1e-3)
+    torch.testing.assert_close(v.flatten() @ M, jfb_gradient, rtol=1e-6, atol=1e-12)
+    w = torch.linalg.solve(torch.eye(len(J)) - J.T, v.flatten())  # Eq. 5
+    torch.testing.assert_close(w @ M, exact, rtol=1e-6, atol=1e-12)
 
 
 def test_step_cost_counts_the_peak():
