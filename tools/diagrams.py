@@ -85,8 +85,9 @@ def course() -> Figure:
     """The notebooks, and what each is about."""
     figure, ax = canvas(9, 1.4)
     steps = {"1": "a blur, and\nits inverse", "2": "a formula\nas the prior",
-             "3": "a denoiser\n$D$", "4": "an output\nthat is an\nequilibrium", "4b": "its gradient,\ncut short",
-             "5": "measured\nbeside its\nrivals", "6": "any $A$,\nany picture"}
+             "3": "a denoiser\n$D$", "4": "an output\nthat is an\nequilibrium",
+             "4b": "its gradient,\ncut short", "5": "measured\nbeside its\nrivals",
+             "6": "any $A$,\nany picture"}
     for i, (number, words) in enumerate(steps.items()):
         x = 66 + 128 * i
         box(ax, x, 50, words, 106, 76)
