@@ -304,9 +304,10 @@ def _fit(x: Tensor, side: int) -> Tensor:
 
 def example() -> Picture:
     """A photograph that a shaking camera took: blurred, then cut, with noise, in 8 bits."""
-    scene = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).double() / 255
     kernel = kernel_option.parse(EXAMPLE).flip(0, 1)
-    blurred = conv2d(scene[:, None], kernel[None, None])[:, 0, 20:180, 140:300]
+    (kh, kw), whole = kernel.shape, torch.from_numpy(skimage.data.astronaut())
+    scene = whole[20 : 179 + kh, 140 : 299 + kw].permute(2, 0, 1).double() / 255
+    blurred = conv2d(scene[:, None], kernel[None, None])[:, 0]
     noise = torch.randn(blurred.shape, generator=torch.Generator().manual_seed(0))
     pixels = ((blurred + 0.01 * noise).clamp(0, 1) * 255).round() / 255
     return Picture(pixels.float(), np.dtype("uint8"), (0, 255), (0, 255))
