@@ -1,10 +1,12 @@
 """The static site: all pages, links that lead somewhere, and nothing asked of the outside."""
 
+import html
 import importlib
-import importlib.util
+import json
 import operator
 import re
 
+import book as tool
 import pytest
 
 from jfbnb.core.denoisers import Denoiser, DnCNN
@@ -16,21 +18,18 @@ from jfbnb.run.checkout import ROOT
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("book", ROOT / "tools" / "book.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     target = tmp_path_factory.mktemp("book")
-    module.main(target)
-    return module, target
+    tool.main(target)
+    return target
 
 
 def test_pages_are_complete_and_offline(book):
-    _, target = book
-    pages = list(target.rglob("*.html"))
-    assert len(pages) == 1 + 6 + 6 + len(list((ROOT / "docs").glob("*.md")))
+    pages = list(book.rglob("*.html"))
+    assert len(pages) == 1 + 6 + len(list((ROOT / "docs").glob("*.md")))
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r'(src|href)="(https?:)?//', text), page
+        away = re.sub(r'<a href="https://(colab\.research\.google\.com|mybinder\.org)/', "", text)
+        assert not re.search(r'(src|href)="(https?:)?//', away), page
         assert "import(" not in text.replace("await import(\"\")", ""), page
         for link in re.findall(r'<a href="([^"#:]+)"', text):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
@@ -38,17 +37,39 @@ def test_pages_are_complete_and_offline(book):
         assert "$" not in outside_code, page
 
 
-def test_formulas_become_mathml(book):
-    module, _ = book
-    made = module.with_mathml("so $x^2$ and `$no$`\n\n$$\\frac{1}{2}$$")
+def test_contents_and_search_lead_to_sections(book):
+    """To all numbered sections, and to every one that has a word."""
+    index = (book / "index.html").read_text(encoding="utf-8")
+    linked = dict(re.findall(r'<a href="([^"]+#[^"]+)">([^<]+)</a>', html.unescape(index)))
+    source = (book / "search.js").read_text(encoding="utf-8")
+    found = json.loads(source.split("const SECTIONS = ")[1].split(";\nconst home")[0])
+    for address in {*linked, *(section["address"] for section in found)}:
+        page, anchor = html.unescape(address).split("#")
+        assert f'id="{anchor}"' in (book / page).read_text(encoding="utf-8"), address
+    numbered = re.findall(r'^ *"## (\d\.\d+) ', "".join(
+        path.read_text(encoding="utf-8") for path in (ROOT / "notebooks").glob("0*.ipynb")), re.M)
+    assert {title.split()[0] for title in linked.values() if tool.NUMBERED.match(title)} == {
+        *numbered}
+    assert "A.check_adjoint" in next(s["text"] for s in found if s["title"].startswith("6.2 "))
+    assert not [section for section in found if "solutions/" in section["address"]]
+
+
+def test_solutions_come_along_if_asked_for(tmp_path):
+    tool.main(tmp_path, solutions=True)
+    assert len(list(tmp_path.glob("notebooks/solutions/*.html"))) == 6
+    page = (tmp_path / "notebooks" / "02_tikhonov_gradient_descent.html").read_text("utf-8")
+    assert '<a href="solutions/02_solutions.html">' in page
+
+
+def test_formulas_become_mathml():
+    made = tool.with_mathml("so $x^2$ and `$no$`\n\n$$\\frac{1}{2}$$")
     assert made.count("<math") == 2 and "<msup>" in made and "<mfrac>" in made
     assert "`$no$`" in made
 
 
 def test_the_way_through_the_course_is_clickable(book):
     """The notebooks before and after, at both ends of a page, and all in *Where we are*."""
-    _, target = book
-    pages = sorted((target / "notebooks").glob("0*.html"))
+    pages = sorted((book / "notebooks").glob("0*.html"))
     for i, page in enumerate(pages):
         text = page.read_text(encoding="utf-8")
         ways = re.findall(r"<nav>.*?</nav>", text)
@@ -61,17 +82,15 @@ def test_the_way_through_the_course_is_clickable(book):
 
 
 def test_pictures_come_along_and_reports_are_apart(book):
-    _, target = book
-    text = (target / "docs" / "results.html").read_text(encoding="utf-8")
+    text = (book / "docs" / "results.html").read_text(encoding="utf-8")
     pictures = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").count("![")
     assert text.count('src="data:image/png;base64,') == pictures > 0
-    parts = (target / "index.html").read_text(encoding="utf-8").split("<h2")
-    assert "glossary" in parts[3] and "results" in parts[4] and "results" not in parts[3]
+    parts = (book / "index.html").read_text(encoding="utf-8").split("<h2")
+    assert "glossary" in parts[2] and "results" in parts[3] and "results" not in parts[2]
 
 
 def test_comparison_is_in_its_page(book):
-    _, target = book
-    text = (target / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
+    text = (book / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
     assert "jfbnb-compare" in text and "function mount(" in text
 
 
