@@ -15,31 +15,24 @@ NAMED = re.compile(  # what comes before owner and name, which no link to anothe
 BOOK = re.compile(r"https://[\w-]+\.github\.io/[\w.-]+")
 
 
-def main() -> int:
-    for path, text in addressed(*repository()).items():
-        (ROOT / path).write_text(text, encoding="utf-8")
-    return 0
-
-
 def repository() -> tuple[str, str]:
     """Its owner and its name."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     address = project["urls"]["Repository"]
-    if not (match := re.fullmatch(r"https://github\.com/([\w-]+)/([\w.-]+?)(?:\.git)?/?", address)):
-        sys.exit(f"pyproject.toml: Repository is {address}: Colab, Binder and the book's page need "
-                 "https://github.com/OWNER/NAME")
-    return match[1], match[2]
+    if match := re.fullmatch(r"https://github\.com/([\w-]+)/([\w.-]+?)(?:\.git)?/?", address):
+        return match[1], match[2]
+    sys.exit(f"pyproject.toml: Repository is {address}: badges and the book need an address "
+             "https://github.com/OWNER/NAME")
 
 
-def addressed(owner: str, name: str) -> dict[str, str]:
+def addressed(owner: str, name: str) -> dict[Path, str]:
     """The files that name the repository, by path, with this owner and name."""
-    paths = ["README.md", "CITATION.cff", "docs/teaching.md",
-             *(f"notebooks/{path.name}" for path in (ROOT / "notebooks").glob("*.ipynb"))]
-    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in paths}
-    return {path: BOOK.sub(f"https://{owner}.github.io/{name}",
-                           NAMED.sub(rf"\g<1>{owner}/{name}", text))
-            for path, text in texts.items()}
+    paths = [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "docs" / "teaching.md",
+             *(ROOT / "notebooks").glob("*.ipynb")]
+    return {path: BOOK.sub(f"https://{owner}.github.io/{name}", NAMED.sub(
+        rf"\g<1>{owner}/{name}", path.read_text(encoding="utf-8"))) for path in paths}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    for path, text in addressed(*repository()).items():
+        path.write_text(text, encoding="utf-8")

@@ -45,11 +45,10 @@ aria-label="Search all pages"><ul aria-live="polite"></ul></div>
 SEARCH = r"""const home = document.currentScript.src, box = document.querySelector(".find input");
 box.oninput = () => {
   const words = box.value.toLowerCase().split(/\s+/).filter(Boolean);
-  const score = ({title, text}) => Math.min(...words.map(word =>
-    title.toLowerCase().includes(word) ? 2 : text.toLowerCase().includes(word) ? 1 : 0));
-  const hits = words.length ? SECTIONS.map(section => [score(section), section])
-    .filter(([points]) => points).sort((a, b) => b[0] - a[0]).slice(0, 20) : [];
-  const items = hits.map(([, {address, title, text}]) => {
+  const all = text => words.every(word => text.toLowerCase().includes(word));
+  const hits = words.length ? SECTIONS.filter(({title, text}) => all(`${title} ${text}`))
+    .sort((a, b) => all(b.title) - all(a.title)).slice(0, 20) : [];
+  const items = hits.map(({address, title, text}) => {
     const item = document.createElement("li"), link = document.createElement("a");
     link.href = new URL(address, home);
     link.textContent = title;
@@ -61,8 +60,8 @@ box.oninput = () => {
     ...(words.length && !items.length ? ["No section has all these words."] : items));
 };
 """
-INTRODUCTION = """<h1>jfbnb</h1><p>Solving inverse problems with implicit networks, trained by
-Jacobian-free backpropagation.</p>"""
+INTRODUCTION = ("<h1>jfbnb</h1><p>Solving inverse problems with implicit networks, trained by "
+                "Jacobian-free backpropagation.</p>")
 TO_LEARN = ("glossary", "teaching", "photographs")  # of the documents; the others are reports
 
 
@@ -83,10 +82,11 @@ def main(book: Path = ROOT / "build" / "book", solutions: bool = False) -> int:
     for path, page in pages.items():
         target = book / path.relative_to(ROOT).with_suffix(".html")
         target.parent.mkdir(parents=True, exist_ok=True)
-        way = navigation(path, parts["The notebooks"]) if path in paths else ""
+        home = "../" * (len(path.relative_to(ROOT).parts) - 1)
+        way = navigation(path, parts["The notebooks"], home) if path in paths else ""
         head, start, body = re.split(r"(<body[^>]*>)", page, maxsplit=1)
         head = head.replace("</head>", f"<style>{STYLE}</style></head>")
-        body = way + FIND.format(home=home(path)) + body.replace("</body>", f"{way}</body>")
+        body = way + FIND.format(home=home) + body.replace("</body>", f"{way}</body>")
         target.write_text(head + start + body, encoding="utf-8")
     index = json.dumps([section for path in paths for section in found[path]], ensure_ascii=False)
     (book / "search.js").write_text(f"const SECTIONS = {index};\n{SEARCH}", encoding="utf-8")
@@ -111,20 +111,14 @@ def sections(path: Path, page: str) -> Iterator[dict[str, str]]:
 
 def listed(found: list[dict[str, str]]) -> str:
     """A page and its numbered sections, as an item of the contents."""
-    links = [f'<a href="{html.escape(s["address"])}">{html.escape(s["title"])}</a>' for s in found
-             if s is found[0] or NUMBERED.match(s["title"])]
-    inner = "".join(f"<li>{link}</li>" for link in links[1:])
-    return f"<li>{links[0]}{f'<ul>{inner}</ul>' if inner else ''}</li>"
+    first, *others = (f'<li><a href="{html.escape(s["address"])}">{html.escape(s["title"])}</a>'
+                      for s in found if s is found[0] or NUMBERED.match(s["title"]))
+    return f"{first}<ul>{''.join(others)}</ul></li>" if others else f"{first}</li>"
 
 
-def home(path: Path) -> str:
-    """The way from a page up to the book's folder."""
-    return "../" * (len(path.relative_to(ROOT).parts) - 1)
-
-
-def navigation(path: Path, among: list[Path]) -> str:
+def navigation(path: Path, among: list[Path], home: str) -> str:
     """To all pages, and to those before and after this one."""
-    links = [f'<a href="{home(path)}index.html">All pages</a>']
+    links = [f'<a href="{home}index.html">All pages</a>']
     if path in among:
         i = among.index(path)
         links += [f'<a href="{among[k].stem}.html">{arrow} {among[k].stem[:2].lstrip("0")}</a>'
@@ -149,6 +143,7 @@ def notebook_page(path: Path, pages: list[Path]) -> str:
 
 def exported(notebook: nbformat.NotebookNode, name: str, **options: bool) -> str:
     """A notebook by nbconvert, with formulas as MathML, and without what would ask the network."""
+    alts = []  # what pictures show, which nbconvert leaves out
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             cell.source = with_mathml(cell.source)
@@ -157,9 +152,14 @@ def exported(notebook: nbformat.NotebookNode, name: str, **options: bool) -> str
             data.pop("application/vnd.jupyter.widget-view+json", None)
             if "text/markdown" in data:
                 data["text/markdown"] = with_mathml(data["text/markdown"])
+            alts += [output.metadata.get(kind, {}).get("alt", "") for kind in data
+                     if kind.startswith("image/")]
     exporter = HTMLExporter(mathjax_url="", require_js_url="", jquery_url="", mermaid_js_url="",
                             **options)
     page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": name}})
+    for alt in alts:
+        page = page.replace('alt="No description has been provided for this image"',
+                            f'alt="{html.escape(alt)}"', 1)
     # The script for diagrams, which no page has, would fetch its parts from outside.
     return re.sub(r'<script type="module">(?:(?!</script>).)*mermaid.*?</script>', "", page,
                   flags=re.S)
