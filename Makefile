@@ -1,11 +1,14 @@
 # make reproduce   run the notebooks, regenerate every figure and table
 # make test        lint, unit tests, the notebooks against their stored outputs, and in a browser
 # make test-fast   lint, and the tests of the mathematics
-# make book        the executed notebooks as pages that open from disk, in build/book/
+# make book        the executed notebooks as pages that open from disk, in build/book/;
+#                  SOLUTIONS=1 adds the worked solutions
 # make fuzz        thousands of bad inputs of every kind: docs/robustness.md
 # make faults      runs killed at random moments, full disks, ...: the same
 # make lab         open the notebooks in JupyterLab
 # make bench       measure speed, beside deepinv and torchdeq: benchmarks/README.md
+# make slides      one lecture of docs/teaching.md as slides, build/slides/lesson.html
+# make address     write the repository's address, of pyproject.toml, wherever it is named
 # make lock        renew requirements.lock
 # make publish     after a clean run: its outputs into figures/published, the notebooks, README.md
 
@@ -23,7 +26,7 @@ BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/.installed
 
-.PHONY: reproduce test test-fast lint book fuzz faults lab bench lock publish
+.PHONY: reproduce test test-fast lint book slides fuzz faults lab bench address lock publish
 
 reproduce: $(INSTALLED)
 	$(BIN)/jfbnb reproduce --profile $(PROFILE) $(if $(DATA),--data "$(DATA)") \
@@ -49,7 +52,10 @@ test: lint
 	JFBNB_WORK=build/nbval $(BIN)/python -m pytest tests/browser
 
 book: $(INSTALLED)
-	$(BIN)/python tools/book.py
+	$(BIN)/python tools/book.py $(if $(SOLUTIONS),--solutions)
+
+slides: $(INSTALLED)
+	$(BIN)/python tools/slides.py
 
 fuzz: $(INSTALLED)
 	JFBNB_FUZZ=$${JFBNB_FUZZ:-1000} $(BIN)/python -m pytest tests/test_fuzz.py \
@@ -68,6 +74,9 @@ bench: $(INSTALLED)
 	  sys.exit(not (f("deepinv") and f("torchdeq")))' || \
 	  $(BIN)/python -m pip install --quiet --no-build-isolation --editable '.[bench]' || true
 	$(BIN)/python benchmarks $(ARGS)
+
+address:
+	$(PYTHON) tools/address.py
 
 lock: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet uv

@@ -1,11 +1,14 @@
 """The static site: all pages, links that lead somewhere, and nothing asked of the outside."""
 
+import html
 import importlib
-import importlib.util
+import json
 import operator
 import re
 
+import book as tool
 import pytest
+import slides
 
 from jfbnb.core.denoisers import Denoiser, DnCNN
 from jfbnb.core.maps import SplittingMap
@@ -16,21 +19,18 @@ from jfbnb.run.checkout import ROOT
 
 @pytest.fixture(scope="module")
 def book(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("book", ROOT / "tools" / "book.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     target = tmp_path_factory.mktemp("book")
-    module.main(target)
-    return module, target
+    tool.main(target)
+    return target
 
 
 def test_pages_are_complete_and_offline(book):
-    _, target = book
-    pages = list(target.rglob("*.html"))
-    assert len(pages) == 1 + 6 + 6 + len(list((ROOT / "docs").glob("*.md")))
+    pages = list(book.rglob("*.html"))
+    assert len(pages) == 1 + 7 + len(list((ROOT / "docs").glob("*.md")))
     for page in pages:
         text = page.read_text(encoding="utf-8")
-        assert not re.search(r'(src|href)="(https?:)?//', text), page
+        assert not re.search(r'(?<!<a )(src|href)="(https?:)?//', text), page
+        assert 'alt="No description' not in text, page
         assert "import(" not in text.replace("await import(\"\")", ""), page
         for link in re.findall(r'<a href="([^"#:]+)"', text):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
@@ -38,17 +38,37 @@ def test_pages_are_complete_and_offline(book):
         assert "$" not in outside_code, page
 
 
-def test_formulas_become_mathml(book):
-    module, _ = book
-    made = module.with_mathml("so $x^2$ and `$no$`\n\n$$\\frac{1}{2}$$")
+def test_contents_and_search_lead_to_sections(book):
+    """Contents to all that have a number, the search to every one."""
+    index = html.unescape((book / "index.html").read_text(encoding="utf-8"))
+    source = (book / "search.js").read_text(encoding="utf-8")
+    found = json.loads(source.split("const SECTIONS = ")[1].split(";\nconst home")[0])
+    for section in found:
+        page, anchor = section["address"].split("#")
+        assert f'id="{anchor}"' in (book / page).read_text(encoding="utf-8")
+        if tool.NUMBERED.match(section["title"]):
+            assert f'<a href="{section["address"]}">{section["title"]}</a>' in index
+    assert "A.check_adjoint" in next(s["text"] for s in found if s["title"].startswith("6.2 "))
+
+
+def test_solutions_come_along_if_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "exported", lambda notebook, name: tool.PAGE.format(
+        title=name, body=f'<h1 id="a">{name}</h1>{notebook.cells[-2].source}'))
+    tool.main(tmp_path, solutions=True)
+    assert len(list(tmp_path.glob("notebooks/solutions/*.html"))) == 7
+    page = (tmp_path / "notebooks" / "02_tikhonov_gradient_descent.html").read_text("utf-8")
+    assert "[solutions](solutions/02_solutions.html)" in page
+
+
+def test_formulas_become_mathml():
+    made = tool.with_mathml("so $x^2$ and `$no$`\n\n$$\\frac{1}{2}$$")
     assert made.count("<math") == 2 and "<msup>" in made and "<mfrac>" in made
     assert "`$no$`" in made
 
 
 def test_the_way_through_the_course_is_clickable(book):
     """The notebooks before and after, at both ends of a page, and all in *Where we are*."""
-    _, target = book
-    pages = sorted((target / "notebooks").glob("0*.html"))
+    pages = sorted((book / "notebooks").glob("0*.html"))
     for i, page in enumerate(pages):
         text = page.read_text(encoding="utf-8")
         ways = re.findall(r"<nav>.*?</nav>", text)
@@ -61,18 +81,29 @@ def test_the_way_through_the_course_is_clickable(book):
 
 
 def test_pictures_come_along_and_reports_are_apart(book):
-    _, target = book
-    text = (target / "docs" / "results.html").read_text(encoding="utf-8")
+    text = (book / "docs" / "results.html").read_text(encoding="utf-8")
     pictures = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").count("![")
     assert text.count('src="data:image/png;base64,') == pictures > 0
-    parts = (target / "index.html").read_text(encoding="utf-8").split("<h2")
-    assert "glossary" in parts[3] and "results" in parts[4] and "results" not in parts[3]
+    parts = (book / "index.html").read_text(encoding="utf-8").split("<h2")
+    assert "glossary" in parts[2] and "results" in parts[3] and "results" not in parts[2]
 
 
 def test_comparison_is_in_its_page(book):
-    _, target = book
-    text = (target / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
+    text = (book / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
     assert "jfbnb-compare" in text and "function mount(" in text
+
+
+def test_slides_show_what_the_lecture_names(tmp_path):
+    """Whole sections, the last picture of others, questions before answers; and all offline."""
+    slides.main(tmp_path / "lesson.html")
+    text = (tmp_path / "lesson.html").read_text(encoding="utf-8")
+    assert not re.search(r'(src|href)="(https?:)?//', text) and "import(" not in text
+    titles = re.findall(r"<h2[^>]*>(\d\.\d+) ", text)
+    table = re.findall(r"^\| \d.*\|$", (ROOT / "docs/teaching.md").read_text(), flags=re.M)
+    named = re.findall(r"\d\.\d+", " ".join(row.split("|")[3] for row in table))
+    assert set(titles) == {*named, "4.2", "5.2"}  # within a range, and by its name
+    assert titles.count("1.7") == titles.count("5.5") == 1 and titles.count("1.2") > 4
+    assert text.count("Why do we not invert it?") == 2 and "jfbnb-compare" in text
 
 
 def test_names_in_the_glossary_exist():

@@ -20,6 +20,7 @@ from jfbnb.core.operators import Blur, Inpainting
 from jfbnb.core.protocols import get_protocol, measure
 from jfbnb.data import bundled_photos
 from jfbnb.run.checkout import ROOT
+from jfbnb.teaching import exercises
 from jfbnb.teaching.exercises import CHECKS, answer, measured
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, load_model
@@ -173,3 +174,21 @@ def test_the_notebooks_ask_for_every_answer():
         asked.append(re.findall(r'answer\("([\d.]+)", None(?:, [\w\[\]:]+)*\)  # .+', cell.source))
         assert len(asked[-1]) >= 2 and cell.cell_type == "code"
     assert [name for own in asked for name in own] == list(CHECKS)
+
+
+def test_one_table_of_all_answers(tmp_path, monkeypatch):
+    """By the lines in docs/teaching.md, from what `answer` writes."""
+    lines = re.search(r"```python\n(from pathlib.*?)```", (ROOT / "docs/teaching.md").read_text(),
+                      re.S)[1]
+    monkeypatch.chdir(tmp_path)
+    Path("answers").mkdir()
+    for name, exercise, *given in (("maria", "6.2", (2, 1), (1, 2), (2, 1)), ("li", "6.2", "x"),
+                                   ("maria", "6.3", (1, 2))):
+        monkeypatch.setattr(exercises, "RECORD", Path(f"answers/{name}.csv"))
+        for numbers in given:
+            answer(exercise, numbers)
+    exec(lines, names := {})
+    table = pd.read_csv("table.csv", dtype={"exercise": str}).set_index(["student", "exercise"])
+    assert table[["right", "attempts"]].T.to_dict("list") == {
+        ("li", "6.2"): [False, 1], ("maria", "6.2"): [True, 2], ("maria", "6.3"): [True, 1]}
+    assert pd.to_datetime(table.when).notna().all() and len(names["table"]) == 3

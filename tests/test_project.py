@@ -1,17 +1,19 @@
 """What surrounds the code: dependencies, the lock, README's numbers, what may not be committed."""
 
-import importlib.util
 import io
 import json
 import re
 import subprocess
 import tomllib
 
+import address
 import nbformat
 import pandas as pd
+import publish
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 from jfbnb.run.checkout import ROOT
 from jfbnb.run.command import main
@@ -47,6 +49,31 @@ def test_environment_asks_for_what_pyproject_asks_for():
     assert set(conda) == expected
     by_pip = [f"{r.name}{r.specifier}" for r in requirements() if r.name in PIP_ONLY]
     assert environment["dependencies"][-1] == {"pip": ["-e .", *by_pip]}
+
+
+def test_binder_has_pyprojects_torch_and_what_students_need():
+    python, *torch, pip = yaml.safe_load((ROOT / "binder/environment.yml").read_text()
+                                         )["dependencies"]
+    asked = {f"{r.name}{r.specifier}" for r in requirements()}
+    assert len(torch) == 2 and {name.replace("pytorch-cpu", "torch") for name in torch} <= asked
+    assert python.split("=")[1] in SpecifierSet(pyproject()["requires-python"]) and pip == "pip"
+    assert "--editable '.[notebooks]'\n" in (ROOT / "binder/postBuild").read_text()
+
+
+def test_one_address_is_everywhere():
+    """In badges, commands and the citation: none stays behind when it changes."""
+    owner, name = address.repository()
+    for path, text in address.addressed(owner, name).items():
+        assert text == path.read_text(), f"{path}: `make address`"
+    old = rf"{owner}(/|\.github\.io/){name}"
+    moved = address.addressed("someone", "else.where")
+    assert not [path for path, text in moved.items() if re.search(old, text)]
+    named = subprocess.run(["git", "grep", "-lE", old], cwd=ROOT, capture_output=True, text=True)
+    assert {ROOT / path for path in named.stdout.split()} <= {ROOT / "pyproject.toml", *moved}
+    for path in notebooks():
+        badges = re.findall(r"\]\((https:[^)]+)\)", nbformat.read(path, 4).cells[0].source)[:2]
+        assert badges[0].endswith(f"/{owner}/{name}/blob/main/notebooks/{path.name}")
+        assert badges[1].endswith(f"/{owner}/{name}/main?labpath=notebooks%2F{path.name}")
 
 
 def test_lock_has_every_requirement_pinned_with_hashes():
@@ -102,15 +129,7 @@ def committed(path: str) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def publish():
-    spec = importlib.util.spec_from_file_location("publish", ROOT / "tools" / "publish.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_numbers_on_pages_are_those_of_the_stored_runs(publish):
+def test_numbers_on_pages_are_those_of_the_stored_runs():
     for path, text in publish.filled(committed).items():
         assert text == committed(path), path
 
@@ -124,7 +143,7 @@ def test_readme_is_a_page_whose_links_lead_somewhere():
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
-def test_a_block_is_a_table_of_the_files_it_names(publish, monkeypatch):
+def test_a_block_is_a_table_of_the_files_it_names(monkeypatch):
     page = ("<!-- runs/a.md -->\nold\n<!-- end runs/a.md -->\nprose\n"
             "<!-- pairs mine -->\n<!-- end pairs mine -->\n")
     metrics = pd.DataFrame({"method": ["jfb", "deq"] * 2, "image": ["a", "a", "b", "b"],
@@ -196,7 +215,7 @@ def test_stored_photographs_are_restored_by_decibels():
     assert len(of_jfb) == 12 and (of_jfb.PSNR - of_jfb.input > 2.5).all()
 
 
-def test_notebook_times_are_those_of_the_stored_run(publish):
+def test_notebook_times_are_those_of_the_stored_run():
     provenance = json.loads(committed("figures/published/quick/provenance.json"))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         first = nbformat.read(path, as_version=4).cells[0].source
