@@ -1,7 +1,8 @@
 """Quality against the computation of training: python benchmarks/budget.py FOLDER ...
 
-Each folder has networks that `jfbnb train` stored; their cards say with which budget and seed. All
-restore the same test images. budget.csv has a row for each network; a stopped run continues.
+Each folder has networks that `jfbnb train` stored; their cards say with which budget and seed. With
+tuning.json there, two methods without training come along, with a budget of 0. All restore the same
+test images. budget.csv has a row for each method; a stopped run continues.
 """
 
 from pathlib import Path
@@ -20,6 +21,8 @@ from jfbnb.training.restorers import make_methods
 from jfbnb.training.weights import read_card
 
 CPU = torch.device("cpu")
+UNTRAINED = ("total-variation", "plug-and-play-admm")  # nothing trained, and a denoiser alone
+NO_CARD = {"protocol": "paper", "training": {"budget": 0, "learning_rate": 0, "seed": 0}}
 
 
 def measure_networks(bench: Bench) -> None:
@@ -27,8 +30,10 @@ def measure_networks(bench: Bench) -> None:
     test = load_splits(bench.data, 128, 8000, 200, bench.images).test
     rows, x = Rows(bench.out / "budget.csv"), test.as_float()
     for folder in bench.folders:
-        for name in (name for name in TRAINED if (folder / f"{name}.safetensors").is_file()):
-            card = read_card(folder / f"{name}.json")
+        names = [name for name in TRAINED if (folder / f"{name}.safetensors").is_file()]
+        names += UNTRAINED * (folder / "tuning.json").is_file()
+        for name in names:
+            card = NO_CARD if name in UNTRAINED else read_card(folder / f"{name}.json")
             setup, done = get_protocol(card["protocol"]), card["training"]
             key = {"protocol": setup.name, "method": name, "budget": done["budget"],
                    "learning_rate": done["learning_rate"], "seed": done["seed"], "images": len(x)}
@@ -52,7 +57,11 @@ def report(out: Path) -> None:
         "± over trainings": groups.psnr.sem(), "converged": groups.converged.min()}).reset_index()
     figure, (ax,) = new_figure(width=6.5, height=4.5)
     for name, line in table[table.protocol == "paper"].groupby("method"):
-        labelled_line(ax, line.budget, line["PSNR (dB)"], name, marker="o")
+        if line.budget.max() > 0:
+            labelled_line(ax, line.budget, line["PSNR (dB)"], name, marker="o")
+        else:
+            ax.axhline(line["PSNR (dB)"].item(), color=METHODS[name].colour, linestyle="--",
+                       label=METHODS[name].label)
     ax.set(xscale="log", xlabel="applications of the network in training",
            ylabel="PSNR (dB)", title="Quality and the computation of training")
     ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
