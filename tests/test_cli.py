@@ -213,7 +213,7 @@ def test_files_that_would_be_lost(capsys, tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         Image.new("RGB", (20, 20)).save(tmp_path / name)
     before = (tmp_path / "a-blurred.png").read_bytes()
-    for other, words in (("a-blurred.png", "is to be read and would be written"),
+    for other, words in (("a-blurred.png", "is an input and would be overwritten"),
                          ("b/a.png", "would become one file")):
         assert words in refused(capsys, "blur", tmp_path / "a.png", tmp_path / other, "--out",
                                 tmp_path)
@@ -248,7 +248,7 @@ def test_no_image_that_is_not_finite(capsys, image_folder, weights, tmp_path):
     tuning.write_text(tuning.read_text().replace('"step_size": 1.0', '"step_size": 90000.0'))
     line = refused(capsys, "deblur", tmp_path / "small.png", "--out", tmp_path / "o", "--weights",
                    weights, "--method", "gradient-descent", "--noise-std", 0.01)
-    assert "no finite picture" in line and not (tmp_path / "o").exists()
+    assert "the result is not finite" in line and not (tmp_path / "o").exists()
 
 
 def test_bad_names_and_numbers(capsys, image_folder, weights, tmp_path):
@@ -286,7 +286,7 @@ def test_interrupt_says_how_to_go_on(capsys, image_folder, tmp_path, monkeypatch
 
     monkeypatch.setattr("jfbnb.photo.files.read_pictures", interrupt)
     status, _, err = run(capsys, "blur", image_folder / "000001.jpg", "--out", tmp_path)
-    assert status == 130 and "goes on from here" in err
+    assert status == 130 and "to continue" in err
 
 
 def test_a_wheel_restores_pictures_and_needs_nothing_of_the_notebooks(tmp_path, image_folder):

@@ -168,8 +168,8 @@ def test_only_and_force(here):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("size", "write it as NAME=VALUE"),
-    ("size=[1", "-p size: its value is no YAML"),
-    ("size=" + "9" * 5000, "is no YAML"),
+    ("size=[1", "-p size: its value is not YAML"),
+    ("size=" + "9" * 5000, "is not YAML"),
     ("sise=3", "unknown parameter 'sise': the notebooks have data, delay, depth, "),
     ("size=big", "parameter size takes a value like 1, not 'big'"),
     ("size=", "takes a value like 1, not ''"),
@@ -180,7 +180,7 @@ def test_only_and_force(here):
     ("names={deq: much}", "parameter names takes a value like {}"),
     ('data="a\\0b"', "parameter data takes a value like"),
     ("data=nowhere", "no data at"),
-    ("profile=../elsewhere", "use --folder"),
+    ("profile=../elsewhere", "by --folder"),
     ("size=0", "parameter size must be positive, not 0"),
     ("rate=-0.5", "parameter rate must be positive, not -0.5"),
     ("seed=-1", "parameter seed must be at least 0, not -1"),
@@ -334,7 +334,7 @@ def test_two_runs_in_one_folder(suite):
 
 def test_frozen_takes_the_runs_own_networks(suite, capsys):
     assert main(["reproduce", "--frozen", "--weights", "x"]) == 2
-    assert "leave --weights out" in capsys.readouterr().err
+    assert "leave out --weights" in capsys.readouterr().err
     assert main(["reproduce", "--frozen"]) == 2
     assert f"no trained networks in the weights folder {suite / 'runs/quick'}" \
         in capsys.readouterr().err

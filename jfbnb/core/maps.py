@@ -1,4 +1,4 @@
-"""The maps T_Theta(x; d), whose fixed point is the reconstruction (Eq. 3), made of A and D.
+"""The maps T_Theta(x; d), made of A and D. Their fixed point is the reconstruction (Eq. 3).
 
 `GradientMap` and `PreconditionedMap` have the same fixed points x*, with
 A'(A x - d) + tau (x - D(x)) = 0. `SplittingMap` is the latter with its two halves swapped: its
@@ -26,7 +26,7 @@ class ImplicitMap(nn.Module):
     A subclass has a `name` and a `colour`, the same in every figure, and `forward(state, d)`.
 
     Args:
-        A: None where `on` will set the operator.
+        A: the operator; None if `on` will set it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class ImplicitMap(nn.Module):
     def on(self, A: LinearOperator, prior_scale: float = 1.0) -> Self:
         """The same map, with the same weights, for another operator.
 
-        It shares everything but the operator: deepcopy it before you change its type or device.
+        It shares everything but the operator: deepcopy it before you change its dtype or device.
 
         Args:
             prior_scale: factor of the prior's weight tau, in a map that has one.
@@ -65,9 +65,9 @@ class ImplicitMap(nn.Module):
 class WeightedMap(ImplicitMap):
     """A map with a weight tau > 0 of the denoiser against the data.
 
-    Two scalars are learned: log tau, and the exponent with which tau follows the `prior_scale` of
-    `on`. The denoiser's noise level follows as in `denoisers.matched_sigma`; with an exponent of 1
-    it is the same for every `prior_scale`.
+    Two scalars are learned: log tau, and an exponent: tau is proportional to this power of the
+    `prior_scale` of `on`. The denoiser's noise level changes as in `denoisers.matched_sigma`; with
+    an exponent of 1 it does not depend on `prior_scale`.
     """
 
     def __init__(self, A: LinearOperator, D: Denoiser, tau: float):

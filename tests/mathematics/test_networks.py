@@ -209,10 +209,10 @@ def test_truncated_weights(weights, damage):
 
 
 @pytest.mark.parametrize(("descriptions", "message"), [
-    *[(d, "do not say of which networks they are") for d in (
+    *[(d, "do not name their networks") for d in (
         None, [dncnn(depth=[2])], [dncnn(width=10**9)], [dncnn(width=float("nan"))],
         [dncnn() | {"code": 1}], [{"class": 3, "arguments": {}}], ["DnCNN"], {}, 3)],
-    *[(d, "are of something else") for d in (
+    *[(d, "belong to something else") for d in (
         [dncnn(depth=2.0)], [dncnn(extra=1)], [dncnn(width=-1)], [dncnn(width=None)], [],
         [dncnn(), dncnn()], [unet(depth=0)], [unet(depth=4096)])],
     *[(d, "do not fit the networks that they name") for d in (
