@@ -208,10 +208,10 @@ def _open(path: Path, stack: ExitStack) -> tuple[Files, Read]:
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} is not a zip of images ({error}): the download may be incomplete, "
-                        f"or a web page; compare its {path.stat().st_size} bytes with the size at "
-                        "its source, and download it again; unpack other archives and give the "
-                        "folder") from error
+        raise UserError(f"{path} is not a zip of images ({error}): the download may be incomplete "
+                        f"or damaged, or a web page; compare its {path.stat().st_size} bytes with "
+                        "the size at its source, and download it again; unpack other archives and "
+                        "give the folder") from error
     members = {m.filename: m for m in archive.infolist() if not m.is_dir()}
 
     def read(name: str) -> io.BytesIO:

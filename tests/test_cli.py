@@ -228,7 +228,7 @@ def test_results_that_cannot_be_written_are_refused_before_measuring(capsys, ima
     monkeypatch.setattr("jfbnb.training.evaluation.evaluate", lambda *_: pytest.fail("measured"))
     line = refused(capsys, "evaluate", "--data", image_folder, "--weights", weights, "--json",
                    image_folder)
-    assert "cannot write" in line and "no file" in line
+    assert "cannot write" in line and "not a file" in line
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't")])

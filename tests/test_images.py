@@ -318,10 +318,10 @@ def test_no_pictures(tmp_path):
     refuse(tmp_path / "nowhere.png", "nowhere.png: No such file")
     refuse(io.BytesIO(b"<html>"), "its format is not")
     refuse(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "its format is not")
-    refuse(tmp_path, "no file")
+    refuse(tmp_path, "not a file")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.png")
-        refuse(tmp_path / "pipe.png", "no file")  # and does not wait for it
+        refuse(tmp_path / "pipe.png", "not a file")  # and does not wait for it
 
 
 @pytest.mark.parametrize(("make", "words"), [

@@ -1,4 +1,4 @@
-"""Checks of the notebooks' exercises: each runs what it is given, or measures the answer anew."""
+"""Checks of the notebooks' exercises: each runs the given code, or measures the answer itself."""
 
 import copy
 import csv
@@ -24,16 +24,16 @@ from jfbnb.data import bundled_photos
 from jfbnb.teaching.explorers import ToyMap
 from jfbnb.training.methods import METHODS
 
-RECORD = Path("answers.csv")  # of all that was answered, beside the notebook: to be handed in
-PROTOCOLS = ("paper", "code")  # exercise 1.1 changes it, and what follows may keep it so
+RECORD = Path("answers.csv")  # all attempts, beside the notebook, to be handed in
+PROTOCOLS = ("paper", "code")  # exercise 1.1 changes the protocol; later ones accept either
 
 
 def answer(exercise: str, given: object = None, *context: object) -> None:
-    """Print whether an answer is right, or what to look at, and note it in `RECORD`.
+    """Print whether an answer is right, or a hint, and record the attempt in `RECORD`.
 
     Args:
-        given: None is no answer yet.
-        context: of the notebook, what the check needs to measure the answer itself.
+        given: the answer; None if there is none yet.
+        context: objects of the notebook that the check needs to measure the answer itself.
     """
     if given is None:
         print(f"{exercise}: no answer yet")
@@ -51,22 +51,22 @@ def answer(exercise: str, given: object = None, *context: object) -> None:
 
 
 def number(given: object) -> float:
-    """A number, as Python has it or as text, perhaps with a unit. Raises ValueError."""
+    """Parse a number, perhaps a text with a unit. Raises ValueError."""
     text = str(given.item() if isinstance(given, Tensor) else given)
     return float(re.sub(r"\s*(dB|steps?)$", "", text.strip().replace("\N{MINUS SIGN}", "-")))
 
 
 def near(given: object, measured: list[float], within: float, hint: str) -> str:
-    """No hint for a number that is one of those measured."""
+    """The hint, or "" if the number is near one of those measured."""
     return "" if min(abs(number(given) - value) for value in measured) < within else hint
 
 
 def best(given: object, values: Mapping[object, float], within: float = 1e-6) -> str:
-    """No hint for the choice whose value in dB is the largest; a method's label will do, too."""
+    """A hint, or "" for the choice with the largest value in dB; a method's label is accepted."""
     labels = {METHODS[name].label: value for name, value in values.items() if name in METHODS}
     known = {str(name).lower(): value for name, value in (values | labels).items()}
     if (name := str(given).strip().lower()) not in known:
-        return f"{given!r} is none of {', '.join(map(str, values))}"
+        return f"{given!r} is not one of {', '.join(map(str, values))}"
     missed = max(values.values()) - known[name]
     return "" if missed <= within else f"another one is ahead of {given} by {missed:.2f} dB"
 
@@ -82,7 +82,7 @@ def measured(protocol: str = "paper", noise_std: float = 0.01) -> tuple[Blur, Te
 
 
 def inverted(noise_std: float, *protocols: str) -> list[float]:
-    """The PSNR in dB of the direct inverse, by protocol."""
+    """The PSNR in dB of the direct inverse for each protocol."""
     cases = [measured(name, noise_std) for name in protocols]
     return [mean_psnr(direct_inverse(A, d), x) for A, x, d in cases]
 
@@ -163,7 +163,7 @@ def other_half(step: Callable[[ImplicitMap, Tensor, Tensor], Tensor], T: Implici
 
 
 def restored(methods: Mapping[str, Restorer], x: Tensor, protocol: str) -> dict[str, Tensor]:
-    """What each method makes of x, measured by a protocol."""
+    """Each method's restoration of x, measured by a protocol."""
     noise_std, A = get_protocol(protocol).noise_std, get_protocol(protocol).operator().to(x.device)
     d = measure(A, x, noise_std, 0, range(len(x)))
     return {name: method(A, d, noise_std)[0] for name, method in methods.items()}
