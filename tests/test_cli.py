@@ -359,7 +359,7 @@ def test_lab_opens_the_first_notebook_trusted_at_the_root_of_the_checkout(monkey
     assert trust[1:4] == ["-m", "jupyter", "trust"] and len(trust) >= 4 + 6
     assert lab[1:6] == ["-m", "jupyter", "lab", "--notebook-dir", str(checkout.ROOT)]
     assert lab[6].endswith("/lab/tree/notebooks/01_problem_setup_and_direct_inverse.ipynb")
-    assert "jupyter trust ended with status 1" in refused(capsys, "lab")
+    assert "jupyter trust failed with status 1" in refused(capsys, "lab")
 
 
 def test_a_cameras_picture_is_restored_in_light(capsys, tmp_path):

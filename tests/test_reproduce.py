@@ -153,7 +153,7 @@ def test_a_notebook_depends_on_package_data_weights_and_methods_of_others(suite,
 
 def test_only_and_force(here):
     suite = here
-    with pytest.raises(UserError, match="notebook 02 needs what 01 writes: run that one first"):
+    with pytest.raises(UserError, match="notebook 02 needs the results of 01: run that one first"):
         go(only="02")
     go()
     checkpoints = [suite / "runs/quick" / name for name in ("checkpoints", "trained/checkpoints")]
@@ -202,7 +202,7 @@ def test_an_integer_will_do_for_a_float_and_some_numbers_may_be_0(suite):
 
 def test_a_profile_is_held_to_the_same_rules(suite, capsys):
     for text, message in (("size: 0\n", "parameter size must be positive, not 0"),
-                          ("- size", "quick.yaml is no profile")):
+                          ("- size", "quick.yaml is not a profile")):
         (suite / "notebooks/profiles/quick.yaml").write_text(text)
         assert main(["reproduce"]) == 2
         (line,) = capsys.readouterr().err.splitlines()

@@ -57,7 +57,7 @@ def _one_line(error: Exception) -> str:
             or "DefaultCPUAllocator" in str(error):  # PyTorch's message on a CPU
         return "memory ran out: use smaller images, or fewer with --limit"
     if isinstance(error, ModuleNotFoundError) and (error.name or "jfbnb").split(".")[0] != "jfbnb":
-        return (f"this command needs {error.name}, which is not installed: pip install "
+        return (f"{error.name} is not installed: for this command run pip install "
                 "'jfbnb[notebooks]'")
     return ""
 
@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
     celeba.add_argument("--data", type=checkout.find_path,
                         help="folder or zip of CelebA JPEGs")
     parameters.add_argument("--profile", default="quick",
-                            help="quick, cpu, paper, best or best-gpu")
+                            help="quick, cpu, paper, best or best-gpu; by default quick")
     parameters.add_argument("-p", dest="parameters", action="append", default=[],
                             metavar="NAME=VALUE", help="set a notebook parameter; may be repeated")
     weights.add_argument("--weights", type=lambda text: Path(checkout.find_path(text)),
@@ -148,15 +148,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_pictures(option: Callable) -> None:
     paper = protocols.get_protocol("paper").make.keywords
-    option("images", nargs="+", type=Path, metavar="IMAGE")
-    option("--out", required=True, type=Path, metavar="DIR")
+    option("images", nargs="+", type=Path, metavar="IMAGE", help="the files to read")
+    option("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     option("--kernel", default=f"gaussian:{paper['kernel_std']},{paper['kernel_size']}",
-           help=f"{kernel_option.FORMS}; or a file: a picture, .npy or .txt; by default the "
-                "paper's, %(default)s")
+           help=f"{kernel_option.FORMS}; or a file: a picture, .npy, .npz, .mat, .txt, .csv or "
+                ".tsv; by default the paper's, %(default)s")
     option("--border", choices=["unknown", "black"], default="unknown",
            help="beyond the picture: by default unknown, for a scene that continues")
     option("--range", metavar="LOW,HIGH",
-           help="the numbers in the file for black and white; by default those of its type")
+           help="the file's numbers for black and white; by default by its type and values")
 
 
 def _range(text: str) -> tuple[float, float]:
