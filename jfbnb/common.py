@@ -73,7 +73,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def atomic_write(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -146,7 +146,7 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         # M_MMAP_THRESHOLD: larger arrays are placed by themselves. Older ones refuse over 32 MB.
         if mallopt(-3, 2**30) or mallopt(-3, 2**25):
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free beyond so much is given back
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory above it is returned
 
 
 def describe_device(device: torch.device) -> str:

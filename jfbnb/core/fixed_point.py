@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass
 class SolveInfo:
-    """What a solve did, per image (B,): evaluations of T, last residual, whether it converged.
+    """The report of a solve, per image (B,): evaluations of T, last residual, convergence.
 
-    `residuals` (k, B) holds the residual at each evaluation.
+    `residuals` (k, B) has the residual at each evaluation.
     """
 
     iterations: Tensor

@@ -433,7 +433,7 @@ class MRI(LinearOperator):
         return z.real
 
     def guess(self, d: Tensor) -> Tensor:
-        """A' d: the image whose other lines of k-space are zero."""
+        """A' d: the image whose unmeasured samples of k-space are zero."""
         return self.adjoint(d)
 
     def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:

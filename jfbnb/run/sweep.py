@@ -79,7 +79,7 @@ def sweep(path: Path, scheduler: str | None, data: str | None,
             worker on this machine.
 
     Raises:
-        UserError: for a bad sweep file, a missing dask, or points that failed.
+        UserError: for a bad sweep file, if dask is missing, or if points fail.
     """
     profile, parameters = load_sweep(path)
     try:

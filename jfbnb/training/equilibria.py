@@ -1,4 +1,4 @@
-"""Is what the solver returns an equilibrium?"""
+"""Check whether a solver's result is an equilibrium."""
 
 import pandas as pd
 from torch import Tensor
@@ -16,7 +16,7 @@ ROUNDING = 5e-7  # a relative change that is lost in float32 rounding
 def check_equilibrium(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
                       seed: int = 0, tolerance: float = Model.tolerance,
                       max_iterations: int = Model.max_iterations) -> pd.DataFrame:
-    """Is what the solver returns an equilibrium? One row per image.
+    """Check whether the solver's result is an equilibrium. One row per image.
 
     Each image is solved as for the tables, by `models.Equilibrium`. Then T is applied without
     acceleration, at most `further` times, until one application changes the image by less than 5e-7

@@ -90,7 +90,7 @@ class Tuning:
 
     @staticmethod
     def load(path: Path) -> "Tuning":
-        """Raises UserError if the file is missing or not a tuning."""
+        """Read a tuning. Raises UserError if the file is missing or not a tuning."""
         if not path.is_file():
             raise UserError(f"no tuned parameters at {path}: tune the methods first, or give the "
                             "folder of a run that did")
