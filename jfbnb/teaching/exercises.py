@@ -42,7 +42,7 @@ def answer(exercise: str, given: object = None, *context: object) -> None:
         with torch.no_grad():
             hint = CHECKS[exercise](*(copy.deepcopy(value).cpu() if isinstance(value, nn.Module)
                                       else value for value in (given, *context)))
-        verdict = f"not so: {hint}" if hint else "right"
+        verdict = f"not right: {hint}" if hint else "right"
     except Exception as error:  # a student's function may raise anything
         verdict = f"it cannot be checked: {type(error).__name__}: {error}".splitlines()[0]
     with RECORD.open("a", newline="", encoding="utf-8") as file:
@@ -68,7 +68,7 @@ def best(given: object, values: Mapping[object, float], within: float = 1e-6) ->
     if (name := str(given).strip().lower()) not in known:
         return f"{given!r} is not one of {', '.join(map(str, values))}"
     missed = max(values.values()) - known[name]
-    return "" if missed <= within else f"another one is ahead of {given} by {missed:.2f} dB"
+    return "" if missed <= within else f"another choice is {missed:.2f} dB better than {given}"
 
 
 def mean_psnr(y: Tensor, x: Tensor) -> float:
@@ -101,7 +101,7 @@ def smoothness(gradient: Callable[[Tensor], Tensor]) -> str:
     x = torch.rand(1, 3, 9, 8, dtype=torch.float64, generator=seeded_generator(0)).requires_grad_()
     energy = 0.5 * (x.diff(dim=2).square().sum() + x.diff(dim=3).square().sum())
     wrong = (gradient(x.detach()) - torch.autograd.grad(energy, x)[0])[..., 1:-1, 1:-1]
-    return "" if wrong.abs().max() < 1e-6 else "torch.autograd.grad says otherwise"
+    return "" if wrong.abs().max() < 1e-6 else "torch.autograd.grad of R differs"
 
 
 def two_weights(given: tuple[float, float]) -> str:
@@ -109,7 +109,7 @@ def two_weights(given: tuple[float, float]) -> str:
         A, x, d = measured("paper", noise_std)
         weights = (lam, *torch.logspace(-3, -0.5, 26).tolist())
         if hint := best(lam, {w: mean_psnr(tikhonov(A, d, w), x) for w in weights}, 0.05):
-            return f"with noise of {noise_std} {hint}"
+            return f"for noise {noise_std}, {hint}"
     return ""
 
 
@@ -128,13 +128,13 @@ def applied_twice(twice: Callable, denoise: Callable, y: Tensor) -> str:
     z = y
     for _ in range(2):
         z = denoise(z, 0.05)
-    return "" if torch.allclose(twice(y, 0.05), z, atol=1e-6) else "its result goes in again"
+    return "" if torch.allclose(twice(y, 0.05), z, atol=1e-6) else "denoise the result again"
 
 
 def share_of_blur(given: object, R: nn.Module) -> str:
     A, x, _ = measured()
     share = (R(A(x[:1]), 0.05).norm() / (x[:1] - A(x[:1])).norm()).item()
-    return near(given, [share], 0.1 * share, "two norms, for the first validation image")
+    return near(given, [share], 0.1 * share, "divide two norms, for the first validation image")
 
 
 def drifts(T: ImplicitMap) -> str:
@@ -151,7 +151,7 @@ def two_terms(apply: Callable[[Callable, Tensor], Tensor]) -> str:
     own, *sums = (torch.autograd.grad(method(T, x_star)[0, 0], T.theta)[0] for method in
                   (apply, *(partial(neumann, terms=terms) for terms in range(1, 9))))
     kept = [k for k, found in enumerate(sums, 1) if torch.allclose(own, found)]
-    return "" if kept == [2] else f"of Eq. 7 it keeps {kept[0] if kept else 'no'} terms"
+    return "" if kept == [2] else f"it sums {kept[0] if kept else 'no'} terms of Eq. 7, not 2"
 
 
 def other_half(step: Callable[[ImplicitMap, Tensor, Tensor], Tensor], T: ImplicitMap) -> str:
@@ -159,7 +159,7 @@ def other_half(step: Callable[[ImplicitMap, Tensor, Tensor], Tensor], T: Implici
     T, d = T.on(A).double(), d[:1].double()
     x = step(T, solve(T, d, 1e-9, 300)[0], d)
     moved = (GradientMap(A, T.D, T.tau.item()).double()(x, d) - x).norm() / (T.tau * x.norm())
-    return "" if moved < 1e-5 else f"in units of tau Eq. 4 moves that by {moved.item():.0e}"
+    return "" if moved < 1e-5 else f"a step of Eq. 4 changes it by {moved.item():.0e} tau |x|"
 
 
 def restored(methods: Mapping[str, Restorer], x: Tensor, protocol: str) -> dict[str, Tensor]:
@@ -192,10 +192,10 @@ def camera(A: LinearOperator) -> str:
 
 
 CHECKS: dict[str, Callable[..., str]] = {  # (given, ...) -> a hint, "" for what is right
-    "1.1": lambda given: near(given, inverted(0.005, "code"), 1.5, "put the noise and the "
-                              "spectrum of protocol code into the formula of 1.4"),
-    "1.2": lambda given: near(given, inverted(1 / (255 * 12**0.5), *PROTOCOLS), 1.5, "round only; "
-                              "an error above the whole range is below 0 dB"),
+    "1.1": lambda given: near(given, inverted(0.005, "code"), 1.5, "use the formula of 1.4 "
+                              "with the noise and the spectrum of protocol code"),
+    "1.2": lambda given: near(given, inverted(1 / (255 * 12**0.5), *PROTOCOLS), 1.5, "round, and "
+                              "add no noise; an error larger than the range is below 0 dB"),
     "1.3": lambda given: near(30, inverted(number(given), *PROTOCOLS), 1.5, "with that noise the "
                               f"direct inverse has {inverted(number(given), 'paper')[0]:.1f} dB"),
     "2.1": best_step, "2.2": smoothness, "2.3": two_weights,
@@ -205,4 +205,4 @@ CHECKS: dict[str, Callable[..., str]] = {  # (given, ...) -> a hint, "" for what
     "5.3": lambda given, wide: best(given, (wide["tikhonov"] - wide["jfb"]).to_dict()),
     "6.1": camera,
     **dict.fromkeys(("6.2", "6.3"), lambda given: "" if number(given[1]) > number(given[0]) > 0
-                    else "how far away is what each method fills a gap from?")}
+                    else "compare how far each method looks for pixels to fill a gap")}
