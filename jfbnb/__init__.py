@@ -1,7 +1,7 @@
 """jfbnb: implicit networks for inverse problems, trained with Jacobian-free backpropagation.
 
-`deblur` restores an image. The other names are what a method is made of: an operator A, a denoiser
-D, a map T of both, `solve` for its fixed point, and `jfb` to differentiate it.
+`deblur` restores an image. The other names are the parts of a method: an operator A, a denoiser D,
+a map T made of both, `solve` for its fixed point, and `jfb` to differentiate it.
 
 >>> import jfbnb, torch
 >>> A = jfbnb.Convolution(32, jfbnb.disk(2))

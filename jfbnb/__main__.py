@@ -1,4 +1,4 @@
-"""`python -m jfbnb` is the command `jfbnb`."""
+"""`python -m jfbnb` runs the command `jfbnb`."""
 
 import sys
 

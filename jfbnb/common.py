@@ -27,7 +27,7 @@ class UserError(Exception):
     """
 
     def _render_traceback_(self) -> list[str]:
-        """In a notebook, too: IPython asks for what to show in the place of a traceback."""
+        """What IPython shows in place of a traceback: in a notebook, too, it is one line."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -47,14 +47,14 @@ def seeded_generator(*keys: int) -> torch.Generator:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it over `path` only if the block succeeds.
 
-    Readers so never see half a file, and a failed write leaves the earlier file as it was.
+    So readers never see half a file, and a failed write leaves the earlier file as it was.
 
     Raises:
-        UserError: if `path` is a folder, a device or anything else that is no file.
+        UserError: if `path` is a folder, a device or anything else that is not a file.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise UserError(f"cannot write {path}: what has that name is no file; choose another")
+        raise UserError(f"cannot write {path}: it exists and is not a file; choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last: writers such as matplotlib choose the format by it.
     handle, name = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=path.parent)
@@ -73,26 +73,26 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def atomic_write(path: str | Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file completely or not at all."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Delete what `atomic_path` left below `folder` in processes that were killed."""
+    """Delete the temporary files that killed processes left below `folder`."""
     for path in folder.rglob(f"{UNFINISHED}*"):
         path.unlink(missing_ok=True)
 
 
 def printable(text: str) -> str:
-    """The text with its control characters and broken Unicode escaped, to be shown on one line."""
+    """The text with control characters and broken Unicode escaped, to show it on one line."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML by the rules of its version 1.2: 5e-4 is a number, 010 is ten, `no` and 12:30 are text.
+    """YAML 1.2: 5e-4 is a number, 010 is ten, `no` and 12:30 are text. PyYAML follows YAML 1.1.
 
-    PyYAML's own are those of 1.1. Nothing is text too, where 1.2 says null, which is no value here.
+    An empty value is an empty text here, where YAML 1.2 has null: no parameter is null.
     """
 
     yaml_implicit_resolvers: ClassVar = {None: [
@@ -107,21 +107,21 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def parse_yaml(text: str | bytes, source: str) -> Any:
-    """The value of a YAML text. Raises UserError, which names the source, where it is none."""
+    """The value of a YAML text. Raises UserError, which names the source, if it is not YAML."""
     try:
         return yaml.load(text, Loader=_Loader)
     except Exception as error:  # PyYAML raises all sorts for values such as !!timestamp x
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{source} is no YAML: {reason}") from error
+        raise UserError(f"{source} is not YAML: {reason}") from error
 
 
 def pick_device(device: str | torch.device) -> torch.device:
-    """Turn "auto", "cpu" or "cuda" into a device; on a GPU convolutions are then float32's own.
+    """Turn "auto", "cpu" or "cuda" into a device, and turn TF32 off in convolutions.
 
-    A device stays what it is, so that a cell `device = pick_device(device)` may be run again.
+    A device is returned as it is, so that a cell `device = pick_device(device)` may be run again.
 
     Raises:
-        UserError: for another name, or for "cuda" where there is no CUDA device.
+        UserError: for another name, or for "cuda" if there is no CUDA device.
     """
     if isinstance(device, torch.device):
         return device
@@ -137,16 +137,16 @@ def pick_device(device: str | torch.device) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees for its next large arrays, instead of giving it back.
+    """Let this process reuse freed memory for its next large arrays.
 
-    Linux's C library gives arrays of many megabytes back at once, and each new page costs a fault:
-    in the U-Net on large tiles a sixth of the time. Other systems' libraries know no such setting.
+    Linux's C library returns large arrays to the system at once, and each new page costs a fault:
+    in the U-Net on large tiles a sixth of the time. Other systems have no such setting.
     """
     with contextlib.suppress(AttributeError, TypeError, OSError):
         mallopt = ctypes.CDLL(None).mallopt
         # M_MMAP_THRESHOLD: larger arrays are placed by themselves. Older ones refuse over 32 MB.
         if mallopt(-3, 2**30) or mallopt(-3, 2**25):
-            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: what is free beyond so much is given back
+            mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: free memory above it is returned
 
 
 def describe_device(device: torch.device) -> str:
@@ -157,5 +157,5 @@ def describe_device(device: torch.device) -> str:
 
 
 def check(claim: str, holds: bool) -> None:
-    """Print whether a claim holds. A notebook goes on if not: its reader may have changed it."""
+    """Print whether a claim holds. No error is raised: the reader may have changed the notebook."""
     print(f"{'ok:' if holds else CHECK_FAILED} {claim}")

@@ -1,6 +1,6 @@
 """Images as float32 tensors in [0, 1]: bundled photographs, CelebA, or any folder or zip.
 
-Decoded images are kept as uint8 (N, 3, H, W), a quarter of the memory.
+Decoded images are uint8 (N, 3, H, W), a quarter of the memory.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 MAX_PIXELS = 2**26  # of an image, before it is decoded: 8192 x 8192
 MAX_BYTES = 2**28  # of an image file in an archive, unpacked
-OFTEN = 3  # a crop of a photograph is trained on so many times as often as a face
+OFTEN = 3  # a crop of a photograph is used so many times as often as a face
 
 
 @dataclass
 class ImageSet:
     """Images (N, 3, H, W) uint8, with one name and one index each.
 
-    The index is the image's place in file order; the noise of its measurement is drawn from it.
+    The index is the image's place in file order; it seeds the noise of the image's measurement.
     """
 
     images: Tensor
@@ -57,13 +57,13 @@ class ImageSet:
 
 # --- the photographs that ship inside scikit-image --------------------------------------------
 
-# Split by photograph: no crop of a held-out photograph is ever trained on.
+# Split by photograph: no crop of a held-out photograph is used in training.
 PHOTOS = {
     "train": ("coffee", "rocket", "motorcycle", "hubble_deep_field", "retina",
               "immunohistochemistry"),
     "validation": ("chelsea",),
     "test": ("astronaut",),
-    # To train on besides faces: none of those on which the benchmarks measure.
+    # To train on besides faces: none that the benchmarks use.
     "beside": ("motorcycle", "hubble_deep_field", "retina", "immunohistochemistry", "camera",
                "brick", "grass", "gravel", "coins", "moon", "page", "text"),
 }
@@ -72,8 +72,8 @@ PHOTOS = {
 def bundled_photos(split: str, size: int = 128) -> ImageSet:
     """`size` x `size` crops of scikit-image's photographs, at full and at half scale.
 
-    A stand-in for the paper's data that needs no download. Crops of "train" and "beside" overlap
-    by half; those of "validation" and "test" are disjoint within each scale.
+    They replace the paper's data and need no download. Crops of "train" and "beside" overlap by
+    half; those of "validation" and "test" are disjoint within each scale.
     """
     crops, names = [], []
     for photo in PHOTOS[split]:
@@ -104,19 +104,19 @@ def _photo(name: str) -> Image.Image:
 def decode(source: Path | io.BytesIO, size: int | None = None) -> Tensor:
     """One image file as uint8 (3, H, W), resized to `size` x `size` if given.
 
-    The EXIF tag turns it upright. Grey becomes three equal channels, transparency white, 16 bits
-    become 8. An animation gives its first picture.
+    It is turned upright by its EXIF tag. Grey becomes three equal channels, transparency white, 16
+    bits become 8. Of an animation the first picture is read.
 
     Raises:
-        Exception: of many kinds, if the file is no readable image, or too large.
+        Exception: of many kinds, if the file is not a readable image, or too large.
     """
     if isinstance(source, Path) and not source.is_file():
-        raise ValueError("no file")  # Pillow would wait for a pipe
+        raise ValueError("not a file")  # Pillow would wait for a pipe
     with Image.open(source, formats=FORMATS) as opened:
         if opened.width * opened.height > MAX_PIXELS:
             raise ValueError(f"{opened.width} x {opened.height} pixels are too many")
         if opened.mode == "F":
-            raise ValueError("pixels that are fractions, of unknown range")
+            raise ValueError("pixels are floats, of unknown range")
         if opened.mode.startswith("I"):  # 16-bit grey, which convert() would clip
             image = Image.fromarray((np.asarray(opened) / 257).clip(0, 255).astype(np.uint8))
         else:
@@ -136,14 +136,14 @@ def load_images(
     limit: int | None = None,
     warn: Callable[[str], None] = print,
 ) -> ImageSet:
-    """The first `limit` images, in file order, of a folder or zip; resized to size x size.
+    """Load the first `limit` images, in file order, of a folder or zip, resized to size x size.
 
-    `warn` gets the name of each file that cannot be decoded. Its place stays empty: the other
-    images keep their indices. The decoded images are cached. Nothing is unpacked to disk.
+    `warn` is called with the name of each file that cannot be decoded; the other images keep their
+    indices. The decoded images are cached. Nothing is unpacked to disk.
 
     Raises:
-        UserError: if there is no such path, no readable image in it, a folder in it that cannot be
-            read, or if the zip is incomplete or damaged.
+        UserError: if the path does not exist, has no readable image or a folder that cannot be
+            read, or is an incomplete or damaged zip.
         OSError: if the file system fails to read a file.
     """
     path = Path(path)
@@ -161,10 +161,10 @@ def load_images(
                 with atomic_path(stored) as temporary:
                     np.savez(temporary, images=images, good=good)
             except OSError as error:
-                warn(f"warning: the decoded images are not kept for the next time: {error}")
+                warn(f"warning: the decoded images cannot be cached: {error}")
     names = [printable(name) for name, *_ in listing]
     for name in (name for name, is_good in zip(names, good, strict=True) if not is_good):
-        warn(f"warning: skipped {name}: no readable image")
+        warn(f"warning: skipped {name}: not a readable image")
     if not good.any():
         raise UserError(f"none of the {len(names)} images in {path} could be decoded")
     indices = np.flatnonzero(good).tolist()
@@ -197,21 +197,21 @@ def _images(path: Path, files: Files) -> list[tuple[str, int, float]]:
 
 
 def _open(path: Path, stack: ExitStack) -> tuple[Files, Read]:
-    """The files at a path, and what reads one. `stack` closes it."""
+    """The files at a path, and a function that reads one. `stack` closes the zip."""
     if not path.exists():
         raise UserError(f"no data at {path}: give a folder or zip of images (CelebA: see "
                         "data/README.md)")
     if path.is_dir():
         return _walk(path), path.joinpath
     if not path.is_file():
-        raise UserError(f"{path} is no folder or zip of images")
+        raise UserError(f"{path} is not a folder or zip of images: give one")
     try:
         archive = stack.enter_context(zipfile.ZipFile(path))
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        raise UserError(f"{path} is no zip of images, or an incomplete or damaged download, or a "
-                        "page in its place: open it to see, compare its "
-                        f"{path.stat().st_size} bytes with the size at its source, and fetch it "
-                        f"again ({error}); unpack other archives and give the folder") from error
+        raise UserError(f"{path} is not a zip of images ({error}): the download may be incomplete "
+                        f"or damaged, or a web page; compare its {path.stat().st_size} bytes with "
+                        "the size at its source, and download it again; unpack other archives and "
+                        "give the folder") from error
     members = {m.filename: m for m in archive.infolist() if not m.is_dir()}
 
     def read(name: str) -> io.BytesIO:
@@ -226,7 +226,7 @@ def _open(path: Path, stack: ExitStack) -> tuple[Files, Read]:
 
 
 def _walk(folder: Path) -> Files:
-    """The files below a folder. Links are followed, but not up to a folder that they are in."""
+    """The files below a folder. Links are followed, except to a parent folder."""
     files = {}
     for here, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
         above = {os.path.realpath(parent) for parent in (here, *Path(here).parents)}
@@ -240,11 +240,11 @@ def _walk(folder: Path) -> Files:
 
 def _refuse(error: OSError) -> NoReturn:
     raise UserError(f"cannot read the folder {printable(error.filename)} ({error.strerror}): make "
-                    "it readable, or take it out of the data") from error
+                    "it readable, or remove it from the data") from error
 
 
 def _decode_all(names: list[str], read: Read, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The images (n, 3, size, size), black where one cannot be decoded; and which can (n,)."""
+    """The images (n, 3, size, size), black if one cannot be decoded; and which can, (n,)."""
     images, good = np.zeros((len(names), 3, size, size), np.uint8), np.zeros(len(names), bool)
 
     def one(i: int) -> None:
@@ -253,10 +253,10 @@ def _decode_all(names: list[str], read: Read, size: int) -> tuple[np.ndarray, np
             good[i] = True
         except Exception as error:  # damaged files raise all sorts
             if isinstance(error, MemoryError) or getattr(error, "errno", None) is not None:
-                raise  # it says nothing of what is in the file
+                raise  # the file itself may be intact
 
     with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
-        list(pool.map(one, range(len(names))))  # raises here what a thread raised
+        list(pool.map(one, range(len(names))))  # raises what a thread raised
     return images, good
 
 
@@ -265,7 +265,7 @@ def _decode_all(names: list[str], read: Read, size: int) -> tuple[np.ndarray, np
 
 @dataclass
 class Splits:
-    """Three disjoint sets, and where they come from in words, for captions."""
+    """Three disjoint sets, and a text on their source, for captions."""
 
     train: ImageSet
     validation: ImageSet
@@ -282,7 +282,7 @@ def load_splits(
     warn: Callable[[str], None] = print,
     beside: bool = False,
 ) -> Splits:
-    """The training, validation and test images.
+    """Load the training, validation and test images.
 
     Args:
         data: "bundled" for scikit-image's photographs, else a folder or zip: its first

@@ -209,7 +209,7 @@ GREY = np.full((20, 20), 0.5)
     ((GREY, KERNEL - KERNEL.mean()), r"a kernel of shape \(5, 5\) and sum"),
     ((GREY, np.inf * KERNEL), "and sum inf"),
     ((GREY, jfbnb.Inpainting(np.ones((20, 20)))), "a kernel of type Inpainting"),
-    ((GREY, KERNEL, "much"), "noise std much: give it on the scale"),
+    ((GREY, KERNEL, "much"), "noise std much: give one from 1e-5"),
     ((GREY, KERNEL, 0.01, "tikhonov", "mirror"), "border 'mirror'"),
     ((GREY, KERNEL, 0.01, "tikhonov", "unknown", "loud"), "gamma loud: give auto, srgb"),
 ])
@@ -247,7 +247,7 @@ def test_a_measurement_that_no_network_takes_is_one_line(change):
 @pytest.mark.parametrize("method", ["tikhonov", "jfb"])
 def test_a_noise_level_that_is_none_is_refused(method, noise_std):
     A = jfbnb.Convolution(16, jfbnb.disk(1))
-    with pytest.raises(UserError, match=f"noise std {noise_std}: give it on the scale"):
+    with pytest.raises(UserError, match=f"noise std {noise_std}: give one from 1e-5"):
         jfbnb.load(method)(A, torch.zeros(1, 3, 14, 14), noise_std)
 
 

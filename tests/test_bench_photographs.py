@@ -69,7 +69,7 @@ def test_deblur_says_what_the_command_says(tmp_path, monkeypatch):
     monkeypatch.setattr(Model, "max_iterations", 3)
     _, said = bench.deblur(file, kernel, "--method", "jfb")
     assert not said["converged"] and not said["warning"]
-    with pytest.raises(bench.UserError, match="no file"):
+    with pytest.raises(bench.UserError, match="no such file"):
         bench.deblur(file, "nothing")
 
 

@@ -73,7 +73,7 @@ def test_the_cache_is_used_renewed_and_not_needed(image_folder, monkeypatch, tmp
     monkeypatch.setattr(data, "CACHE", tmp_path / "file")
     warnings = []
     assert len(load_images(image_folder, warn=warnings.append)) == 6
-    assert "are not kept for the next time" in warnings[0]
+    assert "cannot be cached" in warnings[0]
 
 
 def test_what_is_no_image_is_named_and_the_others_keep_their_indices(image_folder):
@@ -86,7 +86,7 @@ def test_what_is_no_image_is_named_and_the_others_keep_their_indices(image_folde
     (image_folder / "note.txt").write_text("no image by its name")
     warnings = []
     images = load_images(image_folder, warn=warnings.append)
-    assert warnings == [f"warning: skipped {name}: no readable image"
+    assert warnings == [f"warning: skipped {name}: not a readable image"
                         for name in ("000003.jpg", "000005.jpg", "pipe.png")]
     assert images.indices == [0, 1, 3, 5] and images.skipped == 3
     assert torch.equal(images.images, whole.images[images.indices])
@@ -127,8 +127,8 @@ def test_what_cannot_be_loaded_is_said_in_one_line(image_folder, tmp_path, monke
     for name, message in (("nowhere", "no data at"), ("empty", "no images in"),
                           ("hopeless", "none of the 1 images"),
                           ("outer", "it holds an archive, inner.zip"),
-                          ("page.zip", "or a page in its place"),
-                          ("pipe.zip", "no folder or zip")):
+                          ("page.zip", "or a web page"),
+                          ("pipe.zip", "not a folder or zip")):
         with pytest.raises(UserError, match=message) as caught:
             load_images(tmp_path / name, warn=str.encode)
         assert "\n" not in str(caught.value)

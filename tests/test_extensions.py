@@ -286,7 +286,7 @@ def test_a_method_of_an_installed_package(tmp_path):
     for words in (["-m", "jfbnb", "deblur", "--help"], ["-c", first]):
         listed = subprocess.run([sys.executable, *words], capture_output=True, text=True,
                                 check=True, env=environment)
-        assert "mine" in listed.stdout and "cannot be used" not in listed.stderr
+        assert "mine" in listed.stdout and "cannot be loaded" not in listed.stderr
 
 
 def test_measurements_have_the_operators_shape():

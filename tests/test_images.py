@@ -311,17 +311,17 @@ def refuse(path, words=""):
 def test_part_of_a_file(tmp_path, name, make, part):
     make(tmp_path / name)
     content = (tmp_path / name).read_bytes()
-    refuse(io.BytesIO(content[:int(part * len(content))]), "" if part else "known formats")
+    refuse(io.BytesIO(content[:int(part * len(content))]), "" if part else "its format is not")
 
 
 def test_no_pictures(tmp_path):
     refuse(tmp_path / "nowhere.png", "nowhere.png: No such file")
-    refuse(io.BytesIO(b"<html>"), "known formats")
-    refuse(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "known formats")
-    refuse(tmp_path, "no file")
+    refuse(io.BytesIO(b"<html>"), "its format is not")
+    refuse(io.BytesIO(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "its format is not")
+    refuse(tmp_path, "not a file")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe.png")
-        refuse(tmp_path / "pipe.png", "no file")  # and does not wait for it
+        refuse(tmp_path / "pipe.png", "not a file")  # and does not wait for it
 
 
 @pytest.mark.parametrize(("make", "words"), [
@@ -331,8 +331,8 @@ def test_no_pictures(tmp_path):
     (tiff(GREY16, photometric="miniswhite"), "mode I;16"),
     (tiff(np.moveaxis(RGB16, 2, 0), photometric="rgb", planarconfig="separate"), "save each page"),
     (tiff(np.dstack([RGB16] * 2), photometric="minisblack", planarconfig="contig"), "6 channels"),
-    (tiff(RGBA16, extrasamples=["unspecified"]), "no plain alpha"),
-    (tiff(RGBA16, extrasamples=["assocalpha"]), "no plain alpha"),
+    (tiff(RGBA16, extrasamples=["unspecified"]), "not plain alpha"),
+    (tiff(RGBA16, extrasamples=["assocalpha"]), "not plain alpha"),
     (tiff(RGB8, subfiletype=1, metadata=None), "raw file"),
     (tiff(STACK, imagej=True, truncate=True), "a page for each"),
     (tiff(STACK, truncate=True), "a page for each"),
@@ -349,11 +349,11 @@ def test_what_is_refused(tmp_path, make, words):
 
 
 @pytest.mark.parametrize(("make", "tag", "value", "words"), [
-    (tiff(GREY16), 257, 2**20, "cut short"),  # more rows than there are strips
-    (pillow(GREY8 > 90), 257, 2**20, "cut short"),
+    (tiff(GREY16), 257, 2**20, "truncated"),  # more rows than there are strips
+    (pillow(GREY8 > 90), 257, 2**20, "truncated"),
     (tiff(GREY16), 256, 2**20, ""),  # wider than there are bytes
-    (tiff(GREY16, compression="lzw", rowsperstrip=6), 273, 0, "cut short"),  # never written
-    (tiff(GREY16, compression="lzw", rowsperstrip=6), 279, 0, "cut short"),
+    (tiff(GREY16, compression="lzw", rowsperstrip=6), 273, 0, "truncated"),  # never written
+    (tiff(GREY16, compression="lzw", rowsperstrip=6), 279, 0, "truncated"),
     (tiff(GREY16, compression="lzw", rowsperstrip=6), 273, 2**20, ""),  # elsewhere
     (tiff(GREY16), 257, 2**30, "too many"),
 ])

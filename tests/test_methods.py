@@ -267,7 +267,7 @@ def test_settings_that_are_no_positive_numbers(weights, value):
     tuning.write_text(json.dumps(found))
     card.write_text(json.dumps(json.loads(card.read_text()) | {"noise_std": value}))
     for name in ("plug-and-play", "unrolled"):
-        with pytest.raises(UserError, match="is no number between 0 and 1e5"):
+        with pytest.raises(UserError, match="is not a number between 0 and 1e5"):
             make_methods([name], weights, CPU)
     make_methods(["jfb"], weights, CPU)
 

@@ -143,7 +143,7 @@ def test_a_notebook_alone_takes_what_is_stored(tmp_path, capsys):
     runs, empty = tmp_path / "runs", Tuning(0.01, 3)
     with pytest.raises(UserError, match="run the earlier notebooks first"):
         alone.need(runs, tmp_path, ["denoiser"])
-    for said in ("stored networks are taken: denoiser\n", ""):  # it is there the second time
+    for said in ("using stored networks: denoiser\n", ""):  # it is there the second time
         alone.need(runs, RELEASED, ["denoiser"])
         assert capsys.readouterr().out.endswith(said)
     assert load_denoiser(runs / "denoiser.safetensors").network.depth == 8

@@ -300,7 +300,7 @@ def test_hot_pixels_are_replaced_and_two_values_refused():
     assert warning.text.startswith("1 pixel is") and (mended - d).abs().max() < 0.05
     # Without a blur a point may be as bright as that.
     assert model_check.replace_outliers(hot, KERNELS["none"])[1] == []
-    with pytest.raises(UserError, match="two values only"):
+    with pytest.raises(UserError, match="only two values"):
         restore(None, (d > 0.5).float(), KERNELS["disk"])
 
 

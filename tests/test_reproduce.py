@@ -153,7 +153,7 @@ def test_a_notebook_depends_on_package_data_weights_and_methods_of_others(suite,
 
 def test_only_and_force(here):
     suite = here
-    with pytest.raises(UserError, match="notebook 02 needs what 01 writes: run that one first"):
+    with pytest.raises(UserError, match="notebook 02 needs the results of 01: run that one first"):
         go(only="02")
     go()
     checkpoints = [suite / "runs/quick" / name for name in ("checkpoints", "trained/checkpoints")]
@@ -168,8 +168,8 @@ def test_only_and_force(here):
 
 @pytest.mark.parametrize(("text", "message"), [
     ("size", "write it as NAME=VALUE"),
-    ("size=[1", "-p size: its value is no YAML"),
-    ("size=" + "9" * 5000, "is no YAML"),
+    ("size=[1", "-p size: its value is not YAML"),
+    ("size=" + "9" * 5000, "is not YAML"),
     ("sise=3", "unknown parameter 'sise': the notebooks have data, delay, depth, "),
     ("size=big", "parameter size takes a value like 1, not 'big'"),
     ("size=", "takes a value like 1, not ''"),
@@ -180,7 +180,7 @@ def test_only_and_force(here):
     ("names={deq: much}", "parameter names takes a value like {}"),
     ('data="a\\0b"', "parameter data takes a value like"),
     ("data=nowhere", "no data at"),
-    ("profile=../elsewhere", "use --folder"),
+    ("profile=../elsewhere", "by --folder"),
     ("size=0", "parameter size must be positive, not 0"),
     ("rate=-0.5", "parameter rate must be positive, not -0.5"),
     ("seed=-1", "parameter seed must be at least 0, not -1"),
@@ -202,7 +202,7 @@ def test_an_integer_will_do_for_a_float_and_some_numbers_may_be_0(suite):
 
 def test_a_profile_is_held_to_the_same_rules(suite, capsys):
     for text, message in (("size: 0\n", "parameter size must be positive, not 0"),
-                          ("- size", "quick.yaml is no profile")):
+                          ("- size", "quick.yaml is not a profile")):
         (suite / "notebooks/profiles/quick.yaml").write_text(text)
         assert main(["reproduce"]) == 2
         (line,) = capsys.readouterr().err.splitlines()
@@ -334,7 +334,7 @@ def test_two_runs_in_one_folder(suite):
 
 def test_frozen_takes_the_runs_own_networks(suite, capsys):
     assert main(["reproduce", "--frozen", "--weights", "x"]) == 2
-    assert "leave --weights out" in capsys.readouterr().err
+    assert "leave out --weights" in capsys.readouterr().err
     assert main(["reproduce", "--frozen"]) == 2
     assert f"no trained networks in the weights folder {suite / 'runs/quick'}" \
         in capsys.readouterr().err

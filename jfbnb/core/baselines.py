@@ -27,8 +27,8 @@ def tikhonov_gradient_descent(A: LinearOperator, d: Tensor, lam: float, step: fl
     """Gradient descent on Eq. 2 with R = |x|^2 / 2, from `A.guess(d)`, which is d for a blur.
 
     x <- x - step (A'(A x - d) + lam x). It converges to `tikhonov` for 0 < step < 2 / (1 + lam),
-    if |A| <= 1. Early stopping regularises too, even with lam = 0: along singular vectors with
-    small singular values, where the inverse amplifies noise, x has hardly moved.
+    if |A| <= 1. Early stopping regularises even with lam = 0: along singular vectors with small
+    singular values, where the inverse amplifies noise, x has hardly changed.
 
     Args:
         lam: weight of R, >= 0.
@@ -47,8 +47,8 @@ def tikhonov_gradient_descent(A: LinearOperator, d: Tensor, lam: float, step: fl
 def gradient_descent_iterate(A: Blur, d: Tensor, lam: float, step: float, k: int) -> Tensor:
     """Iterate k of `tikhonov_gradient_descent` in closed form, at the same cost for every k.
 
-    In the eigenbasis of A every coefficient follows a geometric sequence towards its limit, with
-    ratio 1 - step (s^2 + lam) for the eigenvalue s.
+    In the eigenbasis of A every coefficient converges geometrically, with ratio
+    1 - step (s^2 + lam) for the eigenvalue s.
 
     Args:
         A: a blur with a black border, symmetric.
@@ -59,10 +59,10 @@ def gradient_descent_iterate(A: Blur, d: Tensor, lam: float, step: float, k: int
 
 
 def discrepancy_lambda(A: LinearOperator, d: Tensor, noise_std: float, lams: Tensor) -> float:
-    """Morozov's discrepancy principle (1966): the largest lam whose misfit is that of the noise.
+    """Morozov's discrepancy principle (1966): the largest lam whose misfit is no more than noise.
 
-    That is, with |A x_lam - d|^2 at most noise_std^2 times the number of values in d; the smallest
-    candidate if there is none. It needs the noise level, but no ground truth.
+    The misfit |A x_lam - d|^2 must be at most noise_std^2 times the number of values in d. If no
+    candidate qualifies, the smallest is returned. The true image is not needed.
 
     Args:
         lams: candidates, in any order.

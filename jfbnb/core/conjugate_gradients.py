@@ -12,15 +12,15 @@ def conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, tolerance:
                         precondition: Callable[[Tensor], Tensor] = lambda r: r) -> Tensor:
     """Solve M x = b for each image of (B, ...) by conjugate gradients (Hestenes and Stiefel 1952).
 
-    They stop when |P r| <= tolerance |P b| for the residual r of every image, with P the
-    preconditioner: P r is about the error of x. They warn if max_iterations do not suffice. An
-    image that is not finite stays so, and does not disturb the others.
+    Stops when |P r| <= tolerance |P b| for the residual r of every image, with P the
+    preconditioner: P r approximates the error of x. Warns if max_iterations do not suffice. An
+    image that is not finite does not affect the others.
 
     Args:
         apply: x -> M x, symmetric and positive definite, e.g. A.adjoint(A(x)) + tau * x.
         b: (B, ...).
-        start: (B, ...), used for each image where it is nearer than 0.
-        precondition: r -> P r, about M^-1 r; linear, symmetric and positive definite.
+        start: (B, ...), used for each image for which |P r| is smaller than from 0.
+        precondition: r -> P r, an approximation of M^-1 r; symmetric and positive definite.
     """
     def dot(u: Tensor, v: Tensor) -> Tensor:
         return (u * v).flatten(1).sum(dim=1).view(-1, *(1,) * (b.dim() - 1))

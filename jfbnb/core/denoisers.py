@@ -1,8 +1,8 @@
 """The networks R, and the denoiser D(x) = x - R(x; sigma).
 
 R is any module called as `network(x, sigma)` that predicts the noise in x, given the noise level
-sigma. Weight files need that it keeps each argument of its constructor under the same name, and
-that its class is among `NETWORKS`, or given.
+sigma. To be stored, it must keep each argument of its constructor in an attribute of the same name.
+To be loaded, its class must be in `NETWORKS`, or given to the loader.
 """
 
 from itertools import pairwise
@@ -63,11 +63,11 @@ class DnCNN(nn.Module):
 class UNet(nn.Module):
     """A residual denoiser with a large receptive field, a U-Net (Ronneberger et al. 2015).
 
-    Of its `depth` levels, l = 0, 1, ..., each has 2^l times `width` channels at 2^-l of the
-    resolution, and a residual block of two 3 x 3 convolutions on the way down and one on the way
-    up, the last level two in a row, as in DRUNet (Zhang et al. 2021). Strided 2 x 2 convolutions
-    lead down, transposed ones up, and skip connections add. The noise level is an input, and there
-    is no normalisation, as in `DnCNN`.
+    Level l = 0, ..., depth - 1 has 2^l times `width` channels at 2^-l of the resolution. It has one
+    residual block of two 3 x 3 convolutions on the way down and one on the way up; the last level
+    has two in a row, as in DRUNet (Zhang et al. 2021). Strided 2 x 2 convolutions lead down,
+    transposed ones up, and skip connections add. As in `DnCNN`, the noise level is an input, and
+    there is no normalisation.
 
     Shapes: (B, channels, H, W) and sigma, a scalar or (B, 1, 1, 1) -> (B, channels, H, W). H and W
     are padded to multiples of 2^(depth - 1) by the border values, and cropped again.
@@ -151,8 +151,8 @@ class Denoiser(nn.Module):
     Shapes: (B, C, H, W) -> (B, C, H, W). sigma is fixed, on images in [0, 1].
 
     Raises:
-        UserError: for images of another type than the network's weights, or where its output has
-            another shape than its input.
+        UserError: if the images' dtype is not that of the network's weights, or if its output does
+            not have the shape of its input.
 
     >>> import jfbnb, torch
     >>> D = jfbnb.Denoiser(jfbnb.DnCNN(depth=3, width=8), sigma=0.05)
@@ -179,8 +179,8 @@ class Denoiser(nn.Module):
                             f"{channels or 'C'}, H, W): give that shape, grey as equal channels")
         noise = self.network(x, self.sigma if sigma is None else sigma)
         if noise.shape != x.shape:
-            raise UserError(f"{type(self.network).__name__} makes {tuple(noise.shape)} of images "
-                            f"{tuple(x.shape)}: a denoiser keeps the shape")
+            raise UserError(f"{type(self.network).__name__} returns {tuple(noise.shape)} for "
+                            f"images {tuple(x.shape)}: a denoiser must keep the shape")
         return noise
 
     def forward(self, x: Tensor, sigma: Tensor | None = None) -> Tensor:

@@ -15,22 +15,22 @@ from jfbnb.core.fixed_point import (
     require_evaluation,
 )
 
-WINDOW = 10  # points that Anderson and pairs that L-BFGS remember: with 5 it stagnates
-ARMIJO = 0.1  # share of the decrease predicted by the slope that a step must reach
-CURVATURE = 1e-6  # least cosine of the angle between s and y of a pair that is used
+WINDOW = 10  # how many points Anderson, and pairs L-BFGS, remembers: with 5 it stagnates
+ARMIJO = 0.1  # a step must reach this share of the decrease that the slope predicts
+CURVATURE = 1e-6  # a pair is used if the cosine of the angle between s and y is above this
 
 
 @torch.no_grad()
 def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
             max_iterations: int = 100, callback: Callback | None = None,
             given: Tensor | None = None) -> Solved:
-    """Anderson's steps while they lower an energy E enough; from the first failure on L-BFGS.
+    """Minimise an energy E by Anderson's steps, and by L-BFGS after the first one that fails.
 
-    A step of length t along p is accepted if E falls by at least a tenth of t times the slope
-    -<p, grad E> (Armijo 1966); else t is halved. An Anderson step must satisfy this for
-    t = 1 and p = T(x) - x. Where E is bounded below and its gradient is Lipschitz, the slopes
-    converge to 0 from any start, up to rounding, whether or not T is a contraction. Where rounding
-    hides E's decrease, a smaller residual is accepted instead.
+    A step of length t along p is accepted if E decreases by at least a tenth of t times the slope
+    -<p, grad E> (Armijo 1966); else t is halved. An Anderson step must satisfy this for t = 1 and
+    p = T(x) - x. If E is bounded below and its gradient is Lipschitz, the slopes converge to 0 from
+    any start, up to rounding, whether or not T is a contraction. If rounding hides E's decrease, a
+    smaller residual is accepted instead.
 
     Args:
         T: a map with C (x - T(x)) = grad E(x), C symmetric and positive definite, E half a sum of
@@ -51,9 +51,9 @@ def descent(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4,
         return Cv
 
     x = trial = x0  # the accepted point, and the next one to try
-    r = g = torch.zeros_like(x0)  # T(x) - x; and C r = -grad E, in the rows that L-BFGS has
+    r = g = torch.zeros_like(x0)  # T(x) - x; and C r = -grad E, in the rows that use L-BFGS
     active = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
-    by_lbfgs = ~active  # the rows that L-BFGS has
+    by_lbfgs = ~active  # the rows that use L-BFGS
     E = lowest = torch.full((len(x0),), float("inf"), dtype=torch.float64, device=x0.device)
     slope, t, residual = torch.zeros_like(E), torch.ones_like(E), E.to(x0.dtype)
     iterations, residuals = torch.zeros_like(active, dtype=torch.long), []

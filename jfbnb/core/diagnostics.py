@@ -1,4 +1,4 @@
-"""Measurements on a map at its fixed point: its Jacobians, and gradients in the weights."""
+"""Measurements at a map's fixed point: Jacobians, and gradients with respect to the weights."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +19,7 @@ def parameter_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
                        gradient: Gradient) -> Tensor:
     """The gradient of the mean squared error with respect to all of Theta, as one vector.
 
-    The parameters' `.grad` stays as it is.
+    The parameters' `.grad` is left alone.
 
     Args:
         state: the solved fixed point.
@@ -35,7 +35,7 @@ def neumann_cosines(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor, ter
                     exact: Tensor) -> list[float]:
     """Cosine of the angle between the Neumann-k gradient (Eq. 7) and the exact one, for each k.
 
-    k = 1 is JFB. A positive cosine is a direction of descent.
+    k = 1 is JFB. With a positive cosine the method descends.
     """
     return [torch.cosine_similarity(
         parameter_gradient(T, state, d, truth, partial(neumann, terms=k)), exact, dim=0
@@ -75,17 +75,17 @@ def spectral_radius(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float 
                     seed: int = 0) -> tuple[Tensor, Tensor]:
     """The spectral radius of J = dT/dx at x*, by Arnoldi's method, and its eigenvector's residual.
 
-    If the spectral radius is below 1, x* is locally stable: small deviations decay in the end. The
-    estimate may err to either side: a random start may have too little of an eigenvector, and J is
-    not symmetric, so a small residual does not bound the error. Below 1 it is no proof.
+    If the spectral radius is below 1, x* is locally stable: small deviations decay eventually. The
+    estimate may err either way: a random start may contain too little of an eigenvector, and J is
+    not symmetric, so a small residual does not bound the error. An estimate below 1 is no proof.
 
     Args:
         tolerance: of ARPACK's stopping rule, relative to the radius.
         seed: of the random start.
 
     Returns:
-        The radius, and the residual |J v - lambda v| of its unit eigenvector v, each (B,); not a
-        number where Arnoldi's method does not converge.
+        The radius, and the residual |J v - lambda v| of its unit eigenvector v, each (B,); NaN if
+        Arnoldi's method does not converge.
     """
     found = []
     for J in _operators(T, x_star, d):
@@ -104,8 +104,8 @@ def jacobian_norm(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float = 
                   seed: int = 0) -> Tensor:
     """The largest singular value of J at x*, (B,), by Lanczos' method: a lower bound.
 
-    Above 1, T is no contraction near x* in the Euclidean norm. Below 1 proves nothing. Arguments as
-    in `spectral_radius`.
+    A norm above 1 shows that T is no contraction near x* in the Euclidean norm. A lower bound below
+    1 proves nothing. Arguments as in `spectral_radius`.
     """
     return torch.cat([torch.from_numpy(svds(J, 1, v0=_start(J, seed), tol=tolerance,
                                             return_singular_vectors=False).copy())

@@ -1,4 +1,4 @@
-"""Solve x = T(x), each row of a batch by itself: Picard's iteration, Anderson acceleration.
+"""Solve x = T(x) for each row of a batch: Picard's iteration, Anderson acceleration.
 
 Both return `(x, info)`. x is the last iterate whose residual was measured, so `info` describes x
 itself. The residual is `|T(x) - x| / |x|`, one number per row.
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass
 class SolveInfo:
-    """What a solve did, per image (B,): evaluations of T, last residual, whether it converged.
+    """The report of a solve, per image (B,): evaluations of T, last residual, convergence.
 
-    `residuals` (k, B) holds the residual at each evaluation.
+    `residuals` (k, B) has the residual at each evaluation.
     """
 
     iterations: Tensor
@@ -38,9 +38,9 @@ class SolveInfo:
             lines.append(f"image {i} (relative residual {self.residual[i].item():.1e}, {trend})")
         more = f" and {len(failed) - 4} more" if len(failed) > 4 else ""
         return (f"{len(failed)} of {len(self.converged)} did not converge in "
-                f"{self.iterations.max().item()} iterations: {', '.join(lines)}{more}; more "
-                "iterations help where the residual still falls; elsewhere the map is not stable: "
-                "check the blur and the noise level")
+                f"{self.iterations.max().item()} iterations: {', '.join(lines)}{more}; if the "
+                "residual still falls, allow more iterations; else the map is not stable: check "
+                "the blur and the noise level")
 
 
 # Of Anderson's small system, relative to its Gram matrix: an absolute one would dominate as soon
@@ -56,13 +56,13 @@ def picard(T: Callable[..., Tensor], x0: Tensor, tolerance: float = 1e-4, max_it
     """The iteration x <- T(x) of Eq. 4 (Picard 1890, Banach 1922).
 
     Args:
-        T: the map, (B, ...) -> (B, ...), acting on each image on its own.
+        T: the map, (B, ...) -> (B, ...), which treats each image independently.
         x0: where to start, (B, ...).
         tolerance: an image is done when its relative residual is at most this.
         max_iterations: the largest number of evaluations of T, at least 1.
         callback: called with (k, x) at each evaluation.
-        given: a second argument of T, (B, ...), such as d. T is then called as T(x, given), on
-            the images that are not yet done.
+        given: a second argument of T, (B, ...), such as d. T is then called as T(x, given), only
+            on the images that are not yet done.
 
     Raises:
         ValueError: if max_iterations is below 1.
@@ -128,7 +128,7 @@ def require_evaluation(max_iterations: int) -> None:
 def solve(T: Callable[..., Tensor], d: Tensor, tolerance: float = 1e-4, max_iterations: int = 100,
           solver: Solver | None = None, start: Tensor | None = None,
           callback: Callback | None = None) -> Solved:
-    """x* = T(x*; d), Eq. 3, without gradients. Images that are done leave the batch.
+    """Solve x* = T(x*; d), Eq. 3, without gradients. Images that are done leave the batch.
 
     Args:
         T: the map, called as T(x, d).
@@ -151,10 +151,10 @@ def solve(T: Callable[..., Tensor], d: Tensor, tolerance: float = 1e-4, max_iter
 
 
 def scale_of(T: Callable[..., Tensor]) -> float | Tensor:
-    """`T.scale`, the unit in which T(x) - x counts as small; 1 for a map without one.
+    """`T.scale`, the unit of the residual T(x) - x; 1 for a map without one.
 
     A map with small steps, such as gradient descent with a small step size, has small residuals
-    far from its fixed point too.
+    even far from its fixed point.
     """
     return getattr(T, "scale", 1.0)
 
@@ -183,7 +183,7 @@ def _iterate(T, x0, step, tolerance, max_iterations, callback, given) -> Solved:
         residuals.append(residual)
         if callback is not None:
             callback(k, x)
-        # An image that is done, or that has overflowed, stays where it is.
+        # An image that is done, or has overflowed, no longer changes.
         active = active & (residual > tolerance) & residual.isfinite()
         if k == max_iterations or not active.any():
             break

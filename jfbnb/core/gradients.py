@@ -1,7 +1,7 @@
-"""Differentiate a loss at the fixed point x* = T_Theta(x*). Generic in T: any module, any tensor.
+"""Differentiate a loss at the fixed point x* = T_Theta(x*), for any module T and any tensor x.
 
-A gradient method takes T and a solved x* and returns a tensor with T(x*)'s value, whose
-`.backward()` leaves that method's gradient in Theta. With J = dT/dx at x* and the loss's gradient
+A gradient method takes T and a solved x*, and returns a tensor with the value of T(x*). Its
+`.backward()` computes the method's gradient in Theta. With J = dT/dx at x* and the loss's gradient
 g, the exact one is `g (I - J)^-1 dT/dTheta` (Eq. 5). The methods differ in what replaces the
 inverse.
 """
@@ -19,7 +19,7 @@ Map = Callable[[Tensor], Tensor]
 def jfb(T: Map, x_star: Tensor) -> Tensor:
     """Jacobian-free backpropagation, Eq. 6: I replaces the inverse.
 
-    One tracked application of T at the solution. Memory and time do not depend on how x* was
+    It tracks one application of T at the solution. Memory and time do not depend on how x* was
     found.
 
     >>> import jfbnb, torch
@@ -34,7 +34,7 @@ def jfb(T: Map, x_star: Tensor) -> Tensor:
 def neumann(T: Map, x_star: Tensor, terms: int) -> Tensor:
     """The first `terms` terms of the Neumann series, Eq. 7: I + J + ... + J^(terms - 1).
 
-    One term is JFB; each further one costs a vector-Jacobian product.
+    One term is JFB; each further term costs a vector-Jacobian product.
 
     Raises:
         ValueError: if terms is below 1.
@@ -57,7 +57,7 @@ def implicit(T: Map, x_star: Tensor, tolerance: float = 1e-6, max_iterations: in
     """Implicit differentiation, Eq. 5: the adjoint equation y = g + y J, solved iteratively.
 
     Args:
-        tolerance, max_iterations: of that solve, by Anderson acceleration.
+        tolerance, max_iterations: of the solve, by Anderson acceleration.
         report: called in the backward pass with the solver's report.
     """
 
@@ -84,7 +84,7 @@ def _attach(T: Map, x_star: Tensor, backward: Callable[[Tensor, Map], Tensor]) -
     """T(x*), tracked in Theta, whose incoming gradient g is replaced by backward(g, y -> y J)."""
     x = x_star.detach().requires_grad_()
     with torch.enable_grad():
-        image = T(x)  # a graph of its own, for the products with J
+        image = T(x)  # a separate graph, for the products with J
 
     def vjp(y: Tensor) -> Tensor:
         return torch.autograd.grad(image, x, y, retain_graph=True)[0]

@@ -1,4 +1,4 @@
-"""Linear operators of deepinv (Tachella et al. 2025) as ours, and ours as deepinv's."""
+"""Use linear operators of deepinv (Tachella et al. 2025) here, and ours in deepinv."""
 
 import copy
 from collections.abc import Callable
@@ -10,13 +10,13 @@ from jfbnb.core.linear_operator import LinearOperator
 
 
 class DeepinvOperator(LinearOperator):
-    """A linear operator of deepinv, by its A and A_adjoint, without its noise.
+    """A linear operator of deepinv: its A and A_adjoint, without its noise.
 
     Args:
-        physics: a `deepinv.physics.LinearPhysics`. It is copied, and computes in its own type.
+        physics: a `deepinv.physics.LinearPhysics`. It is copied, and computes in its own dtype.
 
     Raises:
-        UserError: if it has no A_adjoint, and so is not linear.
+        UserError: if it has no A_adjoint, so is not linear.
     """
 
     def __init__(self, physics: nn.Module):
@@ -46,10 +46,10 @@ class DeepinvOperator(LinearOperator):
 
 
 def to_deepinv(A: LinearOperator) -> nn.Module:
-    """A as a `deepinv.physics.LinearPhysics` without noise, to use with deepinv's algorithms.
+    """Wrap A as a `deepinv.physics.LinearPhysics` without noise, for deepinv's algorithms.
 
-    A and A_adjoint are A's own; `A_dagger` and `prox_l2` are deepinv's iterative solvers with
-    these. The physics shares A, and moves it when it is moved to a device. It cannot be pickled.
+    `A_dagger` and `prox_l2` are deepinv's iterative solvers. The physics shares A: moving the
+    physics to a device moves A. It cannot be pickled.
     """
     from deepinv.physics import LinearPhysics
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from jfbnb.common import UserError
 
-FINE = 15  # sample points along each side of a pixel, to measure how much of it a shape covers
+FINE = 15  # sample points along each side of a pixel, to measure which share a shape covers
 MOST = 501  # the largest number of rows or columns of a kernel
 
 
@@ -30,7 +30,7 @@ def gaussian_kernel(size: int, std: float) -> Tensor:
 def gaussian(std: float, size: int | None = None) -> Tensor:
     """A sampled Gaussian, (size, size), with a standard deviation in pixels.
 
-    By default it reaches three standard deviations each way.
+    By default it extends to three standard deviations.
 
     Raises:
         UserError: for a std that is not positive or too large, or a size that is not odd.
@@ -48,11 +48,11 @@ def gaussian(std: float, size: int | None = None) -> Tensor:
 def motion(length: float, angle: float) -> Tensor:
     """The blur of a camera that moved along a straight line at constant speed.
 
-    The line is one pixel wide; each value is in proportion to the share of a pixel that it covers.
+    The line is one pixel wide; each value is proportional to the share of the pixel that it covers.
 
     Args:
         length: in pixels, from 1 to 83.
-        angle: in degrees, anticlockwise from the right, as one sees the picture.
+        angle: in degrees, anticlockwise from the right in the displayed picture.
 
     Raises:
         UserError: for another length, or an angle that is not finite.

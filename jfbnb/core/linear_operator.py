@@ -1,7 +1,4 @@
-"""A linear operator by its A and A', and what follows from these two alone.
-
-Kept apart from the operators themselves: an operator of your own needs this class only.
-"""
+"""The base class of linear operators: a subclass defines A and A', and the rest follows."""
 
 import warnings
 
@@ -22,11 +19,11 @@ def require_floats(x: Tensor) -> None:
 
 
 class LinearOperator(nn.Module):
-    """A of Eq. 1, d = A x + noise: images (B, *domain) -> measurements (B, *range), one by one.
+    """A of Eq. 1, d = A x + noise: each image (B, *domain) -> its measurement (B, *range).
 
-    A subclass defines `forward`, A x, and `adjoint`, A' d, both in the type of their argument, and
-    overrides any other method for which it knows a faster way. Its buffers are constants, not
-    weights: they are in no `state_dict`.
+    A subclass defines `forward`, A x, and `adjoint`, A' d. Both return the dtype of their argument.
+    It may override any other method with a faster one. Its buffers are constants, not weights, so
+    they are left out of `state_dict`.
 
     Raises:
         UserError: from A(x), where x is no tensor of floats.
@@ -55,10 +52,10 @@ class LinearOperator(nn.Module):
     def guess(self, d: Tensor) -> Tensor:
         """An image to start an iteration from, smooth where nothing is measured.
 
-        It is near the minimiser of |A x - d|^2 + w |Laplacian x|^2, by at most 100 conjugate
-        gradients; w is a tenth of |A A' d|^2 / |A' d|^2. The gradient in place of the Laplacian
-        would leave a spike at each pixel that is known alone, which solves take long to remove. For
-        images that are not (B, C, H, W) it is A' d.
+        It approximates the minimiser of |A x - d|^2 + w |Laplacian x|^2, by at most 100 iterations
+        of conjugate gradients; w is a tenth of |A A' d|^2 / |A' d|^2. A penalty on the gradient
+        would leave a spike at each isolated known pixel, which a solve removes slowly. For images
+        that are not (B, C, H, W) it is A' d.
         """
         b = self.adjoint(d)
         if b.dim() != 4:
@@ -77,7 +74,7 @@ class LinearOperator(nn.Module):
     def visible(self, x: Tensor) -> Tensor:
         """The part of images (B, *domain) that the measurement shows; errors are measured there.
 
-        It is all of x, unless the scene extends beyond the picture.
+        By default it is all of x. Override it if the scene extends beyond the picture.
         """
         return x
 
@@ -85,14 +82,14 @@ class LinearOperator(nn.Module):
         """(A'A + tau I)^-1 r for tau > 0, by conjugate gradients; differentiable in r and tau.
 
         Args:
-            start: an image near the solution, if one is known. Conjugate gradients start there
-                where it is nearer than zero; closed forms ignore it.
+            start: an image near the solution, if known. Conjugate gradients start from it if it is
+                nearer than zero; closed forms ignore it.
         """
         tau = torch.as_tensor(tau, dtype=r.dtype, device=r.device)
         return _SolveNormal.apply(r, tau, self, None if start is None else start.detach())
 
     def precondition(self, r: Tensor, tau: float | Tensor) -> Tensor:
-        """About (A'A + tau I)^-1 r, symmetric and positive definite; it saves iterations."""
+        """An approximation of (A'A + tau I)^-1 r, symmetric and positive definite, for CG."""
         return r
 
     def __repr__(self) -> str:
@@ -122,7 +119,7 @@ class LinearOperator(nn.Module):
 
 
 def _laplacian(x: Tensor) -> Tensor:
-    """The Laplacian of images (B, C, H, W), but for its sign, without flow across the border."""
+    """Minus the Laplacian of images (B, C, H, W), with Neumann boundary conditions."""
     padded = pad(x, (1, 1, 1, 1), mode="replicate")
     return 4 * x - (padded[..., 2:, 1:-1] + padded[..., :-2, 1:-1]
                     + padded[..., 1:-1, 2:] + padded[..., 1:-1, :-2])

@@ -1,4 +1,4 @@
-"""The maps T_Theta(x; d), whose fixed point is the reconstruction (Eq. 3), made of A and D.
+"""The maps T_Theta(x; d), made of A and D. Their fixed point is the reconstruction (Eq. 3).
 
 `GradientMap` and `PreconditionedMap` have the same fixed points x*, with
 A'(A x - d) + tau (x - D(x)) = 0. `SplittingMap` is the latter with its two halves swapped: its
@@ -26,7 +26,7 @@ class ImplicitMap(nn.Module):
     A subclass has a `name` and a `colour`, the same in every figure, and `forward(state, d)`.
 
     Args:
-        A: None where `on` will set the operator.
+        A: the operator; None if `on` will set it.
     """
 
     name: str
@@ -43,7 +43,7 @@ class ImplicitMap(nn.Module):
     def on(self, A: LinearOperator, prior_scale: float = 1.0) -> Self:
         """The same map, with the same weights, for another operator.
 
-        It shares everything but the operator: deepcopy it before you change its type or device.
+        It shares everything but the operator: deepcopy it before you change its dtype or device.
 
         Args:
             prior_scale: factor of the prior's weight tau, in a map that has one.
@@ -65,9 +65,9 @@ class ImplicitMap(nn.Module):
 class WeightedMap(ImplicitMap):
     """A map with a weight tau > 0 of the denoiser against the data.
 
-    Two scalars are learned: log tau, and the exponent with which tau follows the `prior_scale` of
-    `on`. The denoiser's noise level follows as in `denoisers.matched_sigma`; with an exponent of 1
-    it is the same for every `prior_scale`.
+    Two scalars are learned: log tau, and an exponent: tau is proportional to this power of the
+    `prior_scale` of `on`. The denoiser's noise level changes as in `denoisers.matched_sigma`; with
+    an exponent of 1 it does not depend on `prior_scale`.
     """
 
     def __init__(self, A: LinearOperator, D: Denoiser, tau: float):
@@ -95,7 +95,7 @@ class GradientMap(WeightedMap):
     The paper writes the gradient of |A x - d|^2; its factor 2 is in eta and S here.
     If |A| <= 1 and D has a Lipschitz constant L < 1, T is a contraction for
     0 < eta < 2 / (1 + tau (1 + L)). For |A| = 1 the bound is sharp: D may act as -L on an image
-    that A preserves. On the null space of A the error may shrink by no more than
+    that A preserves. On the null space of A the error may decrease by a factor of only
     1 - eta tau (1 - L), close to 1.
     """
 
@@ -134,8 +134,8 @@ class SplittingMap(WeightedMap):
 
     Geman and Yang (1995), with a network for the denoising half as in Zhang et al. (2017). The two
     halves are `PreconditionedMap`'s in the other order. So x* solves Eq. 4, z* = D(x*), and the
-    Jacobian's spectral radius is the same; but the image is the denoiser's output, so nothing
-    stands between D and the loss when it is differentiated.
+    Jacobian's spectral radius is the same. But the image is the denoiser's output, so the loss is
+    differentiated through D alone.
 
     >>> import jfbnb, torch
     >>> A = jfbnb.Blur(16, kernel_size=5, kernel_std=1.0)
@@ -165,9 +165,9 @@ class EnergyMap(SplittingMap):
     solver = staticmethod(descent)
 
     def data_step(self, z: Tensor, d: Tensor) -> Tensor:
-        """`SplittingMap.data_step`, as a step from z or from 0, whichever is nearer.
+        """`SplittingMap.data_step`, computed as a step from z or from 0, whichever is shorter.
 
-        Its rounding errors, which |A|^2 / tau amplifies, are then small.
+        This keeps its rounding errors small, which |A|^2 / tau amplifies.
         """
         from_z, from_0 = self.A.adjoint(d - self.A(z)), self.A.adjoint(d) + self.tau * z
         near = (_square(from_z) < _square(from_0)).view(-1, 1, 1, 1)
@@ -197,7 +197,7 @@ class EnergyMap(SplittingMap):
         return self.tau**2 * self.A.solve_normal(v, self.tau)
 
     def prior(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """g(x), (B,) in float64, and its gradient, which is tracked where x would be."""
+        """g(x), (B,) in float64, and its gradient, which autograd tracks if it is enabled."""
         tracked = torch.is_grad_enabled()
         with torch.enable_grad():
             x = x if tracked and x.requires_grad else x.detach().requires_grad_()
@@ -214,7 +214,7 @@ def _square(v: Tensor) -> Tensor:
 class ProximalMap(ImplicitMap):
     """Section 3.3 ii (DE-PROX): T(x; d) = D(x - eta A'(A x - d)), for 0 < eta <= 2 / |A'A|.
 
-    D is the paper's S_Theta, the network in the place of the proximal map. The gradient step is
+    D is the paper's S_Theta, the network that replaces the proximal map. The gradient step is
     nonexpansive for such an eta, so T contracts if D does.
     """
 

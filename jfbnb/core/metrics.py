@@ -1,6 +1,6 @@
-"""The quality of images against the true ones: PSNR and SSIM, one number per image.
+"""The quality of images, compared with the true ones: PSNR and SSIM, one number per image.
 
-Both raise UserError for what is no tensor of floats, and for images of another shape.
+Both raise UserError unless they get two tensors of floats of the same shape.
 """
 
 import torch

@@ -1,8 +1,8 @@
-"""Models, from a measurement to an image: `model(d)` is (image, SolveInfo or None).
+"""Models restore an image from a measurement: `model(d)` returns (image, SolveInfo or None).
 
 `Equilibrium` is the implicit network of Eq. 3. `Unrolled` and `Feedforward` are explicit, with a
-fixed number of layers; so is `Annealed`, which is not trained.
-`Restorer` is any method, trained or not, for any operator.
+fixed number of layers; so is `Annealed`, which is not trained. `Restorer` is any method, trained or
+not, for any operator.
 """
 
 import copy
@@ -50,7 +50,7 @@ class Equilibrium(Model):
 class Unrolled(Model):
     """Section 3.1: the image after `iterations` applications of T, all with the same Theta.
 
-    Trained end to end it need not be near a fixed point of T.
+    After end-to-end training it need not be near a fixed point of T.
     """
 
     def __init__(self, T: ImplicitMap, iterations: int):
@@ -66,8 +66,8 @@ class Annealed(Model):
     """Half-quadratic splitting with a falling noise level (DPIR, Zhang et al. 2021), untrained.
 
     The two steps of `SplittingMap`, `iterations` times, with D's noise level sigma falling from
-    `first` to `last` in equal ratios and tau = weight (last / sigma)^2. It ends there: it is no
-    fixed-point iteration.
+    `first` to `last` in equal ratios and tau = weight (last / sigma)^2. It is no fixed-point
+    iteration.
 
     Args:
         first, last: on images in [0, 1]; the last is the noise of the measurements.
@@ -91,8 +91,8 @@ class Annealed(Model):
 class Feedforward(Model):
     """Section 1's "standard deep neural network": D(d), or D of the Tikhonov solution.
 
-    The second is the learned post-processing of Jin et al. (2017): an inverse first, in closed
-    form, then a network that removes its artefacts.
+    The second is the learned post-processing of Jin et al. (2017): a closed-form inverse, then a
+    network that removes its artefacts.
 
     Args:
         lam: weight of Tikhonov's regulariser; None applies D to `A.guess(d)`, which is d for a
@@ -113,11 +113,11 @@ class Feedforward(Model):
 class Restorer:
     """A method, ready to use: (A, d, noise_std) -> (image, SolveInfo or None).
 
-    It raises UserError where d is no tensor of floats.
+    Raises UserError if d is not a tensor of floats.
 
     Args:
         restore: the method.
-        model: (A, noise_std) -> `Model`, for a method with a network, to solve it in another way.
+        model: (A, noise_std) -> `Model`, for a method with a network, to change its solver.
     """
 
     restore: Callable[[LinearOperator, Tensor, float], Result]

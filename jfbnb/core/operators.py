@@ -86,10 +86,10 @@ def _eigen(V: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def toeplitz(kernel: Tensor, n: int, border: str = "black", stride: int = 1) -> Tensor:
-    """The matrix K with K x = kernel * x, a convolution of n values, each stride-th row of it.
+    """Every stride-th row of the matrix K with K x = kernel * x, a convolution of n values.
 
-    K is (n, n) for zeros beyond x. With border="unknown" it has no row that needs values from
-    beyond.
+    With border="black", zeros beyond x, K is (n, n). "unknown" leaves out the rows that need values
+    beyond x.
     """
     centre = len(kernel) // 2
     offsets = torch.arange(n)[:, None] - torch.arange(n)[None, :] + centre
@@ -118,11 +118,11 @@ class Convolution(LinearOperator):
 
     The centre of a kernel of n rows is its row n // 2, as in SciPy. A kernel that is an outer
     product is `Separable`. Any other is applied by FFT, and `solve_normal` uses conjugate
-    gradients with a circulant preconditioner (Chan 1988): right inside, not near the border.
+    gradients with a circulant preconditioner (Chan 1988), inexact near the border alone.
 
     Args:
         image_size: of the scene, (H, W) or one side, in pixels.
-        kernel: (kh, kw), a tensor or array, of sum 1; a filter's may be less, as 0.
+        kernel: (kh, kw), a tensor or array, of sum 1; a filter may have a smaller sum, such as 0.
         border: "unknown", which measures (H - kh + 1, W - kw + 1), or "black", (H, W).
         stride: every stride-th row and column of these is measured.
 
@@ -163,8 +163,8 @@ class Convolution(LinearOperator):
                                        for k, n in zip(factors, (H, W), strict=True)))
             return
         self.factors = None
-        # Room for the whole convolution. An unknown border needs less, but the preconditioner is
-        # then so much nearer that conjugate gradients take half the iterations.
+        # Room for the whole convolution. An unknown border needs less, but with this room the
+        # preconditioner is better: conjugate gradients take half the iterations.
         self.grid = (_fast_length(H + kh - 1), _fast_length(W + kw - 1))
         on_grid = torch.zeros(self.grid, dtype=torch.float64)
         on_grid[:kh, :kw] = kernel
@@ -202,7 +202,7 @@ class Convolution(LinearOperator):
         return x[..., max(top, 0):bottom, max(left, 0):right]
 
     def guess(self, d: Tensor) -> Tensor:
-        """d, with pixels `stride` wide, continued beyond the border by its outermost values."""
+        """d, enlarged by `stride`, and continued beyond the border by its outermost values."""
         _require_size(d, self.measured_size, "a measurement")
         for dim, ((first, end), n) in enumerate(zip(self._window(), self.image_size,
                                                     strict=True), -2):
@@ -231,13 +231,13 @@ class Convolution(LinearOperator):
     def precondition(self, r: Tensor, tau: float | Tensor) -> Tensor:
         if self.factors:
             return r
-        # One of stride^2 pixels is measured, so A'A has about so much less of the energy.
+        # One of stride^2 pixels is measured, so A'A has about 1 / stride^2 of the energy.
         power = self.transfer.square().sum(-1) / self.stride**2
         return self._circulant(r, 1 / (power + tau))
 
 
 def _fast_length(n: int) -> int:
-    """The least length from n on without a prime factor over 7: FFTs of others are slow."""
+    """The smallest length >= n without a prime factor over 7: FFTs of other lengths are slow."""
     while pow(210, 64, n):
         n += 1
     return n
@@ -303,7 +303,7 @@ class Blur(Convolution):
 
 
 class Downsampling(Convolution):
-    """A picture with 1 / factor of the pixels each way: convolve, then keep every factor-th value.
+    """Convolve, then keep every factor-th row and column.
 
     Args:
         image_size: of the sharp image, as in `Convolution`.
@@ -331,7 +331,7 @@ class Downsampling(Convolution):
 def _checked(mask: Tensor | np.ndarray) -> Tensor:
     mask = torch.as_tensor(mask, dtype=torch.float64)
     if not (((mask == 0) | (mask == 1)).all() and mask.any()):
-        raise UserError("a mask must be of 0 and 1, and not of 0 alone: check it")
+        raise UserError("a mask needs values 0 and 1, and at least one 1: check it")
     return mask
 
 
@@ -362,7 +362,7 @@ class Inpainting(LinearOperator):
         return self(d)
 
     def guess(self, d: Tensor) -> Tensor:
-        """The known pixels; from them inwards, the mean of the neighbours that have a value.
+        """The known pixels, continued into the holes by the mean of the neighbours with a value.
 
         A channel without any known pixel is the mean of the others.
         """
@@ -384,7 +384,7 @@ class Inpainting(LinearOperator):
 
 
 class MRI(LinearOperator):
-    """Single-coil Cartesian MRI of a real image: the lines of k-space in a mask.
+    """Single-coil Cartesian MRI of a real image: the samples of k-space in a mask.
 
     A x = mask F (e^(i phase) x), F the orthonormal Fourier transform, with the origin of the image
     and of k-space in the middle, as in fastMRI (Zbontar et al. 2018). (B, C, H, W) ->
@@ -433,14 +433,14 @@ class MRI(LinearOperator):
         return z.real
 
     def guess(self, d: Tensor) -> Tensor:
-        """A' d: the image whose other lines of k-space are zero."""
+        """A' d: the image whose unmeasured samples of k-space are zero."""
         return self.adjoint(d)
 
     def solve_normal(self, r: Tensor, tau: float | Tensor, start: Tensor | None = None) -> Tensor:
         """(A'A + tau I)^-1 r, exactly without a phase: A'A is diagonal in k-space.
 
-        The k-space of a real image is the same at k and -k up to conjugation, so the mean of the
-        mask at the two counts.
+        The k-space of a real image at k and at -k is conjugate, so A'A multiplies both by the mean
+        of the mask at the two.
         """
         if self.rotation is not None:
             return super().solve_normal(r, tau, start)

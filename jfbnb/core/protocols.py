@@ -1,4 +1,4 @@
-"""Protocols, an operator and a noise level each, and the measurement, Eq. 1: d = A x + noise."""
+"""Protocols (an operator and a noise level) and the measurement, Eq. 1: d = A x + noise."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -48,7 +48,7 @@ PROTOCOLS = {protocol.name: protocol for protocol in (
 def get_protocol(name: str | Protocol) -> Protocol:
     """The protocol of that name, one of `PROTOCOLS`. Raises UserError for another name.
 
-    A protocol stays what it is: a cell `protocol = get_protocol(protocol)` may be run again.
+    A `Protocol` is returned as it is: a cell `protocol = get_protocol(protocol)` may be run again.
     """
     if isinstance(name, Protocol):
         return name

@@ -1,4 +1,4 @@
-"""Deblur an image that is an array: the package's function for Python."""
+"""The package's function for Python: deblur an image that is an array or a tensor."""
 
 import os
 from collections.abc import Callable
@@ -21,20 +21,20 @@ Image = np.ndarray | Tensor
 
 def load(name: str = "jfb", weights: str | Path | None = None,
          device: str | torch.device = "cpu") -> Restorer:
-    """A method, ready to use: for `deblur`, or with any operator as `method(A, d, noise_std)`.
+    """Load a method, for `deblur`, or for any operator as `method(A, d, noise_std)`.
 
-    It takes measurements d (B, ...) = A x + noise of images x (B, 3, H, W) in [0, 1], and returns
-    the restored images, and the solver's `SolveInfo`, or None for a method without a solver.
+    The method takes measurements d (B, ...) = A x + noise of images x (B, 3, H, W) in [0, 1]. It
+    returns the restored images, and the solver's `SolveInfo`, or None without a solver.
 
     Args:
-        name: e.g. "jfb", "jfb-energy", "total-variation" or "tikhonov"; an unknown one is answered
-            with the list of all.
+        name: e.g. "jfb", "jfb-energy", "total-variation" or "tikhonov"; the error for an unknown
+            name lists all.
         weights: a folder of trained networks; by default the released ones.
-        device: where to compute. For a GPU this turns TF32 off in all of the process's
-            convolutions, because it rounds too much for the solvers to converge.
+        device: where to compute. For a GPU this turns TF32 off in all convolutions of the process,
+            because it rounds too much for the solvers to converge.
 
     Raises:
-        UserError: for an unknown name or device, or where weights are missing.
+        UserError: for an unknown name or device, or if weights are missing.
 
     >>> import jfbnb, torch
     >>> A = jfbnb.Inpainting(torch.arange(32) % 4 > 0)  # every fourth column is unknown
@@ -61,33 +61,33 @@ def deblur(
     gamma: str | float = "auto",
     progress: Callable[[int, int], None] = lambda done, tiles: None,
 ) -> Restored:
-    """Restore an image that was convolved with a known kernel; of any size, grey or colour.
+    """Restore an image of any size, grey or colour, that was convolved with a known kernel.
 
     Args:
         image: a NumPy array or a tensor of shape (H, W), (H, W, C), (C, H, W), (B, C, H, W) or
-            (B, H, W, C) with C 1 or 3. Where both ends of (h, w, c) could be the channels, they are
-            the last axis of an array and the first of a tensor. uint8 and uint16 count from 0 to
-            255 and 65535; floats must be in about [0, 1].
-        kernel: (kh, kw), which is divided by its sum; or a text as the command takes it:
+            (B, H, W, C) with C 1 or 3. If both ends of (h, w, c) could be the channels, they are
+            the last axis of an array and the first of a tensor. White is 255 for uint8 and 65535
+            for uint16; floats must be in about [0, 1].
+        kernel: (kh, kw), which is divided by its sum; or a text, as for the command:
             "gaussian:STD", "motion:LENGTH,ANGLE", "disk:RADIUS" in pixels and degrees, or a file.
         noise_std: of the noise in the image, on the scale from 0 for black to 1 for white;
             estimated if not given.
-        method: its name; or what `load` returned, which saves the loading, on the same device as
-            the image. An array is restored on the CPU, a tensor where it is. By default "jfb", and
-            "total-variation" where the result is `doubtful`, as by the command.
-        border: "unknown" if the scene continues beyond the image, as a camera's does, or "black".
+        method: its name, or the result of `load` on the image's device, which saves the loading. An
+            array is restored on the CPU, a tensor on its device. By default "jfb", and
+            "total-variation" if the result is `doubtful`, as by the command.
+        border: "unknown" if the scene continues beyond the image, as for a camera, or "black".
         gamma: how the image stores light: "linear", "srgb" or a power, e.g. 2.2. By default linear,
-            and srgb where that explains the image better.
-        progress: called with the numbers of tiles that are done and of all, for each image.
+            and srgb if that explains the image better.
+        progress: called with the number of finished tiles and of all tiles, for each image.
 
     Returns:
-        `Restored`, with the image in the type and the layout of the given one. It is computed in
+        `Restored`, with the image in the type and layout of the argument. It is computed in
         float32; integers are rounded and clipped, floats are not. For a batch each of the other
         fields is a list, with one entry for each image.
 
     Raises:
-        UserError: for another image, kernel, method, border or gamma; for a kernel larger than the
-            image.
+        UserError: for an invalid image, kernel, method, border or gamma; for a kernel larger than
+            the image.
 
     >>> import jfbnb
     >>> from scipy.ndimage import gaussian_filter
@@ -109,8 +109,8 @@ def deblur(
     if white == 65535 and x.max() * white < 2**12:
         for result in results:
             result.warnings.append(Warning(
-                "range", "white is 65535 in an image of uint16, and this has no value over 4095: "
-                "divide it by what is white in it"))
+                "range", "white is 65535 in an image of uint16, but this has no value over 4095: "
+                "divide it by its value of white"))
     y = torch.stack([result.image for result in results])
     whole = results[0] if image.ndim < 4 else Restored(
         *([getattr(result, field.name) for result in results] for field in fields(Restored)))
@@ -118,7 +118,7 @@ def deblur(
 
 
 def _pixels(image: Image) -> tuple[Tensor, int | None, int]:
-    """The image as (B, C, H, W) in [0, 1]; which axis its channels were; what white was."""
+    """The image as (B, C, H, W) in [0, 1]; the axis of its channels; its value of white."""
     if not isinstance(image, np.ndarray | Tensor):
         raise UserError(f"an image of type {type(image).__name__}: give a NumPy array or a tensor")
     kind, shape = getattr(image.dtype, "name", str(image.dtype)), tuple(image.shape)
@@ -142,7 +142,7 @@ def _pixels(image: Image) -> tuple[Tensor, int | None, int]:
 
 
 def _as_given(y: Tensor, image: Image, channels: int | None, white: int) -> Image:
-    """Images (B, C, H, W) in [0, 1] in the type and the layout of another."""
+    """Convert (B, C, H, W) in [0, 1] to the type and layout of `image`."""
     y = y if image.ndim == 4 else y[0]
     y = y[0] if channels is None else y.movedim(-3, channels)
     if white > 1:

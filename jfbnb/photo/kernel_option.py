@@ -1,4 +1,4 @@
-"""A kernel as a user gives it: a shape with its numbers, or a file."""
+"""Parse a kernel that a user gives: a shape with its numbers, or a file."""
 
 import os
 import warnings
@@ -13,19 +13,19 @@ from jfbnb.common import UserError, printable
 from jfbnb.core.kernels import MOST, disk, gaussian, motion
 from jfbnb.photo.files import read_pictures
 
-WIDE = 9  # rows and columns from which on a kernel's border may tell how it was stored
+WIDE = 9  # smaller kernels are not tested for a pedestal, or a centre in the corner
 
 
 def read(path: Path) -> Tensor:
-    """A kernel from a file, (kh, kw), divided by its sum.
+    """Read a kernel from a file, (kh, kw), divided by its sum.
 
-    The numbers are taken as they are stored: .npy, .npz, .mat, a table (.txt, .csv, .tsv), or a
-    picture, in colour their mean. Axes of length 1, a table's header and index, and a pedestal are
-    left out, and a kernel centred in the corner is moved to the middle; a warning says so. It also
-    says if the kernel is off its middle, and so shifts the picture.
+    The file is .npy, .npz, .mat, a table (.txt, .csv, .tsv), or a picture, whose colours are
+    averaged. Axes of length 1, a table's header and index, and a pedestal are removed, and a kernel
+    centred in the corner is moved to the middle. A warning says so, and also if the kernel is not
+    centred, and so shifts the picture.
 
     Raises:
-        UserError: where there is no such file, or its values are no kernel's; for a stack, several
+        UserError: if there is no such file, or its values are not a kernel; for a stack, several
             arrays, black on white, and a kernel that is drawn in transparency.
     """
     notes = []
@@ -52,14 +52,14 @@ def read(path: Path) -> Tensor:
                    for axis, n in enumerate(kernel.shape))
     if max(abs(down), abs(right)) > 1:
         notes.append(f"its centre of mass is {down:+.1f} pixels down and {right:+.1f} to the right "
-                     "of its middle, and the picture is shifted so")
+                     "of its middle, which shifts the picture")
     if notes:
         warnings.warn(f"kernel {path}: {'; '.join(notes)}", stacklevel=2)
     return torch.from_numpy(kernel)
 
 
 def _numbers(path: Path, notes: list[str]) -> np.ndarray:
-    """What the file holds, as it is stored."""
+    """The numbers in the file."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
         return np.load(path, allow_pickle=False)
@@ -68,8 +68,8 @@ def _numbers(path: Path, notes: list[str]) -> np.ndarray:
         found = [array for name, array in stored.items()
                  if not name.startswith("__") and array.ndim > 1 and array.size > 1]
         if len(found) != 1:
-            raise ValueError(f"it holds {len(found)} arrays of rows and columns: save the kernel "
-                             "alone")
+            raise ValueError(f"it holds {len(found)} arrays of rows and columns: save only the "
+                             "kernel")
         return found[0]
     if suffix in (".txt", ".csv", ".tsv"):
         return _table(path.read_text(encoding="utf-8-sig"), notes)
@@ -78,43 +78,44 @@ def _numbers(path: Path, notes: list[str]) -> np.ndarray:
         raise ValueError(f"it is a stack of {len(pages)} planes: save the one in focus")
     pixels = pages[0].pixels.double()
     if pages[0].alpha is not None and pixels.min() == pixels.max():
-        raise ValueError("it is drawn in transparency, on one colour: save it without alpha, white "
-                         "on black")
+        raise ValueError("it is drawn in transparency, on one colour: save it without alpha, in "
+                         "white on black")
     notes += filter(None, [pages[0].note])
     return pixels.mean(0).numpy()
 
 
 def _table(text: str, notes: list[str]) -> np.ndarray:
-    """Numbers between semicolons, tabs, commas or spaces; beside the first two, commas are points.
+    """Numbers separated by semicolons, tabs, commas or spaces.
 
-    A first row or column of words, or of 0, 1, 2, ..., is left out.
+    With semicolons or tabs, commas are decimal points. A first row or column of words, or of
+    0, 1, 2, ..., is left out.
     """
     mark = next((mark for mark in ";\t," if mark in text), None)
     if mark in (";", "\t") and "," in text:
-        notes.append("its commas are taken for decimal points")
+        notes.append("its commas are read as decimal points")
         text = text.replace(",", ".")
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of an empty file
         values = np.genfromtxt(text.splitlines(), delimiter=mark, ndmin=2)
-    if np.isnan(values[:, -1]).all():  # behind a delimiter at the end of each line
+    if np.isnan(values[:, -1]).all():  # each line ends in a delimiter
         values = values[:, :-1]
     if len(values) > 1 and _labels(values[0]):
-        notes.append("its first row is taken for a header")
+        notes.append("its first row is skipped as a header")
         values = values[1:]
     if values.shape[1] > 1 and _labels(values[:, 0]):
-        notes.append("its first column is taken for an index")
+        notes.append("its first column is skipped as an index")
         values = values[:, 1:]
     return values
 
 
 def _labels(values: np.ndarray) -> bool:
-    """True for words, and for 0, 1, 2, ... or 1, 2, 3, ... of at least three."""
+    """Whether these are words, or at least three of 0, 1, 2, ... or 1, 2, 3, ..."""
     counts = len(values) > 2 and values[0] in (0, 1) and (np.diff(values) == 1).all()
     return counts or np.isnan(values[0])
 
 
 def _without_pedestal(kernel: np.ndarray, path: Path, notes: list[str]) -> np.ndarray:
-    """Less the value of its border, if that is one and the same all around."""
+    """Subtract the value of the kernel's border, if it is the same all around."""
     ring = np.concatenate([kernel[[0, -1]].ravel(), kernel[1:-1, [0, -1]].ravel()])
     level, low, high = np.median(ring), kernel.min(), kernel.max()
     if min(kernel.shape) < 3 or low == high or np.ptp(ring) > 0.02 * (high - low):
@@ -122,18 +123,18 @@ def _without_pedestal(kernel: np.ndarray, path: Path, notes: list[str]) -> np.nd
     if level > high - 0.1 * (high - low) and low >= 0:
         raise UserError(f"the kernel {path} looks like black on white: invert it")
     if min(kernel.shape) >= WIDE and 5 * np.ptp(ring) < level < high / 2:
-        notes.append(f"its border, {level:.4g}, is taken for a pedestal and subtracted")
+        notes.append(f"its border, {level:.4g}, is subtracted as a pedestal")
         return kernel - level
     return kernel
 
 
 def _centred(kernel: np.ndarray, notes: list[str]) -> np.ndarray:
-    """With the origin in the middle, if it looks as if it were in the corner, as for an FFT."""
+    """Move the origin to the middle, if it seems to be in the corner, as for an FFT."""
     y, x = (np.arange(n) - n // 2 for n in kernel.shape)
     distance, moved = y[:, None]**2 + x**2, np.fft.fftshift(kernel)
     spread, after = ((abs(k) * distance).sum() for k in (kernel, moved))
     if min(kernel.shape) >= WIDE and after < spread / 4:
-        notes.append("its centre is in the corner, and moved to the middle")
+        notes.append("its centre is moved from the corner to the middle")
         return moved
     return kernel
 
@@ -150,17 +151,17 @@ SHAPES = {"gaussian": (gaussian, float, _size), "motion": (motion, float, float)
 
 
 def parse(text: str) -> Tensor:
-    """A kernel as the command takes it: gaussian:STD, motion:LENGTH,ANGLE, disk:RADIUS or a file.
+    """Parse gaussian:STD, motion:LENGTH,ANGLE, disk:RADIUS or the name of a file.
 
-    gaussian:STD,SIZE cuts the Gaussian off to SIZE x SIZE.
+    gaussian:STD,SIZE truncates the Gaussian to SIZE x SIZE.
 
     Raises:
-        UserError: for anything else, and as `read` and the functions in `kernels`.
+        UserError: for anything else, and as in `read` and the functions in `kernels`.
     """
     kind, colon, numbers = text.partition(":")
     if not colon or kind not in SHAPES:
         if not os.path.isfile(text):  # pathlib's raises OSError for a name that is too long
-            raise UserError(f"kernel {text!r} is no file: give one, or {FORMS}")
+            raise UserError(f"kernel {text!r}: there is no such file; give one, or {FORMS}")
         return read(Path(text))
     (make, *types), words = SHAPES[kind], numbers.split(",")
     try:

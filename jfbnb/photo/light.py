@@ -1,4 +1,4 @@
-"""From stored values to light and back: a blur adds up light, and a file stores a power of it."""
+"""Convert stored values to light and back: a blur averages light, a file stores a power of it."""
 
 from torch import Tensor
 
@@ -8,7 +8,7 @@ SRGB_LINEAR = 0.04045, 12.92  # below this value sRGB is light times this
 
 
 def parse(given: str | float) -> float | str | None:
-    """A number, linear as 1.0, srgb as it is, auto as None. Raises UserError for others."""
+    """"linear" becomes 1.0, "auto" None, a number a float. Raises UserError for others."""
     if given in ("srgb", "auto"):
         return given if given == "srgb" else None
     try:
@@ -21,7 +21,7 @@ def parse(given: str | float) -> float | str | None:
 
 
 def decode(d: Tensor, gamma: float | str) -> Tensor:
-    """The light of stored values d: d^gamma, or by the curve of sRGB (IEC 61966-2-1).
+    """The light of stored values d: d^gamma, or by sRGB's curve (IEC 61966-2-1).
 
     Values below 0 become 0 unless gamma is 1.
     """
@@ -46,7 +46,7 @@ def encode(x: Tensor, gamma: float | str) -> Tensor:
 
 
 def slope(d: Tensor, gamma: float | str) -> float:
-    """What `decode` multiplies small differences of d by, the root of its mean square."""
+    """The factor by which `decode` scales noise in d: the root mean square of its derivative."""
     if gamma == 1:
         return 1.0
     step = 1e-3

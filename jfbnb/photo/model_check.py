@@ -1,4 +1,4 @@
-"""How noisy a blurred picture is, and what in it contradicts its model, d = k * x + noise.
+"""Estimate the noise of a blurred picture, and check its model, d = k * x + noise.
 
 Only `doubt` needs the restored image. All checks but those of the borders read blocks that are
 spread evenly over the picture, so a large picture takes no longer than a small one.
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from jfbnb.photo import kernel_option
 
-BLOCK = 64  # side of the blocks in pixels; twice that for a kernel of more than half of it
+BLOCK = 64  # side of the blocks in pixels; twice that for a kernel larger than half of it
 MOST_BLOCKS = 128
-ROUNDING = 1 / 255 / 12**0.5  # the noise of rounding to eight bits, the least that is assumed
+ROUNDING = 1 / 255 / 12**0.5  # the noise of rounding to eight bits, the smallest level used
 # Blurs to compare with the given one, in the order of their complexity.
 OTHERS = ("gaussian:0.1", *(f"gaussian:{std}" for std in (0.5, 0.7, 1, 1.4, 2, 2.5, 3, 4)),
           *(f"disk:{radius}" for radius in (2, 3, 4, 5, 6)),
@@ -28,12 +28,12 @@ OTHERS = ("gaussian:0.1", *(f"gaussian:{std}" for std in (0.5, 0.7, 1, 1.4, 2, 2
 
 @dataclass(frozen=True)
 class Warning:
-    """What is doubtful about a restored picture.
+    """A doubt about a restored picture.
 
     Args:
         kind: "noise", "kernel", "border", "frame", "saturation", "jpeg", "outliers", "light",
             "range" or "unconverged".
-        text: what is wrong, and what to do about it unless that is a parameter's new value.
+        text: what is wrong, and what to do, unless `suggestion` says that.
         suggestion: parameters of `jfbnb.deblur` to try, e.g. {"kernel": "disk:4"}.
     """
 
@@ -51,7 +51,7 @@ class Warning:
 def _blocks(d: Tensor, side: int) -> Tensor:
     """Square blocks (n, C, side, side) of d (C, h, w), which overlap by half at most; on the CPU.
 
-    They begin at multiples of 8 pixels, as those of JPEG do.
+    They begin at multiples of 8 pixels, like JPEG's.
     """
     most = [2 * length // side - 1 for length in d.shape[1:]]
     shrink = min(1.0, math.sqrt(MOST_BLOCKS / math.prod(most)))
@@ -65,10 +65,10 @@ def _blocks(d: Tensor, side: int) -> Tensor:
 
 
 def level(d: Tensor, noise_std: float) -> float:
-    """The level of white noise in three channels that is as strong as this noise of d (C, h, w).
+    """The noise level to give to a method, whose model is white noise in three channels.
 
-    Where all channels are equal their noise is too, and along (1, 1, 1) its variance is three times
-    that of white noise.
+    If all channels of d (C, h, w) are equal, so is their noise: along (1, 1, 1) its variance is
+    three times that of white noise.
     """
     equal = len(d) == 1 or (torch.equal(d[0], d[1]) and torch.equal(d[0], d[2]))
     return noise_std * 3**0.5 if equal else noise_std
@@ -77,21 +77,21 @@ def level(d: Tensor, noise_std: float) -> float:
 def estimate_noise(d: Tensor, kernel: Tensor) -> float:
     """The standard deviation of the noise in a blurred picture, rounding included.
 
-    The noise's spectrum is fitted together with the picture's. White noise is read at its finest
-    scale, 0.5 cycles per pixel, where there is least of the picture. Where the fit near 0.2 differs
-    by over 1.5, the noise is not white and counts there: compression, demosaicing and smoothing
-    take away that of higher frequencies, which no restoration amplifies. The spectra are those of
-    the channels' normalised sum and two differences, as noise that channels share is strongest in
-    the first. Where the kernel removes little, noise that does not reach high frequencies is
-    estimated too low.
+    The spectra of the noise and of the scene are fitted together. White noise is read at the finest
+    scale, 0.5 cycles per pixel, where the scene is weakest. If the fit near 0.2 differs by a factor
+    above 1.5, the noise is not white, and its level there is used: compression, demosaicing and
+    smoothing remove higher frequencies of the noise, which no restoration amplifies. The spectra
+    are those of the channels' normalised sum and two differences, because noise that the channels
+    share is strongest in the sum. If the kernel removes little, noise without high frequencies is
+    underestimated.
 
     Args:
         d: the picture, (C, h, w), not blank.
         kernel: its blur, (kh, kw), of sum 1.
 
     Returns:
-        The estimate, on the scale of d's values: of the noise of each value where all channels are
-        equal; else the `level`. NaN for a picture of less than 16 pixels a side.
+        The estimate, on the scale of d's values: the noise of each value if all channels are equal,
+        else the `level`. NaN for a picture of less than 16 pixels a side.
     """
     blocks = _usable_blocks(d, kernel)
     if blocks.shape[-1] < 16:
@@ -112,7 +112,7 @@ def estimate_noise(d: Tensor, kernel: Tensor) -> float:
 
 
 def _usable_blocks(d: Tensor, kernel: Tensor) -> Tensor:
-    """Blocks with few pixels that are cut off at black or white, if there are any."""
+    """The blocks with few pixels clipped at black or white, if there are any."""
     side = BLOCK if max(kernel.shape) <= BLOCK // 2 else 2 * BLOCK
     blocks = _blocks(d, min(side, *d.shape[1:])).double()
     low, high = (end(d).item() for end in (torch.amin, torch.amax))
@@ -121,10 +121,10 @@ def _usable_blocks(d: Tensor, kernel: Tensor) -> Tensor:
 
 
 def replace_outliers(d: Tensor, kernel: Tensor) -> tuple[Tensor, list["Warning"]]:
-    """d (C, h, w) without its hot pixels, and a warning that says so, if it has some.
+    """Replace the hot pixels of d (C, h, w); return it and a warning, if there are any.
 
-    A hot pixel is brighter than all around it by more than the kernel and the noise allow. Its
-    value becomes the median of the 3 x 3 pixels.
+    A hot pixel is brighter than all its neighbours by more than the kernel and the noise allow. It
+    is replaced by the median of the 3 x 3 pixels.
     """
     pixels, around = d.cpu().numpy(), np.ones((1, 3, 3), bool)
     around[0, 1, 1] = False
@@ -142,15 +142,15 @@ def replace_outliers(d: Tensor, kernel: Tensor) -> tuple[Tensor, list["Warning"]
     mended = np.where(found, ndimage.median_filter(pixels, (1, 3, 3), mode="mirror"), pixels)
     n = int(found.any(axis=0).sum())
     return torch.from_numpy(mended).to(d), [Warning(
-        "outliers", f"{n} pixel{'s are' * (n > 1) or ' is'} far brighter than all around, as no "
-        "blur leaves them: taken for hot pixels and replaced by the median of their neighbours")]
+        "outliers", f"{n} pixel{'s are' * (n > 1) or ' is'} far brighter than their neighbours, as "
+        "no blur leaves them: taken for hot pixels and replaced by the median of their neighbours")]
 
 
 def replace_cut_noise(d: Tensor, noise_std: float) -> Tensor:
-    """d, with values that were cut off at black replaced by the mean of the noise there.
+    """Replace noise that was clipped at black by its mean, if there is much of it.
 
-    Only where these are many, as in a picture of the night sky, which they brighten by 0.4
-    noise_std. The mean is that of a normal distribution below half of the smallest value over 0.
+    That is so in a night sky, which clipping brightens by 0.4 noise_std. The mean is that of a
+    normal distribution below half of the smallest positive value.
     """
     cut = _cut_noise(d)
     if cut is None:
@@ -161,9 +161,9 @@ def replace_cut_noise(d: Tensor, noise_std: float) -> Tensor:
 
 
 def _cut_noise(d: Tensor) -> Tensor | None:
-    """Which values (C, h, w) are noise that was cut off at black, if they are over 30% of all.
+    """The mask (C, h, w) of noise that was clipped at black; None unless it is over 30% of d.
 
-    Noise leaves brighter values near by, within 5 x 5 pixels; a black area does not.
+    Noise has brighter values near by, within 5 x 5 pixels; a black area does not.
     """
     cut = (d <= 0) & (F.max_pool2d((d > 0).float(), 5, 1, 2) > 0)
     return cut if cut.double().mean() > 0.3 else None
@@ -178,15 +178,15 @@ def contradictions(
     noise_std: float,
     border: str = "unknown",
 ) -> list[Warning]:
-    """What in a picture contradicts its model.
+    """Check a picture against its model; return the contradictions.
 
-    An empty list is no proof: a small, a smooth or a noisy picture shows little.
+    An empty list proves nothing: small, smooth and noisy pictures show little.
 
     Args:
         d: the picture, (C, h, w), values in [0, 1].
-        kernel: the blur that it is assumed to have, (kh, kw), of sum 1.
-        noise_std: the noise that it is assumed to have, or what `estimate_noise` finds.
-        border: "unknown" or "black", as `operators.Blur` takes it.
+        kernel: its assumed blur, (kh, kw), of sum 1.
+        noise_std: its assumed noise level, or the result of `estimate_noise`.
+        border: "unknown" or "black", as in `operators.Blur`.
     """
     kernel, found = kernel.cpu(), []
     top, bottom, left, right = frame = _frame(d, kernel)
@@ -194,21 +194,21 @@ def contradictions(
         d = d[:, top:d.shape[1] - bottom, left:d.shape[2] - right]
         found.append(Warning("frame", f"the picture has a frame ({top} pixels at the top, {bottom} "
                              f"at the bottom, {left} left, {right} right), which no blur leaves so "
-                             "sharp: cut it off"))
+                             "sharp: crop it"))
     found.append(_check_border(d, kernel, border))
-    # One at a time: light that is cut off and JPEG change the spectrum.
+    # One at a time: clipping and JPEG change the spectrum.
     found.append(_check_saturation(d) or _check_jpeg(d))
-    # Of a night sky, cut off at black, it is not the scene's at all.
+    # The spectrum of a night sky, clipped at black, is not the scene's.
     if not found[-1] and _cut_noise(d) is None:
         found.append(_check_kernel(d, kernel) or _check_noise(d, kernel, noise_std))
     return [warning for warning in found if warning]
 
 
 def doubt(x: Tensor, most: float = 1.0) -> Warning | None:
-    """Whether a restored picture x (C, h, w) contradicts its model: it is far out of [0, most].
+    """A warning if a restored picture x (C, h, w) is far out of [0, most], so its model is wrong.
 
-    What a wrong kernel, a too low noise level or an odd border amplifies swings about the true
-    values. Blurred again it still explains the picture, so the residual does not show it.
+    A wrong kernel or border, or too low a noise level, amplifies errors, which oscillate about the
+    true values. Blurred again, they still fit the picture, so the residual does not show them.
     """
     far = 1 - ((x >= -0.05) & (x <= most + 0.05)).sum().item() / x.numel()
     if far <= 0.002:
@@ -231,7 +231,7 @@ def _check_noise(d: Tensor, kernel: Tensor, noise_std: float) -> Warning | None:
 
 
 def _check_saturation(d: Tensor) -> Warning | None:
-    """Plateaus of the highest value: where a scene is as bright as that, its noise still shows."""
+    """Find plateaus of the highest value: in an unclipped bright area noise is visible."""
     blocks = _blocks(d, min(BLOCK, *d.shape[1:]))
     if blocks.shape[-1] < 7:
         return None
@@ -239,13 +239,13 @@ def _check_saturation(d: Tensor) -> Warning | None:
     share = (F.max_pool2d(below, 7, 1) == 0).double().mean().item()
     if share < 0.02:
         return None
-    return Warning("saturation", f"{share:.0%} of the picture is cut off at its highest value, as "
-                   "if overexposed, and gets ripples around that: try a darker copy, or a larger "
-                   "noise level")
+    return Warning("saturation", f"{share:.0%} of the picture is clipped at its highest value, as "
+                   "if overexposed, which causes ripples: try a darker copy, or a larger noise "
+                   "level")
 
 
 def _check_jpeg(d: Tensor) -> Warning | None:
-    """Steps from one to the next of JPEG's blocks, over those beside them (Wang et al. 2000)."""
+    """Compare steps between JPEG's blocks with those beside them (Wang et al. 2000)."""
     grey = _blocks(d, min(BLOCK, *d.shape[1:])).double().mean(dim=1)
     if grey.shape[-1] < 32:
         return None
@@ -258,20 +258,20 @@ def _check_jpeg(d: Tensor) -> Warning | None:
         error = excess[:, phase].std() / math.sqrt(len(excess))
         if not mean > max(0.25 * steps.mean(), 10 * error):
             return None
-    return Warning("jpeg", "the picture shows the blocks of strong JPEG compression, which get "
+    return Warning("jpeg", "the picture shows the blocks of strong JPEG compression, which are "
                    "sharpened too: try a better copy, or a larger noise level")
 
 
 def _sides(d: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The picture, or a kernel, seen from the top, the bottom, left and right, as from the top."""
+    """A picture or a kernel, turned so that its top, bottom, left and right side is the top."""
     return d, d.flip(-2), d.mT, d.mT.flip(-2)
 
 
 def _frame(d: Tensor, kernel: Tensor) -> list[int]:
-    """How many rows at the top, at the bottom, columns left and right are bars of one colour.
+    """The widths of bars of one colour at the top, the bottom, left and right, in pixels.
 
-    A bar ends in a step that the kernel would have made less sharp: else it is a margin in the
-    scene. A single one is taken for part of the scene, too.
+    A bar must end in a step that is too sharp for the kernel; else it is part of the scene. A
+    single bar is taken for part of the scene, too.
     """
     widths = []
     for side, seen in zip(_sides(d), _sides(kernel), strict=True):
@@ -285,7 +285,7 @@ def _frame(d: Tensor, kernel: Tensor) -> list[int]:
 
 
 def _check_border(d: Tensor, kernel: Tensor, border: str) -> Warning | None:
-    """Whether the outermost rows are as dark as a black border makes them, on most of the sides."""
+    """Check whether, on most sides, the outermost rows are as dark as a black border makes them."""
     darkening = []
     for side, seen in zip(_sides(d), _sides(kernel), strict=True):
         rows = seen.sum(dim=1)
@@ -300,12 +300,12 @@ def _check_border(d: Tensor, kernel: Tensor, border: str) -> Warning | None:
         return None
     look = "darkens towards its border, as if" if black else (
         "does not darken towards its border, as it would if")
-    return Warning("border", f"the picture {look} all beyond it were black",
+    return Warning("border", f"the picture {look} everything beyond it were black",
                    {"border": "black" if black else "unknown"})
 
 
 def _check_kernel(d: Tensor, kernel: Tensor) -> Warning | None:
-    """Whether another kernel explains the picture's spectrum far better."""
+    """Check whether another kernel explains the picture's spectrum far better."""
     grey = _usable_blocks(d.mean(dim=0, keepdim=True), kernel)[:, 0]
     if max(kernel.shape) > grey.shape[-1] // 2 or grey.shape[-1] < BLOCK:
         return None
@@ -319,7 +319,7 @@ def _check_kernel(d: Tensor, kernel: Tensor) -> Warning | None:
     width, other = _widths(kernel), _widths(kernel_option.parse(name))
     if other.max() < 0.6:
         return Warning("kernel", "the picture has more detail than the kernel leaves, and is "
-                       "hardly blurred, if at all: leave it as it is, or try a far narrower kernel")
+                       "hardly blurred: leave it as it is, or try a far narrower kernel")
     difference = ("has more detail than the kernel leaves" if (other < width).all() else
                   "has less detail than the kernel leaves" if (other > width).all() else
                   "is blurred in other directions than the kernel says")
@@ -336,17 +336,16 @@ def _widths(kernel: Tensor) -> Tensor:
 
 
 def _fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """How badly each blur explains the power spectrum of blocks, and its scene and noise.
+    """Fit a scene and noise to the power spectrum of blocks, for each blur; return the misfits.
 
-    The likelihood of Whittle (1953): power P is compared with the M = |K|^2 S + N expected of a
-    scene and of noise, by the mean over frequencies of P / M - 1 - log(P / M); it is 0 where they
-    agree. Of the S and N below the ones that explain P best are taken, with a normal prior on each
-    of their coefficients but the levels. log S is linear in log frequency, as natural
-    pictures are, and has terms in direction, twofold and fourfold. Its slope is near -3 (of sharp
-    photographs it is -2 to -4), so that a blur cannot pass for a scene's own softness. log N may
-    slope, as JPEG and demosaicing take high frequencies away.
+    The misfit is Whittle's likelihood (1953): power P is compared with the expected
+    M = |K|^2 S + N by the mean over frequencies of P / M - 1 - log(P / M), which is 0 where they
+    agree. S and N minimise it, with a normal prior on each of their coefficients but the levels.
+    log S is linear in log frequency, as for natural pictures, with twofold and fourfold terms in
+    direction. Its slope is near -3 (sharp photographs have -2 to -4), so that a blur cannot pass
+    for a soft scene. log N may slope, because JPEG and demosaicing remove high frequencies.
 
-    Found by Fisher's scoring, damped as by Levenberg and Marquardt.
+    The minimiser is Fisher scoring, damped as by Levenberg and Marquardt.
 
     Args:
         power, gains, scene, noise: of `_spectra`.
@@ -386,10 +385,10 @@ def _fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Te
 
 
 def _spectra(blocks: Tensor, blurs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of blocks (b, n, side, side), at f frequencies: their power (b, f); each blur's log gain; the
-    terms of log S (f, 6) and of log N (f, 2).
+    """Of blocks (b, n, side, side), at f frequencies: their power (b, f), each blur's log gain, and
+    the terms of log S (f, 6) and of log N (f, 2).
 
-    The mean of amplitudes, not of power, so that a few odd blocks or pixels count for little.
+    Amplitudes are averaged, not powers, so that a few outliers matter little.
     """
     n = blocks.shape[-1]
     window = torch.hann_window(n, dtype=torch.float64)
@@ -399,12 +398,12 @@ def _spectra(blocks: Tensor, blurs: list[Tensor]) -> tuple[Tensor, Tensor, Tenso
     power = power / (math.pi / 4 + (1 - math.pi / 4) / blocks.shape[1])  # expected of noise alone
     gains = torch.stack([torch.fft.fft2(blur.double().cpu(), s=(n, n)) for blur in blurs])
     gains = gains.abs().square()
-    for dim in (1, 2):  # the window smears each frequency over the next
+    for dim in (1, 2):  # the window mixes neighbouring frequencies
         gains = 2 / 3 * gains + (gains.roll(1, dim) + gains.roll(-1, dim)) / 6
 
     frequency = torch.fft.fftfreq(n, dtype=torch.float64)
     rows, columns = frequency[:, None].expand(n, n), frequency.expand(n, n)
-    # Half of the plane says it all. The window mixes the mean into the lowest frequencies.
+    # Half of the plane determines the rest. The window mixes the mean into the lowest frequencies.
     used = ((rows > 0) | ((rows == 0) & (columns > 0))) & (torch.hypot(rows, columns) > 2.5 / n)
     rows, columns = rows[used], columns[used]
     radius, angle = torch.hypot(rows, columns).log(), torch.atan2(rows, columns)

@@ -1,8 +1,7 @@
-"""Restore a photograph of any size, by tiles that overlap.
+"""Restore a photograph of any size, in overlapping tiles.
 
-Each tile is cut from a larger scene, so it is restored with an unknown border. A border has an
-effect some pixels inwards: that much of each tile is thrown away, and over some more two neighbours
-are blended.
+Each tile is cut from a larger scene, so it is restored with an unknown border. A border affects
+some pixels inwards: these are discarded, and the next ones are blended with the neighbouring tile.
 """
 
 import itertools
@@ -30,10 +29,10 @@ from jfbnb.photo.model_check import (
 )
 from jfbnb.training.restorers import check_noise
 
-METHOD, SAFER = "jfb", "total-variation"  # unless another is asked for; where that is doubtful
-TILE = 448  # pixels on a side at most, with all that overlaps
-THROWN, BLENDED = 16, 16  # of these at each side that has a neighbour
-DIM = 0.5  # a picture whose brightest values are below it is made brighter for the networks
+METHOD, SAFER = "jfb", "total-variation"  # the default; the one to use if that is doubtful
+TILE = 448  # the longest side of a tile in pixels, overlaps included
+THROWN, BLENDED = 16, 16  # pixels at each side that has a neighbour
+DIM = 0.5  # a picture whose brightest values are below it is brightened for the networks
 
 
 @dataclass(frozen=True)
@@ -41,14 +40,14 @@ class Restored:
     """A restored picture.
 
     Args:
-        image: (C, h, w); from `jfbnb.deblur` of the type and layout that it was given.
-        noise_std: the noise that was assumed.
-        warnings: what of the picture contradicts the model, and whether tiles did not converge.
-        tiles: how many there were.
+        image: (C, h, w); from `jfbnb.deblur`, in the type and layout of its argument.
+        noise_std: the noise level that was used.
+        warnings: where the picture contradicts the model, and whether tiles did not converge.
+        tiles: the number of tiles.
         iterations, residual: the solver's, the largest of all tiles; None without a solver.
-        converged: whether every tile did; None without a solver.
-        doubtful: whether the method's image contradicts the picture, as the first of the warnings
-            says; if `restore` was given a safer method, `image` is that one's.
+        converged: whether every tile converged; None without a solver.
+        doubtful: whether the method's image contradicts the model; the first warning says how. If
+            `restore` was given a safer method, `image` is that method's.
     """
 
     image: Tensor = field(repr=False)
@@ -79,16 +78,16 @@ def restore(
             channels.
         kernel: (kh, kw), of sum 1; see `kernels`.
         noise_std: of d; estimated if not given.
-        border: as in `Convolution`; "black" is restored in one piece, however large.
-        progress: called with how many tiles are done, and of how many.
-        safer: a method to use instead where the result is doubtful. What the model does not explain
-            counts as noise there, whose level is doubled until the result is not, 16 times at most.
+        border: as in `Convolution`; "black" is restored in one tile, however large.
+        progress: called with the number of finished tiles and of all tiles.
+        safer: a method to use instead if the result is doubtful. Its noise level is doubled, to 16
+            times at most, until its result is not: what the model does not explain is noise to it.
         gamma: how d stores light, which is what the kernel blurs; see `light.decode`. By default
-            the stored values are restored, and where that is doubtful the light by sRGB's curve.
+            the stored values are restored, and if that is doubtful the light, by sRGB's curve.
 
     Raises:
-        UserError: if the kernel is larger than the picture, the picture has no values but black and
-            white, the noise is none, the method cannot use the kernel, or the result is not finite.
+        UserError: if the kernel is larger than the picture, the picture has only two values, the
+            noise level is invalid, the method cannot use the kernel, or the result is not finite.
     """
     (_, h, w), (kh, kw) = d.shape, kernel.shape
     if kh > h or kw > w:
@@ -99,8 +98,8 @@ def restore(
         noise_std = float(noise_std)
     low, high = d.aminmax()
     if low < high and ((d == low) | (d == high)).all():
-        raise UserError("the picture has two values only, as a scan in black and white: that is no "
-                        "blurred picture; scan it in grey")
+        raise UserError("the picture has only two values, like a black-and-white scan, so it is "
+                        "not blurred: scan it in grey")
 
     def attempt(gamma: str | float, method: Restorer = restorer, factor: float = 1.0) -> Restored:
         return _in_light(method, d, kernel, noise_std, border, progress, gamma, factor)
@@ -109,7 +108,7 @@ def restore(
     if not first.doubtful:
         return first
     if gamma is None and not (second := attempt("srgb")).doubtful:
-        text = "the picture is one of light, stored by sRGB's curve, and restored so"
+        text = "only as light, stored by sRGB's curve, does the picture fit the model: restored so"
         return replace(second, warnings=[Warning("light", text), *second.warnings])
     if safer is None:
         return first
@@ -122,10 +121,10 @@ def restore(
 
 def _in_light(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float | None, border: str,
               progress: Callable[[int, int], None], gamma: str | float, factor: float) -> Restored:
-    """`restore` with one method and gamma, told `factor` times the noise."""
+    """`restore` with one method and gamma, and `factor` times the noise level."""
     slope = light.slope(d, gamma)
     d, warnings = replace_outliers(light.decode(d, gamma), kernel)
-    # The networks know pictures that fill [0, 1].
+    # The networks were trained on pictures that fill [0, 1].
     bright = d.flatten()[::max(1, d.numel() // 2**20)].quantile(0.999).item()
     gain = 1 / bright if 0.001 < bright < DIM else 1.0
     d = gain * d
@@ -134,9 +133,9 @@ def _in_light(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float | 
     told = level(d, factor * noise_std)
     x, infos = _by_tiles(restorer, replace_cut_noise(d, noise_std), kernel, told, border, progress)
     if not x.isfinite().all():
-        raise UserError("no finite picture comes out: try another method, kernel or noise level")
+        raise UserError("the result is not finite: try another method, kernel or noise level")
     warnings += contradictions(d, kernel, noise_std, border)
-    # A dim picture does not say how bright its lights are.
+    # The highlights of a dim picture may be of any brightness.
     if doubtful := doubt(x, 1.0 if gain == 1 else math.inf):
         warnings.insert(0, doubtful)
     iterations = residual = converged = None
@@ -156,7 +155,7 @@ def _in_light(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float | 
 
 def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, border: str,
               progress: Callable[[int, int], None]) -> tuple[Tensor, list[SolveInfo | None]]:
-    """The restored picture, and what the solver reports of each tile."""
+    """The restored picture, and the solver's report on each tile."""
     channels, *size = d.shape
     reach = max(kernel.shape) // 2
     tiles = list(itertools.product(*(
@@ -178,7 +177,7 @@ def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, b
 
 
 def _cut(n: int, most: int, thrown: int) -> Iterator[tuple[slice, Tensor]]:
-    """Pieces of n pixels, which overlap, with weights; all of one length, `most` at most."""
+    """Overlapping pieces of n pixels, with weights; all of the same length, at most `most`."""
     overlap = 2 * thrown + BLENDED
     count = max(1, math.ceil((n - overlap) / (most - overlap)))
     length = math.ceil((n + (count - 1) * overlap) / count)

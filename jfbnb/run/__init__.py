@@ -1,1 +1,1 @@
-"""The `jfbnb` command, and what runs the notebooks."""
+"""The `jfbnb` command, and the runner of the notebooks."""

@@ -1,11 +1,11 @@
-"""The checkout, which has the notebooks, and where they read and write."""
+"""Find the checkout, which has the notebooks, and the folders where they read and write."""
 
 import os
 from pathlib import Path
 
 from jfbnb.common import UserError
 
-ROOT = Path(__file__).resolve().parents[2]  # of a checkout; of a wheel it is site-packages
+ROOT = Path(__file__).resolve().parents[2]  # the checkout, or for a wheel site-packages
 
 
 def find_checkout() -> Path | None:
@@ -16,7 +16,7 @@ def find_checkout() -> Path | None:
 
 
 def need_checkout() -> None:
-    """Raise UserError where the package is not of a checkout."""
+    """Raise UserError if the package is not in a checkout."""
     if not (ROOT / "notebooks" / "profiles").is_dir():
         raise UserError("reproduce, train, sweep and lab need the notebooks, which this "
                         "installation of jfbnb lacks: `git clone` the project's repository and "
@@ -24,23 +24,23 @@ def need_checkout() -> None:
 
 
 def work() -> Path:
-    """The folder that holds runs/ and figures/: the checkout, or what JFBNB_WORK names in it."""
+    """The folder that holds runs/ and figures/: the checkout, or the folder JFBNB_WORK in it."""
     checkout, folder = find_checkout(), os.environ.get("JFBNB_WORK", "")
     if checkout is None and not os.path.isabs(folder):
-        raise UserError("no checkout of jfbnb here to write runs/ and figures/ in: start in one, "
-                        "or name a folder by the environment variable JFBNB_WORK")
+        raise UserError("there is no checkout of jfbnb here for runs/ and figures/: start in one, "
+                        "or set the environment variable JFBNB_WORK to a folder")
     return Path(checkout or "", folder)
 
 
 def run_dirs(profile: str) -> tuple[Path, Path]:
-    """A profile's runs/ and figures/, wherever its notebook is started."""
+    """A profile's folders in runs/ and figures/, wherever its notebook is started."""
     return work() / "runs" / profile, work() / "figures" / profile
 
 
 def find_path(text: str) -> str:
-    """The absolute path of what a user named: below the current folder, else below the checkout.
+    """The absolute path of a user's path: below the current folder, else below the checkout.
 
-    "bundled" and "" name no path, and stay.
+    "bundled" and "" are no paths, and are returned unchanged.
     """
     if text in ("", "bundled"):
         return text
@@ -50,7 +50,7 @@ def find_path(text: str) -> str:
 
 
 def without_places(parameters: dict[str, object]) -> dict[str, object]:
-    """The parameters with no path of this machine: relative to the checkout, or a name alone."""
+    """The parameters without absolute paths: relative to the checkout, or only a name."""
     return {name: _portable(value) if name in ("data", "weights") else value
             for name, value in parameters.items()}
 

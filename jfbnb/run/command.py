@@ -1,4 +1,4 @@
-"""The `jfbnb` command: one function for each of its commands, and what they share."""
+"""The command line `jfbnb`: one function for each of its commands, and their common parts."""
 
 import argparse
 import contextlib
@@ -26,18 +26,18 @@ from jfbnb.training import evaluation, methods, restorers
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status.
+    """Run the command; return its exit status.
 
-    Bad input ends in one line on stderr and status 2; `deblur` ends in 3 where a picture
-    contradicts its model, and a safer method's is written.
+    Bad input gives one line on stderr and status 2. `deblur` returns 3 if a picture contradicts its
+    model, so that a safer method's image was written.
     """
     args = make_parser().parse_args(argv)
-    with contextlib.suppress(AttributeError):  # a file's name may be no Unicode
+    with contextlib.suppress(AttributeError):  # a file's name may not be Unicode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
-        print("jfbnb: interrupted; the same command goes on from here", file=sys.stderr)
+        print("jfbnb: interrupted; run the same command to continue", file=sys.stderr)
         return 130
     except Exception as error:
         if not (line := _one_line(error)):
@@ -47,17 +47,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    """What to tell the user of an error that is not ours; nothing of one that is."""
+    """The line to show for an error of the user or the system; "" for a bug of ours."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):  # no permission, disk full: the message names the file
-        return (f"{error.strerror or error}: {error.filename or 'a file'}; nothing that was "
-                "complete has been touched")
+        return (f"{error.strerror or error}: {error.filename or 'a file'}; complete files are "
+                "unchanged")
     if isinstance(error, MemoryError | torch.OutOfMemoryError) \
-            or "DefaultCPUAllocator" in str(error):  # what PyTorch says of a CPU's
-        return "memory ran out: take smaller images, or fewer with --limit"
+            or "DefaultCPUAllocator" in str(error):  # PyTorch's message on a CPU
+        return "memory ran out: use smaller images, or fewer with --limit"
     if isinstance(error, ModuleNotFoundError) and (error.name or "jfbnb").split(".")[0] != "jfbnb":
-        return (f"{error.name} is not installed, which this command needs: pip install "
+        return (f"{error.name} is not installed: for this command run pip install "
                 "'jfbnb[notebooks]'")
     return ""
 
@@ -77,11 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
     celeba.add_argument("--data", type=checkout.find_path,
                         help="folder or zip of CelebA JPEGs")
     parameters.add_argument("--profile", default="quick",
-                            help="quick, cpu, paper, best or best-gpu")
+                            help="quick, cpu, paper, best or best-gpu; by default quick")
     parameters.add_argument("-p", dest="parameters", action="append", default=[],
                             metavar="NAME=VALUE", help="set a notebook parameter; may be repeated")
     weights.add_argument("--weights", type=lambda text: Path(checkout.find_path(text)),
-                         metavar="DIR", help="a folder with tuning.json and the methods' weights, "
+                         metavar="DIR", help="folder with tuning.json and the methods' weights, "
                          "e.g. runs/quick; by default the released ones")
     device.add_argument("--device", default="auto", help="auto, cpu or cuda")
     _add_pictures(pictures.add_argument)
@@ -89,26 +89,26 @@ def make_parser() -> argparse.ArgumentParser:
     option = add("reproduce", run_reproduce, "run the notebooks; regenerate figures and tables",
                  parameters, celeba)
     option("--weights", type=checkout.find_path, metavar="DIR",
-           help="take the trained networks in this folder, e.g. data/weights/cpu, and do not train")
+           help="use the trained networks in this folder, e.g. data/weights/cpu; do not train")
     option("--frozen", action="store_true",
-           help="redo figures and tables from the networks in runs/PROFILE; do not train")
-    option("--folder", help="of runs/ and figures/ to write to, if not PROFILE")
-    option("--only", metavar="NN", default="", help="one notebook alone, e.g. 04")
-    option("--force", action="store_true", help="redo what is already done, trainings too")
+           help="make figures and tables from the networks in runs/PROFILE; do not train")
+    option("--folder", help="name of the folder in runs/ and figures/; by default PROFILE")
+    option("--only", metavar="NN", default="", help="run only this notebook, e.g. 04")
+    option("--force", action="store_true", help="run finished notebooks and trainings again, too")
 
     option = add("lab", run_lab, "open the notebooks in JupyterLab")
-    option("options", nargs="*", help="of jupyter lab, after --")
+    option("options", nargs="*", help="options for jupyter lab, after --")
 
     option = add("train", run_train, "train one network",
                  parameters, celeba)
     networks = ["denoiser", *(m.name for m in methods.METHODS.values() if m.trainable)]
     option("network", choices=networks, metavar="NETWORK",
-           help=f"{networks[0]}, by notebook 3, or a method's: {', '.join(networks[1:])}")
+           help=f"{networks[0]}, or a method: {', '.join(networks[1:])}")
     option("--from", dest="start", type=Path, metavar="DIR",
-           help="with the denoiser that a method starts from; runs/PROFILE by default")
+           help="folder with the denoiser that a method starts from; by default runs/PROFILE")
     option("--conditions", action="store_true",
-           help="train a method over drawn blurs and noise levels")
-    option("--out", type=Path, metavar="DIR", help="runs/PROFILE/trained by default")
+           help="train a method over random blurs and noise levels")
+    option("--out", type=Path, metavar="DIR", help="by default runs/PROFILE/trained")
 
     names = ", ".join(methods.METHODS)
     option = add("evaluate", run_evaluate, "measure methods on a folder of sharp images", weights,
@@ -116,32 +116,31 @@ def make_parser() -> argparse.ArgumentParser:
     option("--data", type=checkout.find_path, required=True, help="folder or zip of images")
     option("--protocol", default="paper", help=", ".join(protocols.PROTOCOLS))
     option("--method", action="append", metavar="NAME",
-           help=f"{names}; may be repeated; all by default")
-    option("--limit", type=int, help="use the first N images")
-    option("--json", type=Path, metavar="FILE", help="write the results there")
+           help=f"{names}; may be repeated; by default all")
+    option("--limit", type=int, metavar="N", help="use the first N images")
+    option("--json", type=Path, metavar="FILE", help="write the results to this file")
 
     option = add("deblur", run_deblur, "restore blurred images of any size", pictures, weights,
                  device)
     option("--noise-std", type=lambda text: text if text == "auto" else float(text),
            default="auto",
-           help="on pixel values between 0 and 1; by default auto, which estimates it")
-    option("--method", metavar="NAME", help=f"{names}; by default jfb, and total-variation where "
-           "the picture contradicts its kernel or noise: the exit status is 3 then")
+           help="for pixel values from 0 to 1; by default auto, which estimates it")
+    option("--method", metavar="NAME", help=f"{names}; by default jfb, and total-variation if "
+           "jfb's image is out of range: the exit status is then 3")
     option("--gamma", default="auto", help="how the file stores light: linear, srgb or a number; "
-           "by default auto: srgb for a camera's picture, by its EXIF; else linear, and srgb where "
+           "by default auto: srgb for a camera's picture, by its EXIF; else linear, and srgb if "
            "that explains the picture better")
 
     option = add("blur", run_blur, "blur images and add noise, to try deblur on", pictures)
     option("--noise-std", type=float, default=0.01,
-           help="on pixel values between 0 and 1; %(default)s by default")
-    option("--seed", type=int, default=0, help="of the noise")
+           help="for pixel values from 0 to 1; by default %(default)s")
+    option("--seed", type=int, default=0, help="seed of the noise")
 
     option = add("sweep", run_sweep, "reproduce with every combination of some parameters", celeba)
-    option("file", type=Path, metavar="SWEEP.yaml", help="profile, and lists of values")
-    option("--scheduler", metavar="ADDRESS", help="of a dask cluster; else this machine")
+    option("file", type=Path, metavar="SWEEP.yaml", help="a profile, and lists of values")
+    option("--scheduler", metavar="ADDRESS", help="of a dask cluster; by default this machine")
 
-    option = add("doctor", run_doctor, "what is installed and found, and what would not work",
-                 weights)
+    option = add("doctor", run_doctor, "list what is installed and what would not work", weights)
     option("--data", type=checkout.find_path, default="data/celeba",
            help="folder or zip of images")
     return parser
@@ -149,15 +148,15 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_pictures(option: Callable) -> None:
     paper = protocols.get_protocol("paper").make.keywords
-    option("images", nargs="+", type=Path, metavar="IMAGE")
-    option("--out", required=True, type=Path, metavar="DIR")
+    option("images", nargs="+", type=Path, metavar="IMAGE", help="the files to read")
+    option("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     option("--kernel", default=f"gaussian:{paper['kernel_std']},{paper['kernel_size']}",
-           help=f"{kernel_option.FORMS}; or a file: a picture, .npy or .txt; by default the "
-                "paper's, %(default)s")
+           help=f"{kernel_option.FORMS}; or a file: a picture, .npy, .npz, .mat, .txt, .csv or "
+                ".tsv; by default the paper's, %(default)s")
     option("--border", choices=["unknown", "black"], default="unknown",
-           help="what lies beyond the picture: by default a scene that goes on")
+           help="beyond the picture: by default unknown, for a scene that continues")
     option("--range", metavar="LOW,HIGH",
-           help="the numbers in the file for black and white, if not the usual ones")
+           help="the file's numbers for black and white; by default by its type and values")
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -175,7 +174,7 @@ def run_reproduce(args: argparse.Namespace) -> None:
     overrides = _overrides(args)
     if args.frozen:
         if args.weights:
-            raise UserError("--frozen takes the networks of the run itself: leave --weights out")
+            raise UserError("--frozen uses the run's own networks: leave out --weights")
         args.weights = str(checkout.run_dirs(args.folder or args.profile)[0])
     if args.weights:
         overrides["weights"] = args.weights
@@ -212,7 +211,7 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_evaluate(args: argparse.Namespace) -> None:
     _check_limit(args.limit)
-    # The file is begun first, so that one that cannot be written is no surprise in the end.
+    # Open the file first: if it cannot be written, fail before the work.
     with atomic_path(args.json) if args.json else contextlib.nullcontext() as file:
         document = _evaluate(args, pick_device(args.device))
         if file:
@@ -220,7 +219,7 @@ def run_evaluate(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace, device: torch.device) -> dict:
-    """Show the table; return what --json writes."""
+    """Print the table; return the document for --json."""
     protocol = protocols.get_protocol(args.protocol)
     names = args.method or restorers.expected_methods(args.weights)
     chosen = restorers.make_methods(names, args.weights, device)
@@ -255,7 +254,8 @@ def run_deblur(args: argparse.Namespace) -> int:
 
     def deblur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str, str]:
         if gamma is None and picture.gamma:
-            _warn(f"note: {path}: a camera's picture, restored in light: --gamma linear if not so")
+            _warn(f"note: {path}: a camera's picture, restored in light; to prevent that, pass "
+                  "--gamma linear")
         with tqdm(desc=path.name, unit="tile", disable=None, leave=False) as bar:
             def progress(done: int, tiles: int) -> None:
                 bar.total, bar.n = tiles, done
@@ -272,7 +272,8 @@ def run_deblur(args: argparse.Namespace) -> int:
                      f"{found.residual:.1e}")
         if found.doubtful and not args.method:
             doubtful.append(path)
-            _warn(f"warning: {path}: so {safer} is written instead; --method {name} insists")
+            _warn(f"warning: {path}: so the image of {safer} is written; to insist, pass --method "
+                  f"{name}")
             return picture.with_pixels(found.image), said, safer
         return picture.with_pixels(found.image), said, name
 
@@ -281,7 +282,7 @@ def run_deblur(args: argparse.Namespace) -> int:
 
 
 def _kernel(text: str) -> torch.Tensor:
-    """The kernel that an option gives, after a line on what its file was taken for."""
+    """Parse --kernel, and print how its file was interpreted."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         kernel = kernel_option.parse(text)
@@ -313,11 +314,10 @@ Work = Callable[[files.Picture, Path, int], tuple[files.Picture, str, str]]
 
 
 def _each_picture(args: argparse.Namespace, suffixes: tuple[str, ...], work: Work) -> None:
-    """Do something with every page of every picture, and write it beside the others' as one file.
+    """Apply `work` to every page of every picture, and write one file for each picture.
 
-    `work` returns a page, what to say of it and one of the suffixes; a file's name has those of
-    all its pages. A picture with which it cannot be done is named; the others are done all the
-    same.
+    `work` returns a page, a text to print, and one of the suffixes; a file's name gets the suffixes
+    of its pages. A picture that fails is named, and the others are still processed.
     """
     failed, value_range = [], _range(args.range) if args.range else None
     _check_targets(args.images, args.out, suffixes)
@@ -340,21 +340,21 @@ def _each_picture(args: argparse.Namespace, suffixes: tuple[str, ...], work: Wor
         for page, said in enumerate(lines, 1):
             _say(f"{target}" + f", page {page} of {len(done)}" * (len(done) > 1) + f" ({said})")
     if failed:
-        raise UserError(f"{len(failed)} of {len(args.images)} pictures could not be done: see the "
-                        "lines above; the others are written")
+        raise UserError(f"{len(failed)} of {len(args.images)} pictures failed: see the lines "
+                        "above; the others are written")
 
 
 def _check_targets(paths: list[Path], out: Path, suffixes: tuple[str, ...]) -> None:
-    """Raise UserError where two would become one file, or one is among those still to be read."""
+    """Raise UserError if two outputs would be the same file, or an output is also an input."""
     stems = [path.stem for path in paths]
     read = {path.resolve() for path in paths}
     for path in paths:
         if stems.count(path.stem) > 1:
-            raise UserError(f"several pictures are called {path.stem}, and would become one file: "
-                            f"{path} needs another --out")
+            raise UserError(f"several pictures are named {path.stem}, and would become one file: "
+                            f"run {path} with another --out")
         for suffix, kind in itertools.product(suffixes, (".png", ".tif")):
             if (target := out / f"{path.stem}-{suffix}{kind}").resolve() in read:
-                raise UserError(f"{target} is to be read and would be written: choose another "
+                raise UserError(f"{target} is an input and would be overwritten: choose another "
                                 "--out")
 
 
@@ -370,13 +370,13 @@ def run_lab(args: argparse.Namespace) -> None:
     checkout.need_checkout()
     notebooks = sorted(checkout.ROOT.glob("notebooks/**/[0-9]*.ipynb"))
     first = notebooks[0].relative_to(checkout.ROOT).as_posix()
-    # Else what is stored with them stays dead until it is run.
+    # Untrusted notebooks do not show their stored widgets and scripts.
     for words in (["trust", *notebooks],
                   ["lab", "--notebook-dir", checkout.ROOT,
                    f"--LabApp.default_url=/lab/tree/{first}", *args.options]):
         done = subprocess.run([sys.executable, "-m", "jupyter", *map(str, words)], check=False)
         if done.returncode:
-            raise UserError(f"jupyter {words[0]} ended with status {done.returncode}: see above")
+            raise UserError(f"jupyter {words[0]} failed with status {done.returncode}: see above")
 
 
 def run_doctor(args: argparse.Namespace) -> None:
@@ -385,11 +385,11 @@ def run_doctor(args: argparse.Namespace) -> None:
         _say(f"{'ok     ' if well else 'TROUBLE'} {line}")
         troubles += not well
     if troubles:
-        raise UserError(f"{troubles} of these findings are trouble: see the lines above")
+        raise UserError(f"{troubles} of these findings are TROUBLE: see the lines above")
 
 
 def _say(line: str, stream: TextIO | None = None) -> None:
-    """Print a line. Where nobody reads on, as with `| head`, the work goes on without."""
+    """Print a line. If the reader has gone, as with `| head`, continue without printing."""
     stream = stream or sys.stdout
     try:
         print(line, file=stream, flush=True)

@@ -1,4 +1,4 @@
-"""What this installation has, and what of the suite would not work with it."""
+"""Check what is installed, and which parts of the suite would not work."""
 
 import os
 import platform
@@ -17,27 +17,27 @@ from jfbnb.training.restorers import RELEASED, expected_methods, make_methods
 
 LIBRARIES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "safetensors", "matplotlib",
              "jupyterlab", "ipywidgets", "anywidget", "papermill", "distributed")
-NEEDED_BYTES = 200_000_000  # of profile quick: executed notebooks, figures, checkpoints
-Finding = tuple[bool, str]  # whether all is well, and the line that says it
+NEEDED_BYTES = 200_000_000  # for profile quick: executed notebooks, figures, checkpoints
+Finding = tuple[bool, str]  # whether it is ok, and a line that says so
 
 
 def examine(data: str, weights: Path | None) -> Iterator[Finding]:
-    """One finding after another, on the machine, the installation, the data and the weights."""
+    """Findings on the machine, the installation, the data and the weights, one by one."""
     memory = psutil.virtual_memory()
     yield True, f"Python {platform.python_version()} on {platform.platform()}"
     yield True, (f"{os.cpu_count()} cores, {torch.get_num_threads()} threads for PyTorch, "
                  f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB memory free")
     yield True, f"device `auto` is {describe_device(pick_device('auto'))}"
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        yield False, (f"an NVIDIA driver is here, but torch {torch.__version__} cannot use it: "
-                      "install a build for CUDA, and see what nvidia-smi says")
+        yield False, (f"there is an NVIDIA driver, but torch {torch.__version__} cannot use it: "
+                      "install a build for CUDA, and run nvidia-smi")
     if torch.backends.mps.is_available():
         yield True, "Apple's GPU is not used: the CPU computes"
     for name in LIBRARIES:
         try:
             yield True, f"{name} {version(name)}"
         except PackageNotFoundError:  # without the others this command would not run
-            yield True, (f"no {name}: pictures are restored without; for notebooks and sweeps "
+            yield True, (f"no {name}: not needed to restore pictures; for notebooks and sweeps "
                          "pip install 'jfbnb[notebooks,sweep]'")
     yield from notebooks()
     try:
@@ -55,7 +55,7 @@ def examine(data: str, weights: Path | None) -> Iterator[Finding]:
 
 
 def notebooks() -> Iterator[Finding]:
-    """Whether there is a checkout to run, and room for its results."""
+    """Check for a checkout, and for disk space for its results."""
     try:
         checkout.need_checkout()
     except UserError as error:
@@ -66,4 +66,4 @@ def notebooks() -> Iterator[Finding]:
     yield free > NEEDED_BYTES, f"{free / 1e9:.1f} GB free on the disk of {base}"
     for folder in (base / "runs", base / "figures"):
         if not os.access(folder if folder.exists() else base, os.W_OK):
-            yield False, f"{folder} cannot be written: nothing can be reproduced here"
+            yield False, f"{folder} cannot be written: make it writable to run notebooks"

@@ -1,7 +1,7 @@
 """Run the notebooks through papermill, in order, and skip those that are done.
 
-A notebook is done when its marker says so: a small file, written last and atomically, with the
-hashes of everything that the notebook depends on and of every file that it wrote.
+A notebook is done if its marker says so: a small file, written last and atomically, with hashes of
+everything that the notebook depends on and of every file that it wrote.
 """
 
 import ast
@@ -43,8 +43,8 @@ Parameters = dict[str, Any]  # a notebook's, by name
 Log = Callable[[str], None]
 PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
             "jupyterlab")
-CODE = (".py", ".js", ".csv", ".json", ".safetensors")  # files of the package that results need
-NOT_RESULTS = ("checkpoints", "markers", "trained")  # folders in a run's
+CODE = (".py", ".js", ".csv", ".json", ".safetensors")  # package files that affect results
+NOT_RESULTS = ("checkpoints", "markers", "trained")  # folders in a run's folder
 # All numbers among the parameters are positive, except:
 LEAST = {"depth": 2, "seed": 0, "penalty": 0, "power_iterations": 0, "unconverged_limit": 0}
 
@@ -88,15 +88,15 @@ def load_profile(name: str) -> Parameters:
     path = folder / f"{name}.yaml"
     values = parse_yaml(path.read_bytes(), str(path))
     if not isinstance(values, dict | None):
-        raise UserError(f"{path} is no profile: it maps names of parameters to values")
+        raise UserError(f"{path} is not a profile: write `NAME: VALUE` for each parameter")
     return {**(values or {}), "profile": name}
 
 
 def complete(paths: Iterable[Path], given: Parameters) -> dict[Path, Parameters]:
-    """For each notebook its parameters, with the given values in the place of its own.
+    """Each notebook's parameters, with the given values in place of its own.
 
     Raises:
-        UserError: for whatever can be seen to be wrong before anything runs.
+        UserError: for errors that can be found before anything runs.
     """
     check_parameters(given, known_parameters())
     get_protocol(given.get("protocol", "paper"))
@@ -108,7 +108,7 @@ def complete(paths: Iterable[Path], given: Parameters) -> dict[Path, Parameters]
 
 
 def check_parameters(given: Parameters, known: Parameters) -> None:
-    """Raise UserError for a parameter that is not known, of another type, or out of range."""
+    """Raise UserError for a parameter that is unknown, of the wrong type, or out of range."""
     for name, value in given.items():
         if name not in known:
             raise UserError(f"unknown parameter {name!r}: the notebooks have "
@@ -125,9 +125,9 @@ def check_parameters(given: Parameters, known: Parameters) -> None:
 
 
 def _is_like(value: Any, example: Any) -> bool:
-    """Whether the value has the example's type; an integer will do for a float.
+    """Whether the value has the example's type; an integer may stand for a float.
 
-    A list has any number of entries, a dictionary any names, each with a number.
+    A list may have any number of entries, a dictionary any names, each with a number.
     """
     if isinstance(example, dict):
         return isinstance(value, dict) and all(
@@ -152,7 +152,7 @@ def files_hash(paths: Iterable[Path]) -> str:
 
 
 def input_hashes(path: Path, parameters: Parameters) -> dict[str, str]:
-    """Hashes of all that decides a notebook's results, except for what earlier ones wrote.
+    """Hashes of everything that a notebook depends on, except the outputs of earlier notebooks.
 
     Raises:
         UserError: if there is no such data, or if the weights folder has no networks.
@@ -181,7 +181,7 @@ def input_hashes(path: Path, parameters: Parameters) -> dict[str, str]:
 
 
 def earlier_hashes(path: Path, runs: Path) -> dict[str, str]:
-    """Hashes of what the earlier notebooks wrote. Raises UserError if something is missing."""
+    """Hashes of the earlier notebooks' outputs. Raises UserError if one is missing."""
     hashes = {}
     for earlier in notebooks()[:notebooks().index(path)]:
         marker = read_marker(runs / "markers" / f"{earlier.stem}.json")
@@ -189,14 +189,14 @@ def earlier_hashes(path: Path, runs: Path) -> dict[str, str]:
             if name.startswith("figures") or name.endswith(".ipynb"):
                 continue
             if not (checkout.work() / name).is_file():
-                raise UserError(f"notebook {_number(path)} needs what {_number(earlier)} writes: "
-                                "run that one first")
+                raise UserError(f"notebook {_number(path)} needs the results of "
+                                f"{_number(earlier)}: run that one first")
             hashes[name] = file_hash(checkout.work() / name)
     return hashes
 
 
 def read_marker(marker: Path) -> dict[str, Any]:
-    """A notebook's marker, or an empty one where it is missing or damaged."""
+    """A notebook's marker, or an empty one if it is missing or damaged."""
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))
         return found if found.keys() == {"inputs", "outputs", "parameters", "seconds"} else {}
@@ -205,14 +205,14 @@ def read_marker(marker: Path) -> dict[str, Any]:
 
 
 def is_done(marker: dict[str, Any], inputs: dict[str, str]) -> bool:
-    """Whether the marker has these inputs, and every output is there, unchanged."""
+    """Whether the marker has these inputs, and every output exists unchanged."""
     return marker.get("inputs") == inputs and all(
         (checkout.work() / name).is_file() and file_hash(checkout.work() / name) == digest
         for name, digest in marker["outputs"].items())
 
 
 def result_files(folder: str) -> dict[Path, int]:
-    """The files of a run, and when each was written; without checkpoints, markers and logs."""
+    """The files of a run except checkpoints, markers and logs, and when each was written."""
     return {file: file.stat().st_mtime_ns
             for place in checkout.run_dirs(folder) for file in place.rglob("[!.]*.*")
             if file.suffix != ".log" and file.is_file()
@@ -228,20 +228,20 @@ def reproduce(profile: str, overrides: Parameters, only: str = "", force: bool =
 
     Args:
         overrides: parameter values that replace the profile's.
-        only: a notebook's number, e.g. "04" or "04b": run that one alone.
+        only: the number of the only notebook to run, e.g. "04" or "04b".
         force: run notebooks even if they are done, and train from scratch: the run's checkpoints
             are deleted.
-        folder: of runs/ and figures/ to write to, if not the profile's own.
+        folder: the folder in runs/ and figures/, by default the profile's name.
 
     Raises:
-        UserError: for bad input, or where a notebook stops with an error.
+        UserError: for bad input, or if a notebook stops with an error.
     """
     paths = [path for path in notebooks() if only in ("", _number(path))]
     if not paths:
         *known, last = map(_number, notebooks())
         raise UserError(f"no notebook {only!r}: choose {', '.join(known)} or {last}")
     if "profile" in overrides:
-        raise UserError("the parameter profile names the output folder: use --folder")
+        raise UserError("the parameter profile cannot be set: name the output folder by --folder")
     folder = folder or profile
     if Path(folder).is_absolute() or folder == "." or ".." in Path(folder).parts \
             or not folder.isprintable():
@@ -251,8 +251,8 @@ def reproduce(profile: str, overrides: Parameters, only: str = "", force: bool =
     parameters = complete(paths, given)
     setup, scene = get_protocol(given.get("protocol", "paper")), torch.zeros(1, 3, 16, 16)
     if setup.operator(16)(scene).shape != scene.shape:
-        raise UserError("the notebooks compare a picture with its scene, and with the protocol "
-                        f"{setup.name} they are of different sizes: choose paper or code")
+        raise UserError("the notebooks need measurements of the size of the scene, which the "
+                        f"protocol {setup.name} does not give: choose paper or code")
     inputs = {path: input_hashes(path, parameters[path]) for path in paths}
     runs, figures = checkout.run_dirs(folder)
     with alone(runs):
@@ -270,19 +270,19 @@ def reproduce(profile: str, overrides: Parameters, only: str = "", force: bool =
 
 @contextlib.contextmanager
 def alone(runs: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system takes back from a process that dies."""
+    """Hold the folder's lock; the system releases it if the process dies."""
     runs.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(runs / ".lock", timeout=0):
             yield
     except Timeout:
-        raise UserError(f"another run is writing {runs}: wait until it has ended, or choose "
-                        "another --folder") from None
+        raise UserError(f"another run is writing to {runs}: wait until it ends, or choose another "
+                        "--folder") from None
 
 
 def run_step(path: Path, parameters: Parameters, inputs: dict[str, str], folder: str, force: bool,
              title: str, log: Log) -> None:
-    """Run one notebook, unless it is done, and write its marker."""
+    """Run one notebook and write its marker, unless it is done."""
     runs, _ = checkout.run_dirs(folder)
     file = runs / "markers" / f"{path.stem}.json"
     marker, inputs = read_marker(file), inputs | earlier_hashes(path, runs)
@@ -305,13 +305,13 @@ def run_step(path: Path, parameters: Parameters, inputs: dict[str, str], folder:
 
 
 def run_notebook(path: Path, parameters: Parameters, runs: Path) -> float:
-    """Execute one notebook into `runs`; return the seconds. Its prints also go to a .log there."""
+    """Execute one notebook into `runs`, with a .log of its prints; return the seconds."""
     import papermill  # slow to import, and needed here only
     from papermill.exceptions import PapermillExecutionError
     from traitlets.config import Config
 
     os.environ["PYDEVD_DISABLE_FILE_VALIDATION"] = "1"  # else the kernel warns of frozen modules
-    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # not a user's kernel, of another environment
+    os.environ["JUPYTER_PREFER_ENV_PATH"] = "1"  # not a kernel of another environment
     executed, log = runs / path.name, runs / f"{path.stem}.log"
     clock = perf_counter()
     try:
@@ -326,13 +326,13 @@ def run_notebook(path: Path, parameters: Parameters, runs: Path) -> float:
                         f"{executed.relative_to(checkout.work())})") from error
     except RuntimeError as error:  # nbclient's DeadKernelError is one
         raise UserError(f"{path.stem} stopped: {error}. It was killed, most often for lack of "
-                        "memory (then lower batch_size or n_train), or crashed: its last words "
-                        f"are in {log.relative_to(checkout.work())}") from error
+                        "memory (then lower batch_size or n_train), or crashed: see the end of "
+                        f"{log.relative_to(checkout.work())}") from error
     return perf_counter() - clock
 
 
 def write_provenance(folder: str, device: str) -> None:
-    """figures/FOLDER/provenance.json: how its figures and tables came about."""
+    """Write figures/FOLDER/provenance.json: how its figures and tables were made."""
     runs, figures = checkout.run_dirs(folder)
     markers = {path.stem: read_marker(runs / "markers" / f"{path.stem}.json")
                for path in notebooks()}

@@ -1,7 +1,7 @@
-"""Many runs of the suite: every combination of some parameters' values, on dask.distributed.
+"""Run the suite for every combination of some parameters' values, on dask.distributed.
 
-Each point is one `jfbnb reproduce`, in a process and a folder of its own, which skips what is done.
-Dask tries a point again when its worker dies.
+Each point is one `jfbnb reproduce` in a separate process and folder. It skips finished notebooks.
+Dask retries a point if its worker dies.
 """
 
 import itertools
@@ -21,10 +21,10 @@ from jfbnb.teaching.figures import save_table
 
 
 def load_sweep(path: Path) -> tuple[str, dict[str, list[Any]]]:
-    """A sweep's profile and its parameters, each with the values to try.
+    """Read a sweep: its profile, and its parameters, each with a list of values.
 
     Raises:
-        UserError: if the file is no such description, or has a parameter that no notebook has.
+        UserError: if the file is not a sweep, or has a parameter that no notebook has.
     """
     if not path.is_file():
         raise UserError(f"cannot read the sweep {path}: there is no such file")
@@ -32,14 +32,14 @@ def load_sweep(path: Path) -> tuple[str, dict[str, list[Any]]]:
     if (not isinstance(sweep, dict) or set(sweep) != {"profile", "parameters"}
             or not isinstance(sweep["parameters"], dict) or not sweep["parameters"]
             or not all(isinstance(v, list) and v for v in sweep["parameters"].values())):
-        raise UserError(f"{path} is no sweep: it has a `profile`, and `parameters` that each have "
-                        "a list of values")
+        raise UserError(f"{path} is not a sweep: give a `profile`, and `parameters`, each with a "
+                        "list of values")
     known = known_parameters()
     check_parameters(load_profile(sweep["profile"]), known)
     for values in points(sweep["parameters"]):
         check_parameters(values, known)
     if "profile" in sweep["parameters"]:
-        raise UserError(f"{path}: every point has a folder of its own; leave out `profile` there")
+        raise UserError(f"{path}: leave `profile` out of the parameters")
     return sweep["profile"], sweep["parameters"]
 
 
@@ -55,10 +55,10 @@ def point_name(values: dict[str, Any]) -> str:
 
 
 def run_point(profile: str, folder: str, values: dict[str, Any], data: str | None) -> str:
-    """Reproduce one point in a process of its own; return its folder.
+    """Reproduce one point in a separate process; return its folder.
 
     Raises:
-        RuntimeError: if that fails, with its last words.
+        RuntimeError: if that fails, with the last line of its output.
     """
     command = [sys.executable, "-m", "jfbnb", "reproduce", "--profile", profile, "--folder", folder,
                *(["--data", data] if data else [])]
@@ -79,7 +79,7 @@ def sweep(path: Path, scheduler: str | None, data: str | None,
             worker on this machine.
 
     Raises:
-        UserError: for a bad sweep file, a missing dask, or points that failed.
+        UserError: for a bad sweep file, if dask is missing, or if points fail.
     """
     profile, parameters = load_sweep(path)
     try:
@@ -99,13 +99,13 @@ def sweep(path: Path, scheduler: str | None, data: str | None,
             log(f"failed: {error}" if error else f"done: {future.result()}")
             failed += error is not None
     if failed:
-        raise UserError(f"{failed} of {len(futures)} points failed; the same command tries them "
-                        "again")
+        raise UserError(f"{failed} of {len(futures)} points failed; run the same command to try "
+                        "them again")
     return summarise(name, parameters)
 
 
 def summarise(name: str, parameters: dict[str, list[Any]]) -> Path:
-    """Means of every method's PSNR and SSIM, with standard errors, over the seeds."""
+    """Write the means over the seeds of every method's PSNR and SSIM, with standard errors."""
     figures = checkout.run_dirs(name)[1]
     together = pd.concat([
         pd.read_csv(figures / point_name(values) / "table2_comparison.csv").assign(**values)

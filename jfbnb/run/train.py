@@ -1,6 +1,6 @@
 """Train a profile's networks by command.
 
-Notebooks 3 to 5 call the same recipes; they take what this stores by their parameter `weights`.
+Notebooks 3 to 5 call the same recipes; their parameter `weights` uses the networks stored here.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ from jfbnb.training.recipes import Run, train_denoiser, train_method, validation
 from jfbnb.training.tuning import Tuning, tune
 from jfbnb.training.weights import load_denoiser
 
-# By any network; a method that needs a smooth one is not among notebook 5's rivals.
+# With any network; notebook 5 does not compare methods that need a smooth one.
 TRAINED = [name for name, method in METHODS.items() if method.trainable and not method.smooth]
 
 
 def network_parameters(profile: str, overrides: Parameters) -> Parameters:
-    """What notebooks 3 to 5 are given in a profile. Raises UserError for unknown ones."""
+    """The parameters of notebooks 3 to 5 in a profile. Raises UserError for unknown ones."""
     training = [path for path in notebooks() if path.stem[:2] in ("03", "04", "05")]
     found = complete(training, load_profile(profile) | overrides)
     return {name: value for own in found.values() for name, value in own.items()}
@@ -43,12 +43,12 @@ def train_network(name: str, parameters: Parameters, start: Path, out: Path, com
     Args:
         name: "denoiser", or that of a method that is trained.
         start: the folder with the denoiser that a method starts from.
-        command: what the model card says that made it.
-        conditions: whether to train a method over drawn blurs and noise levels, into
+        command: the command, for the model card.
+        conditions: whether to train a method over random blurs and noise levels, into
             out/conditions.
 
     Raises:
-        UserError: for bad parameters, missing data or weights, or where training fails.
+        UserError: for bad parameters, missing data or weights, or if training fails.
     """
     out = out / "conditions" if conditions else out
     with alone(out):
@@ -79,7 +79,7 @@ def _train(name: str, p: Parameters, start: Path, conditions: bool, run: Run) ->
 
 def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditions: bool,
              device: torch.device) -> dict[str, Any]:
-    """What `train_method` is given of a method's training, as notebooks 4 and 5 give it."""
+    """The arguments of `train_method` for a method, as in notebooks 4 and 5."""
     network = load_denoiser(start / "denoiser.safetensors").network
     if not method.takes(network):
         raise UserError(f"{method.name} needs a network with a continuous derivative, and "
@@ -96,7 +96,7 @@ def prepared(method: Method, p: Parameters, splits: Splits, start: Path, conditi
                           "penalty")})
     if conditions:
         losses = replace(losses, conditions=Conditions())
-    # In notebook 5 a table says how many converge.
+    # For the other methods a table in notebook 5 shows how many converge.
     limit = p["unconverged_limit"] if method is JFB and not conditions else 1.0
     rate = p["learning_rates"].get(method.name, p["learning_rate"])
     config = TrainingConfig(0, p["batch_size"], p["crop"], rate, p["seed"], limit,

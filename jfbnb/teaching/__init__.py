@@ -1,1 +1,1 @@
-"""What the notebooks show: figures, tables, explorers, exercises."""
+"""The parts of the notebooks: figures, tables, explorers, exercises."""

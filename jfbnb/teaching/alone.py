@@ -1,4 +1,4 @@
-"""A notebook by itself: what the ones before it would have left, and a training that is stopped."""
+"""Run a notebook alone: get the results of earlier ones; and stop a training cleanly."""
 
 import shutil
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from jfbnb.training.tuning import Tuning
 
 
 def need(runs: Path, stored: str | Path, networks: list[str]) -> None:
-    """See that `runs` has the networks that earlier notebooks train.
+    """Make sure that `runs` has some networks of earlier notebooks.
 
-    One that is missing is taken from the folder `stored`, and a line says so; running the earlier
+    A missing one is copied from the folder `stored`, and a line says so; running the earlier
     notebooks replaces it.
 
     Raises:
-        UserError: if `stored` lacks a network, too.
+        UserError: if `stored` lacks the network, too.
     """
     missing = [name for name in networks if not (runs / f"{name}.safetensors").is_file()]
     for file in (f"{name}{suffix}" for name in missing for suffix in (".safetensors", ".json")):
@@ -26,7 +26,7 @@ def need(runs: Path, stored: str | Path, networks: list[str]) -> None:
         with atomic_path(runs / file) as temporary:
             shutil.copyfile(Path(stored) / file, temporary)
     if missing:
-        print(f"no earlier notebook has run here; stored networks are taken: {', '.join(missing)}")
+        print(f"no earlier notebook has run here; using stored networks: {', '.join(missing)}")
 
 
 def chosen_before(file: Path, empty: Tuning) -> Tuning:
@@ -35,10 +35,7 @@ def chosen_before(file: Path, empty: Tuning) -> Tuning:
 
 
 def check_parameters(**given: float) -> None:
-    """Raise UserError for a count, such as `batch_size`, or a side `crop` that no notebook can use.
-
-    A crop is of 8 to 128 pixels, every other one at least 1.
-    """
+    """Raise UserError unless `crop` is 8 to 128 pixels, and any other count 1 to 1,000,000."""
     for name, value in given.items():
         least, most = (8, 128) if name == "crop" else (1, 1_000_000)
         if not least <= value <= most:
@@ -47,9 +44,9 @@ def check_parameters(**given: float) -> None:
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """A training within that is stopped says so in one line."""
+    """Show one line, not a traceback, if a training inside is interrupted."""
     try:
         yield
     except KeyboardInterrupt:
-        raise UserError("stopped: run this cell again, and training goes on after its last "
+        raise UserError("stopped: run this cell again to resume the training from its last "
                         "checkpoint") from None

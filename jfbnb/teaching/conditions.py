@@ -1,4 +1,4 @@
-"""Methods under other blurs, noise levels and images than they were made for (notebook 5)."""
+"""Evaluate methods for blurs, noise levels and images other than their own (notebook 5)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ from jfbnb.data import PHOTOS, ImageSet, bundled_photos
 from jfbnb.training.evaluation import evaluate, summarise
 from jfbnb.training.methods import METHODS, Settings
 
-TUNED_HERE = "tuned here"  # the version of a method that is tuned under each condition
-RUN_ON = 8  # images of a method under a condition that are solved on, at most
-FURTHER = 300  # evaluations of T in which they are
+TUNED_HERE = "tuned here"  # the version of a method that is tuned for each condition
+RUN_ON = 8  # the most images per method and condition whose solves are continued
+FURTHER = 300  # evaluations of T in a continued solve
 
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """Images, how they are measured, and the operator that the methods are given.
+    """Images, the operator that measures them, and the one that the methods are given.
 
     Args:
         true_A: the operator that measures.
-        A: the one that the methods are given.
-        noise_std: of the measurements; the methods are given it.
+        A: the operator that the methods are given.
+        noise_std: of the measurements; also given to the methods.
     """
 
     images: ImageSet
@@ -38,7 +38,7 @@ class Condition:
     noise_std: float
 
     def measure(self, images: ImageSet, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Some images and their measurements, under this condition."""
+        """Some images and their measurements under this condition."""
         x = images.as_float().to(device)
         return x, measure(self.true_A.to(device), x, self.noise_std, seed, images.indices)
 
@@ -49,11 +49,11 @@ def study_conditions(
     """The conditions of notebook 5: other kernels and noise levels, a wrong blur, other images.
 
     Args:
-        A, noise_std: the protocol's; images: on which the first three studies are made.
-        seen: photographs that networks were trained on.
+        A, noise_std: the protocol's; images: for the first three studies.
+        seen: photographs in the networks' training data, to leave out.
 
     Returns:
-        The conditions by study and name, and by study the name of the protocol's own.
+        The conditions by study and name, and for each study the name of the protocol's condition.
     """
     size, kernel, std = images.images.shape[-1], A.kernel_size, A.kernel_std
     usual = Condition(images, A, A, noise_std)
@@ -87,25 +87,24 @@ def evaluate_conditions(
     device: torch.device,
     candidates: int = 9,
 ) -> pd.DataFrame:
-    """Methods under conditions that they were not all made for: means, and what solves come to.
+    """Evaluate methods under conditions, and continue solves that did not converge.
 
-    Those without weights are tuned anew for every operator and noise level, so that they are about
-    as good there as they can be. Where a network's solves have not all converged, at most 8 of the
-    images, the worst of them, are solved on for 300 more evaluations of T: what does their PSNR say
-    then?
+    Methods without weights are tuned anew for every operator and noise level, so that each is near
+    its best. If some of a network's solves have not converged, the worst, at most 8, are continued
+    for 300 more evaluations of T.
 
     Args:
         versions: methods that are ready to use, by what they were trained for.
-        conditions: by study and by name. One that several studies share is evaluated once.
+        conditions: by study and name. One that several studies share is evaluated once.
         tuned: the names of the methods to tune.
-        validation: the images to tune on, measured as the condition has it.
-        candidates: about how many settings are tried for each.
+        validation: the images to tune on, measured under the condition.
+        candidates: about how many settings are tried for each method.
 
     Returns:
         A row for each condition, version (those of `versions`, and "tuned here") and method: the
-        columns of `summarise`, run_on (how many images were solved on), converged_later (the share
-        of these that then have converged), drift (the mean rise of their PSNR in dB; both are empty
-        where there are none), version, settings (as tuned here), study, condition.
+        columns of `summarise`; run_on (how many solves were continued), converged_later (the share
+        of these that then converged) and drift (the mean increase of their PSNR in dB), which are
+        empty if run_on is 0; version, settings (if tuned here), study, condition.
     """
     done: dict[Condition, pd.DataFrame] = {}
     found: dict[object, dict[str, Settings]] = {}
@@ -132,8 +131,8 @@ def evaluate_conditions(
 def tuned_under(condition: Condition, name: str, x: Tensor, d: Tensor, n: int) -> Settings:
     """The best of about n settings of a method without weights, on images x measured as d.
 
-    Where the candidates differ in one number alone they are tried from the middle on, uphill, until
-    PSNR falls on both sides; in others all are tried.
+    If the candidates differ in one number only, the search climbs from the middle until PSNR falls
+    on both sides; else all are tried.
     """
     method, A = METHODS[name], condition.A.to(x.device)
     candidates = method.candidates(condition.noise_std, n)
@@ -154,13 +153,13 @@ def tuned_under(condition: Condition, name: str, x: Tensor, d: Tensor, n: int) -
 
 
 def _with(name: str, settings: Settings) -> Restorer:
-    """A method without weights, with settings that already are for the noise level."""
+    """A method without weights, with settings for the noise level at hand."""
     return Restorer(lambda A, d, noise_std: METHODS[name].restore(A, d, settings, 1.0))
 
 
 def _under(condition: Condition, methods: dict[str, Restorer], x: Tensor,
            d: Tensor) -> pd.DataFrame:
-    """`summarise` under one condition, and what comes of the solves that have not converged."""
+    """`summarise` under one condition, with the results of continued solves."""
     A = condition.A.to(x.device)
     table = evaluate(methods, A, x, d, condition.noise_std, condition.images.names)
     later = [_run_on(methods[name], rows.reset_index(drop=True), A, x, d, condition.noise_std)
@@ -170,10 +169,10 @@ def _under(condition: Condition, methods: dict[str, Restorer], x: Tensor,
 
 def _run_on(method: Restorer, rows: pd.DataFrame, A: LinearOperator, x: Tensor, d: Tensor,
             noise_std: float) -> dict[str, float]:
-    """What the unconverged images of one method come to: run_on, converged_later, drift.
+    """Continue the unconverged solves of one method: run_on, converged_later, drift.
 
-    A solve from the start to a later end goes through the same iterates as one that is gone on
-    with, Anderson's memory included.
+    Solving again from the start, with a higher limit, gives the same iterates as continuing,
+    Anderson's memory included.
     """
     failed = rows[rows.converged == 0].sort_values("residual", ascending=False,
                                                    na_position="first")

@@ -1,4 +1,4 @@
-"""What the step of a training costs, by gradient: seconds and memory (notebook 4b)."""
+"""The cost of a training step by gradient method: seconds and memory (notebook 4b)."""
 
 import os
 import time
@@ -17,7 +17,7 @@ Step = Callable[[ImplicitMap, Tensor, Tensor, int], Tensor]
 
 
 def jfb_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
-    """The gradient of JFB after K plain iterations."""
+    """JFB's gradient after K plain iterations."""
     state, _ = solve(T, d, 0.0, K, picard)
     return parameter_gradient(T, state, d, truth, jfb)
 
@@ -36,7 +36,7 @@ def unrolled_step(T: ImplicitMap, d: Tensor, truth: Tensor, K: int) -> Tensor:
 
 def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor, iterations: list[int],
                    steps: Mapping[str, Step]) -> list[dict]:
-    """Time and memory of one training step by each of some gradients, by their names.
+    """Measure time and memory of one training step for each gradient in `steps`, by name.
 
     Returns:
         A record for each gradient and K: gradient, K, seconds, bytes.
@@ -50,9 +50,9 @@ def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor, iterations: list[in
 
 
 def step_cost(step: Callable[[], object]) -> tuple[float, int]:
-    """What one call takes: seconds, and the peak of the memory that it allocates, in bytes.
+    """Measure one call: seconds, and the peak of the memory that it allocates, in bytes.
 
-    On a CPU the peak is counted from PyTorch's own record of tensors made and freed. The call is
+    On a CPU the peak is computed from PyTorch's record of allocated and freed tensors. The call is
     made three times: to warm up, to time, and to count.
     """
     step()

@@ -1,4 +1,4 @@
-"""Checks of the notebooks' exercises: each runs what it is given, or measures the answer anew."""
+"""Checks of the notebooks' exercises: each runs the given code, or measures the answer itself."""
 
 import copy
 import csv
@@ -24,16 +24,16 @@ from jfbnb.data import bundled_photos
 from jfbnb.teaching.explorers import ToyMap
 from jfbnb.training.methods import METHODS
 
-RECORD = Path("answers.csv")  # of all that was answered, beside the notebook: to be handed in
-PROTOCOLS = ("paper", "code")  # exercise 1.1 changes it, and what follows may keep it so
+RECORD = Path("answers.csv")  # all attempts, beside the notebook, to be handed in
+PROTOCOLS = ("paper", "code")  # exercise 1.1 changes the protocol; later ones accept either
 
 
 def answer(exercise: str, given: object = None, *context: object) -> None:
-    """Print whether an answer is right, or what to look at, and note it in `RECORD`.
+    """Print whether an answer is right, or a hint, and record the attempt in `RECORD`.
 
     Args:
-        given: None is no answer yet.
-        context: of the notebook, what the check needs to measure the answer itself.
+        given: the answer; None if there is none yet.
+        context: objects of the notebook that the check needs to measure the answer itself.
     """
     if given is None:
         print(f"{exercise}: no answer yet")
@@ -42,7 +42,7 @@ def answer(exercise: str, given: object = None, *context: object) -> None:
         with torch.no_grad():
             hint = CHECKS[exercise](*(copy.deepcopy(value).cpu() if isinstance(value, nn.Module)
                                       else value for value in (given, *context)))
-        verdict = f"not so: {hint}" if hint else "right"
+        verdict = f"not right: {hint}" if hint else "right"
     except Exception as error:  # a student's function may raise anything
         verdict = f"it cannot be checked: {type(error).__name__}: {error}".splitlines()[0]
     with RECORD.open("a", newline="", encoding="utf-8") as file:
@@ -51,24 +51,24 @@ def answer(exercise: str, given: object = None, *context: object) -> None:
 
 
 def number(given: object) -> float:
-    """A number, as Python has it or as text, perhaps with a unit. Raises ValueError."""
+    """Parse a number, perhaps a text with a unit. Raises ValueError."""
     text = str(given.item() if isinstance(given, Tensor) else given)
     return float(re.sub(r"\s*(dB|steps?)$", "", text.strip().replace("\N{MINUS SIGN}", "-")))
 
 
 def near(given: object, measured: list[float], within: float, hint: str) -> str:
-    """No hint for a number that is one of those measured."""
+    """The hint, or "" if the number is near one of those measured."""
     return "" if min(abs(number(given) - value) for value in measured) < within else hint
 
 
 def best(given: object, values: Mapping[object, float], within: float = 1e-6) -> str:
-    """No hint for the choice whose value in dB is the largest; a method's label will do, too."""
+    """A hint, or "" for the choice with the largest value in dB; a method's label is accepted."""
     labels = {METHODS[name].label: value for name, value in values.items() if name in METHODS}
     known = {str(name).lower(): value for name, value in (values | labels).items()}
     if (name := str(given).strip().lower()) not in known:
-        return f"{given!r} is none of {', '.join(map(str, values))}"
+        return f"{given!r} is not one of {', '.join(map(str, values))}"
     missed = max(values.values()) - known[name]
-    return "" if missed <= within else f"another one is ahead of {given} by {missed:.2f} dB"
+    return "" if missed <= within else f"another choice is {missed:.2f} dB better than {given}"
 
 
 def mean_psnr(y: Tensor, x: Tensor) -> float:
@@ -82,7 +82,7 @@ def measured(protocol: str = "paper", noise_std: float = 0.01) -> tuple[Blur, Te
 
 
 def inverted(noise_std: float, *protocols: str) -> list[float]:
-    """The PSNR in dB of the direct inverse, by protocol."""
+    """The PSNR in dB of the direct inverse for each protocol."""
     cases = [measured(name, noise_std) for name in protocols]
     return [mean_psnr(direct_inverse(A, d), x) for A, x, d in cases]
 
@@ -101,7 +101,7 @@ def smoothness(gradient: Callable[[Tensor], Tensor]) -> str:
     x = torch.rand(1, 3, 9, 8, dtype=torch.float64, generator=seeded_generator(0)).requires_grad_()
     energy = 0.5 * (x.diff(dim=2).square().sum() + x.diff(dim=3).square().sum())
     wrong = (gradient(x.detach()) - torch.autograd.grad(energy, x)[0])[..., 1:-1, 1:-1]
-    return "" if wrong.abs().max() < 1e-6 else "torch.autograd.grad says otherwise"
+    return "" if wrong.abs().max() < 1e-6 else "torch.autograd.grad of R differs"
 
 
 def two_weights(given: tuple[float, float]) -> str:
@@ -109,7 +109,7 @@ def two_weights(given: tuple[float, float]) -> str:
         A, x, d = measured("paper", noise_std)
         weights = (lam, *torch.logspace(-3, -0.5, 26).tolist())
         if hint := best(lam, {w: mean_psnr(tikhonov(A, d, w), x) for w in weights}, 0.05):
-            return f"with noise of {noise_std} {hint}"
+            return f"for noise {noise_std}, {hint}"
     return ""
 
 
@@ -128,13 +128,13 @@ def applied_twice(twice: Callable, denoise: Callable, y: Tensor) -> str:
     z = y
     for _ in range(2):
         z = denoise(z, 0.05)
-    return "" if torch.allclose(twice(y, 0.05), z, atol=1e-6) else "its result goes in again"
+    return "" if torch.allclose(twice(y, 0.05), z, atol=1e-6) else "denoise the result again"
 
 
 def share_of_blur(given: object, R: nn.Module) -> str:
     A, x, _ = measured()
     share = (R(A(x[:1]), 0.05).norm() / (x[:1] - A(x[:1])).norm()).item()
-    return near(given, [share], 0.1 * share, "two norms, for the first validation image")
+    return near(given, [share], 0.1 * share, "divide two norms, for the first validation image")
 
 
 def drifts(T: ImplicitMap) -> str:
@@ -149,7 +149,7 @@ def other_half(step: Callable[[ImplicitMap, Tensor, Tensor], Tensor], T: Implici
     T, d = T.on(A).double(), d[:1].double()
     x = step(T, solve(T, d, 1e-9, 300)[0], d)
     moved = (GradientMap(A, T.D, T.tau.item()).double()(x, d) - x).norm() / (T.tau * x.norm())
-    return "" if moved < 1e-5 else f"in units of tau Eq. 4 moves that by {moved.item():.0e}"
+    return "" if moved < 1e-5 else f"a step of Eq. 4 changes it by {moved.item():.0e} tau |x|"
 
 
 @torch.enable_grad()
@@ -159,7 +159,7 @@ def two_terms(apply: Callable[[Callable, Tensor], Tensor]) -> str:
     own, *sums = (torch.autograd.grad(method(T, x_star)[0, 0], T.theta)[0] for method in
                   (apply, *(partial(neumann, terms=terms) for terms in range(1, 9))))
     kept = [k for k, found in enumerate(sums, 1) if torch.allclose(own, found)]
-    return "" if kept == [2] else f"of Eq. 7 it keeps {kept[0] if kept else 'no'} terms"
+    return "" if kept == [2] else f"it sums {kept[0] if kept else 'no'} terms of Eq. 7, not 2"
 
 
 @torch.enable_grad()
@@ -177,7 +177,7 @@ def least_terms(given: object, T: ImplicitMap, *measured_there: Tensor) -> str:
 
 
 def restored(methods: Mapping[str, Restorer], x: Tensor, protocol: str) -> dict[str, Tensor]:
-    """What each method makes of x, measured by a protocol."""
+    """Each method's restoration of x, measured by a protocol."""
     noise_std, A = get_protocol(protocol).noise_std, get_protocol(protocol).operator().to(x.device)
     d = measure(A, x, noise_std, 0, range(len(x)))
     return {name: method(A, d, noise_std)[0] for name, method in methods.items()}
@@ -206,10 +206,10 @@ def camera(A: LinearOperator) -> str:
 
 
 CHECKS: dict[str, Callable[..., str]] = {  # (given, ...) -> a hint, "" for what is right
-    "1.1": lambda given: near(given, inverted(0.005, "code"), 1.5, "put the noise and the "
-                              "spectrum of protocol code into the formula of 1.4"),
-    "1.2": lambda given: near(given, inverted(1 / (255 * 12**0.5), *PROTOCOLS), 1.5, "round only; "
-                              "an error above the whole range is below 0 dB"),
+    "1.1": lambda given: near(given, inverted(0.005, "code"), 1.5, "use the formula of 1.4 "
+                              "with the noise and the spectrum of protocol code"),
+    "1.2": lambda given: near(given, inverted(1 / (255 * 12**0.5), *PROTOCOLS), 1.5, "round, and "
+                              "add no noise; an error larger than the range is below 0 dB"),
     "1.3": lambda given: near(30, inverted(number(given), *PROTOCOLS), 1.5, "with that noise the "
                               f"direct inverse has {inverted(number(given), 'paper')[0]:.1f} dB"),
     "2.1": best_step, "2.2": smoothness, "2.3": two_weights,
@@ -219,4 +219,4 @@ CHECKS: dict[str, Callable[..., str]] = {  # (given, ...) -> a hint, "" for what
     "5.3": lambda given, wide: best(given, (wide["tikhonov"] - wide["jfb"]).to_dict()),
     "6.1": camera,
     **dict.fromkeys(("6.2", "6.3"), lambda given: "" if number(given[1]) > number(given[0]) > 0
-                    else "how far away is what each method fills a gap from?")}
+                    else "compare how far each method looks for pixels to fill a gap")}

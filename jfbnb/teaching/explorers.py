@@ -1,7 +1,7 @@
-"""One explorer for each notebook: sliders, and what they change, at once.
+"""One explorer for each notebook: a figure that follows sliders at once.
 
-Each is a box of controls, a line of numbers and a picture, drawn by the kernel. That line says what
-is wrong, too, and the explorer lives on.
+Each has a box of controls, a line of numbers and a picture, drawn by the kernel. The line also
+shows errors, after which the explorer still works.
 """
 
 import base64
@@ -41,20 +41,20 @@ STYLE = """<style>
 .jfbnb-panels { display: flex; flex-wrap: wrap; }
 .jfbnb-panels img { max-width: 100%; }
 .jfbnb-explorer.jupyter-widgets-disconnected::before { font: bold 13px sans-serif; color: #b00020;
-  content: "The kernel is another one by now, and nothing here answers: run this cell again."; }
+  content: "The kernel has stopped or restarted: run this cell again."; }
 </style>"""
 WITHOUT_KERNEL = "An explorer: run the notebook to turn the knobs."
-BUSY = "working; where cells below still run, they come first"
+BUSY = "working; cells that are still running come first"
 ACCEPTED = "image/*,.tif,.tiff,.heic,.heif,.avif"  # of a browser's files
 SOLVERS = {"Picard": picard, "Anderson": anderson}
 WIDE = {"continuous_update": False, "style": {"description_width": "110px"},
-        "layout": {"flex": "0 0 auto", "width": "380px"}}  # so that a slider can be set with care
-BAD, HOPELESS = 1e6, 1e12  # condition numbers: from the second on float64 knows no inverse
+        "layout": {"flex": "0 0 auto", "width": "380px"}}  # so that a slider can be set precisely
+BAD, HOPELESS = 1e6, 1e12  # condition numbers; above the second float64 has no useful inverse
 
 
 def slider(label: str, value: float, low: float, high: float, step: float = 0.05,
            kind: type[w.ValueWidget] = w.FloatSlider, **options: object) -> w.ValueWidget:
-    """From low to high in steps, answered when it is let go."""
+    """A slider from low to high, which takes effect when it is released."""
     return kind(value=value, min=low, max=high, step=step, description=label, **WIDE, **options)
 
 
@@ -64,39 +64,39 @@ log_slider = partial(slider, kind=w.FloatLogSlider, readout_format=".2g")
 
 
 def row(*widgets: w.Widget) -> w.HBox:
-    """Widgets side by side, in several rows where the page is narrow."""
+    """Widgets side by side, in several rows if the page is narrow."""
     return w.HBox(widgets, layout=w.Layout(flex_flow="row wrap"))
 
 
 def button(label: str, action: Callable[[], object]) -> w.Button:
-    """A button that does something."""
+    """A button that calls `action`."""
     made = w.Button(description=label, layout=w.Layout(width="80px"))
     made.on_click(lambda _: action())
     return made
 
 
 def observe(controls: list[w.Widget], action: Callable[[], object]) -> None:
-    """Do something whenever the value of a control changes."""
+    """Call `action` whenever the value of a control changes."""
     for control in controls:
         control.observe(lambda _: action(), "value")
 
 
 def message(text: str, wrong: bool = False, link: str = "") -> str:
-    """A line as HTML, in red if something is wrong; a link is HTML already."""
+    """A line as HTML, in red for an error, followed by a link, which is HTML already."""
     colour = ' style="color:#b00020"' if wrong else ""
     return f"<div{colour}>{html.escape(text)}{'; ' if link else ''}{link}</div>"
 
 
 def stored(bundle: tuple[dict, dict], picture: bytes, text: str, alt: str) -> tuple[dict, dict]:
-    """A widget's MIME bundle, with a PNG for those who read without a kernel."""
-    smaller = io.BytesIO()  # fewer than 256 colours would give two methods the same
+    """A widget's MIME bundle, with a PNG for readers without a kernel."""
+    smaller = io.BytesIO()  # with fewer than 256 colours two methods would look the same
     Image.open(io.BytesIO(picture)).convert("RGB").quantize(256).save(smaller, "png")
     image = base64.b64encode(smaller.getvalue()).decode()
     return {**bundle, "text/plain": text, "image/png": image}, {"image/png": {"alt": alt}}
 
 
 class Alive(w.VBox):
-    """Widgets one below the other, with a line above them where their kernel is gone."""
+    """Widgets in a column, with a line above them if their kernel has stopped."""
 
     def __init__(self, *children: w.Widget):
         super().__init__([w.HTML(STYLE, layout=w.Layout(display="none")), *children])
@@ -104,20 +104,20 @@ class Alive(w.VBox):
 
 
 class Explorer(Alive):
-    """Controls with a reset, a line of numbers and a picture. Subclasses have `draw`.
+    """Controls with a reset, a line of numbers and a picture. Subclasses define `draw`.
 
     Args:
-        shown: what shows the result, if it is no figure; `update` is then overridden.
-        controls: name -> widget with a `value`, as `draw` takes them.
+        shown: the widget that shows the result, if not a figure; then override `update`.
+        controls: name -> widget with a `value`; the names are `draw`'s arguments.
     """
 
-    PANELS = 3  # of a figure; they stand one below the other where the page is narrow
+    PANELS = 3  # of a figure; they are stacked if the page is narrow
 
     def __init__(self, shown: w.Widget | None = None, **controls: w.ValueWidget):
         self.picture = shown or w.HTML()
         self.controls = controls
         self.defaults = {name: control.value for name, control in controls.items()}
-        # Room for two lines, so that what is below stays in place.
+        # Room for two lines, so that nothing below moves.
         self.status = w.HTML(layout=w.Layout(min_height="3.2em"))
         self.resetting = False
         observe(list(controls.values()), self.refresh)
@@ -125,15 +125,15 @@ class Explorer(Alive):
         self.refresh()
 
     def arrange(self, reset: w.Button) -> tuple[w.Widget, ...]:
-        """The controls, the reset and what they change, as they are laid out."""
+        """Lay out the controls, the reset button, the line and the picture."""
         return row(*self.controls.values(), reset), self.status, self.picture
 
     def draw(self, **values: object) -> tuple[Figure, str]:
-        """The figure and the line of numbers for these values of the controls."""
+        """Draw the figure, and return it with the line of numbers, for these control values."""
         raise NotImplementedError
 
     def update(self, **values: object) -> str:
-        """Show the result for these values, and return the line of numbers, as HTML."""
+        """Show the result for these control values; return the line of numbers as HTML."""
         self.figure, numbers = self.draw(**values)
         alt = html.escape(described(self.figure), quote=True)
         self.picture.value = '<div class="jfbnb-panels">' + "".join(
@@ -142,7 +142,7 @@ class Explorer(Alive):
         return numbers
 
     def refresh(self) -> None:
-        """Show anew, with the controls as they are; if that fails, say why."""
+        """Show the result for the current control values, or the error."""
         if self.resetting:
             return
         self.status.value = BUSY
@@ -153,7 +153,7 @@ class Explorer(Alive):
             self.status.value = message(str(error), wrong=True)
 
     def reset(self) -> None:
-        """All controls as they were, shown once."""
+        """Set all controls to their defaults, and show the result once."""
         self.resetting = True
         for name, control in self.controls.items():
             control.value = self.defaults[name]
@@ -161,7 +161,7 @@ class Explorer(Alive):
         self.refresh()
 
     def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
-        """The widget, and its picture with the line of numbers below it."""
+        """The widget, and a picture with the line of numbers below it."""
         numbers = html.unescape(re.sub(r"<[^>]+>", "", self.status.value))
         note = self.figure.text(0.01, -0.01, f"{numbers}\n{WITHOUT_KERNEL}", va="top", fontsize=9)
         picture = drawn(self.figure, bbox_inches="tight")
@@ -178,7 +178,7 @@ def drawn(figure: Figure, **options: object) -> bytes:
 
 
 def panels(picture: bytes, number: int) -> list[bytes]:
-    """A PNG cut into so many of equal width."""
+    """Split a PNG into `number` pieces of equal width."""
     whole, parts = Image.open(io.BytesIO(picture)), [io.BytesIO() for _ in range(number)]
     for i, part in enumerate(parts):
         left, right = (round(k * whole.width / number) for k in (i, i + 1))
@@ -187,9 +187,9 @@ def panels(picture: bytes, number: int) -> list[bytes]:
 
 
 def three_panels(*pictures: tuple[Tensor, str]) -> tuple[Figure, Axes]:
-    """A figure of two or three titled pictures (3, H, W), and the last of its three axes."""
+    """A figure of two or three titled pictures (3, H, W); returns it and its last axes."""
     figure, axes = new_figure(columns=3, width=10, height=3.4)
-    figure.set_layout_engine(None)  # it would draw all twice, half of an answer's time
+    figure.set_layout_engine(None)  # it would draw everything twice, half of the time
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.17, top=0.9, wspace=0.05)
     left, bottom, width, height = axes[-1].get_position().bounds  # room for the ticks' labels
     if len(pictures) < 3:
@@ -255,7 +255,7 @@ class TikhonovExplorer(Explorer):
     def draw(self, lam: float, step: float, k: int) -> tuple[Figure, str]:
         def at(count: int) -> Tensor:
             iterate = gradient_descent_iterate(self.A, self.d, lam, step, count)
-            return iterate.nan_to_num(1e3, 1e3, -1e3).clamp(-1e3, 1e3)  # where it diverges
+            return iterate.nan_to_num(1e3, 1e3, -1e3).clamp(-1e3, 1e3)  # if it diverges
 
         curve = [psnr(at(count), self.x).item() for count in self.COUNTS]
         now = psnr(at(k), self.x).item()
@@ -268,13 +268,13 @@ class TikhonovExplorer(Explorer):
         if step * (1 + lam) > 2.001:
             numbers += "; <b>step above 2 / L: it diverges</b>"
         elif step * (1 + lam) > 1.999:
-            numbers += ("; <b>step next to 2 / L</b>: what the blur keeps best swings to and fro "
-                        "and hardly dies out")
+            numbers += ("; <b>step near 2 / L</b>: the patterns that the blur keeps best oscillate "
+                        "and hardly decay")
         return figure, numbers
 
 
 class DenoiserExplorer(Explorer):
-    """Notebook 3: the noise in the image, and the noise level that the network is given.
+    """Notebook 3: the noise level of the image, and the one that the network is given.
 
     Args:
         network: R(x; sigma); x: one image (1, 3, H, W).
@@ -299,8 +299,8 @@ class SolverExplorer(Explorer):
     """Notebook 4b: iterate k of the solve, by Picard or Anderson, on one of three maps.
 
     Args:
-        T: a map; the other maps are made of its operator, denoiser and tau.
-        x: one image (1, 3, H, W) that fits it, so small that all its iterates can be kept.
+        T: a map; the other maps use its operator, denoiser and tau.
+        x: one image (1, 3, H, W) of its size, small because all its iterates are kept.
         noise_std: of its measurement.
     """
 
@@ -309,7 +309,7 @@ class SolverExplorer(Explorer):
     def __init__(self, T: SplittingMap, x: Tensor, noise_std: float):
         self.x, self.d = x, measure(T.A, x, noise_std, 0, [0])
         self.maps = {kind.name: kind(T.A, T.D, T.tau.item()).to(x.device) for kind in MAPS}
-        self.iterates = cache(self.iterates)  # each solve is made once
+        self.iterates = cache(self.iterates)  # each solve runs once
         super().__init__(
             map_name=w.ToggleButtons(options=list(self.maps), value=SplittingMap.name),
             solver=w.ToggleButtons(options=list(SOLVERS), value="Anderson"),
@@ -338,7 +338,7 @@ class SolverExplorer(Explorer):
 
 
 class ToyMap(nn.Module):
-    """T(x) = J x + tanh(theta) in the plane; J = gamma times a rotation by so many degrees."""
+    """T(x) = J x + tanh(theta) in the plane, where J is gamma times a rotation by `degrees`."""
 
     def __init__(self, gamma: float, degrees: float, theta: Tensor):
         super().__init__()
@@ -357,10 +357,10 @@ class ToyMap(nn.Module):
 
 
 class GradientExplorer(Explorer):
-    """Notebook 4b: exact, Neumann-k and JFB gradient in the plane, and where they lead.
+    """Notebook 4b: exact, Neumann-k and JFB gradient in the plane, and their descent paths.
 
-    The arrows start where JFB is after its steps. The loss is |x*(theta) - x*(goal)|^2 / 2, with
-    theta in the plane and x* the fixed point of a `ToyMap`. All gradients are those of
+    The arrows start where JFB's path ends. The loss is |x*(theta) - x*(goal)|^2 / 2, with theta in
+    the plane and x* the fixed point of a `ToyMap`. The gradients are those of
     `jfbnb.core.gradients`.
     """
 
@@ -385,7 +385,7 @@ class GradientExplorer(Explorer):
 
     def gradients(self, gamma: float, degrees: float,
                   terms: int) -> dict[str, Callable[[Tensor], Tensor]]:
-        """theta (2,) -> the loss's gradient there, by each of three methods."""
+        """For each of three methods a function: theta (2,) -> the loss's gradient."""
         def at(method: Callable, theta: Tensor) -> Tensor:
             T = ToyMap(gamma, degrees, theta.clone())
             with torch.enable_grad():
@@ -410,7 +410,7 @@ class GradientExplorer(Explorer):
         left = (T.solution(here) - T.solution(self.GOAL)).norm().item()
         arrows = {kind: gradient(here) for kind, gradient in gradients.items()}
         for kind, g in arrows.items():
-            colour, wide = GRADIENT_COLOURS[kind], kind == "exact"  # others may lie upon it
+            colour, wide = GRADIENT_COLOURS[kind], kind == "exact"  # others may cover it
             ax.annotate("", here - 0.6 * g / g.norm().clamp_min(1e-12), here, arrowprops={
                 "arrowstyle": "->", "color": colour, "linewidth": 5 if wide else 2,
                 "alpha": 0.5 if wide else 1})
@@ -431,19 +431,19 @@ class GradientExplorer(Explorer):
         distance = (T.solution(grid) - T.solution(self.GOAL)).norm(dim=-1)
         lines = ax.contour(side, side, distance, [0.25 * 2 ** (k / 2) for k in range(14)],
                            colors="#999999", linewidths=0.8)
-        ax.clabel(lines, fontsize=7, fmt="%.2g")  # its values tell a turn of 0 from one of 180
+        ax.clabel(lines, fontsize=7, fmt="%.2g")  # the values distinguish turns of 0 and 180
         ax.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", xlim=(-2, 2), ylim=(-2, 2))
 
 
 class MethodsExplorer(Explorer):
     """Notebook 5: any methods on any image, an upload included, under one swipe handle.
 
-    The image is blurred and made noisy as the controls say, then restored by each method chosen.
-    The bundled photographs are blurred as in the paper, black beyond their border. An upload is
-    measured as a camera does: its scene is larger than what is shown and compared.
+    The controls set the blur and the noise; each chosen method restores the measurement. The
+    bundled photographs have a black border, as in the paper. An upload is measured as by a camera:
+    its scene is larger than the part that is shown and compared.
 
     Args:
-        weights: the folder of trained networks; None for those that are released.
+        weights: the folder of trained networks; None for the released ones.
     """
 
     def __init__(self, weights: Path | None = None):
@@ -456,7 +456,7 @@ class MethodsExplorer(Explorer):
         self.restored = cache(self._restored)  # once for each method, image, noise and kernel
         self.upload = Upload(accept=ACCEPTED, description="your own", tooltip="a picture")
         observe([self.upload], self.take_upload)
-        released = "" if weights else ", released"  # a run's network of that name is another one
+        released = "" if weights else ", released"  # a run has other networks of these names
         self.labels = {name: METHODS[name].label + released * METHODS[name].trainable
                        for name in expected_methods(weights)}
         super().__init__(
@@ -501,12 +501,12 @@ class MethodsExplorer(Explorer):
         A, d = self.measured(image, noise, std)
         shown = {"Original": A.visible(x)[0], METHODS["measurement"].label: d[0]}
         line = "" if protocol.name == "paper" else message(
-            f"{image}: its middle square, shrunk to {d.shape[-1]} x {d.shape[-1]} and then blurred "
-            "here. A picture that is blurred already is for Your photograph, in notebook 6.")
+            f"{image}: its middle square, resized to {d.shape[-1]} x {d.shape[-1]} and then "
+            "blurred here. If a picture is already blurred use Your photograph, in notebook 6.")
         for name in methods:
             try:
                 shown[self.labels[name]] = self.restored(name, image, noise, std)
-            except UserError as error:  # the other methods are shown all the same
+            except UserError as error:  # the other methods are still shown
                 line = message(str(error), wrong=True)
         self.picture.show(shown, truth="Original")
         return line
@@ -522,7 +522,7 @@ def read_upload(content: bytes, size: int) -> Tensor:
     """An uploaded file's middle square as an image (1, 3, size, size).
 
     Raises:
-        UserError: if it is no picture that `read_pictures` reads.
+        UserError: if `read_pictures` cannot read it.
     """
     pixels = read_pictures(io.BytesIO(content))[0].pixels.expand(3, -1, -1)
     side = min(pixels.shape[1:])

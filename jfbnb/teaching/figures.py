@@ -1,7 +1,7 @@
-"""Every figure and table of the paper, drawn and written. This module computes nothing.
+"""Draw and write every figure and table. This module computes nothing.
 
-A figure is saved as PNG and PDF, and what a notebook shows is the saved PNG itself. A table is
-saved as CSV, Markdown and LaTeX, long data as CSV.
+A figure is saved as PNG and PDF, and a notebook shows the saved PNG itself. A table is saved as
+CSV, Markdown and LaTeX, long data as CSV.
 """
 
 import io
@@ -22,15 +22,15 @@ from jfbnb.common import atomic_path, atomic_write
 from jfbnb.core.maps import GradientMap, ImplicitMap, PreconditionedMap, SplittingMap
 from jfbnb.training.methods import METHODS
 
-MAPS = (GradientMap, PreconditionedMap, SplittingMap)  # those of notebook 4b
-# The gradients through a fixed point: the colours of the methods that they train.
+MAPS = (GradientMap, PreconditionedMap, SplittingMap)  # in notebook 4b
+# A gradient has the colour of the method that it trains.
 GRADIENT_COLOURS = {"exact": METHODS["deq"].colour, "Neumann": "#117733",
                     "unrolled": METHODS["unrolled"].colour, "JFB": METHODS["jfb"].colour}
-# How a table's numbers are written, by a word in the name of their column.
+# The format of a table's numbers, by a word in the name of their column.
 FORMATS = {"ssim": ".3f", "seconds to": ".3g", "seconds": ".2g", "loss": ".2e", "mse": ".2e",
            "converged": ".2%", "residual": ".1e", "rate": ".1e", "distance": ".1e", "radius": ".3f",
            "norm": ".3f", "drift": "+.3f", "applications": ",.0f"}
-# A method's versions under other conditions, by what they are made for.
+# Line style and marker of a method's versions, by what they were tuned or trained for.
 VERSIONS = {"tuned here": (":", "s"), "protocol": ("-", "o"), "conditions": ("--", "D")}
 STYLE = {
     "font.size": 11,
@@ -47,7 +47,7 @@ STYLE = {
 
 
 class Picture(Figure):
-    """A figure that shows itself where it is a cell's last line."""
+    """A figure that is shown if it is a cell's last value."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -57,7 +57,7 @@ class Picture(Figure):
 
 def new_figure(columns: int = 1, rows: int = 1, width: float = 7.0,
                height: float = 4.0) -> tuple[Figure, list[Axes]]:
-    """A figure in the common style and its axes, flat, row by row; sizes in inches."""
+    """A figure in the common style, and the list of its axes, row by row; sizes in inches."""
     with mpl.rc_context(STYLE):
         figure = Picture(figsize=(width, height))
         axes = figure.subplots(rows, columns, squeeze=False)
@@ -68,7 +68,7 @@ def save_figure(figure: Figure, path: str | Path, source: str = "") -> Displayed
     """Write `path`.png and .pdf, without dates, so that equal figures are equal files.
 
     Args:
-        source: where the images come from that the figure shows or measures, for its foot.
+        source: the source of the images, to print below the figure.
     """
     path = Path(path)
     if source:
@@ -82,7 +82,7 @@ def save_figure(figure: Figure, path: str | Path, source: str = "") -> Displayed
 
 
 def described(figure: Figure) -> str:
-    """Alternative text: a figure's panels by their titles, axes and legends."""
+    """Alternative text for a figure: its panels' titles, axes and legends."""
     panels = []
     for ax in figure.axes:
         title, x, y = ax.get_title(), ax.get_xlabel(), ax.get_ylabel()
@@ -114,13 +114,13 @@ def save_table(table: pd.DataFrame, path: str | Path, caption: str) -> Markdown:
 
 
 def save_data(table: pd.DataFrame, path: str | Path) -> None:
-    """Write `path`.csv alone, in full precision: data for programs, too long to be read."""
+    """Write only `path`.csv, in full precision: data for programs, too long to read."""
     with atomic_path(Path(path).with_suffix(".csv")) as temporary:
         table.to_csv(temporary, index=False)
 
 
 def show(axes: Axes, image: Tensor, title: str = "") -> None:
-    """One image (3, H, W), clipped to [0, 1], without ticks."""
+    """Show one image (3, H, W), clipped to [0, 1], without ticks."""
     axes.imshow(image.detach().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
@@ -131,9 +131,9 @@ def show(axes: Axes, image: Tensor, title: str = "") -> None:
 
 
 def gallery(rows: dict[str, dict[str, tuple[Tensor, float]]], side: float = 1.65) -> Figure:
-    """Labelled rows of pictures (3, H, W), each with its PSNR in dB, which is shown where finite.
+    """Labelled rows of pictures (3, H, W), each with its PSNR in dB, which is shown if finite.
 
-    The labels of the first row are above it; `side` is a picture's, in inches.
+    The first row's labels are above it; `side` is the side of a picture, in inches.
     """
     columns = len(next(iter(rows.values())))
     figure, axes = new_figure(columns, len(rows), side * columns + 0.2,
@@ -148,20 +148,20 @@ def gallery(rows: dict[str, dict[str, tuple[Tensor, float]]], side: float = 1.65
 
 
 def image_row(images: dict[str, Tensor], psnrs: dict[str, float]) -> Figure:
-    """One row of a gallery, with the PSNR in dB below those pictures that have one."""
+    """One row of a gallery, with the PSNR in dB below the pictures that have one."""
     return gallery({"": {label: (image, psnrs.get(label, math.nan))
                          for label, image in images.items()}}, 2.6)
 
 
 def labelled_line(ax: Axes, x, y, method: str, marker: str = "", linestyle: str = "-",
                   label: str = "") -> None:
-    """A curve in its method's colour, with its method's label unless another is given."""
+    """A curve in its method's colour, with the method's label by default."""
     ax.plot(x, y, color=METHODS[method].colour, label=label or METHODS[method].label, marker=marker,
             markersize=4, linestyle=linestyle)
 
 
 def learning_curves(curves: pd.DataFrame) -> Figure:
-    """PSNR on the fixed crops against the computation spent: `recipes.trainings` has both."""
+    """PSNR on the fixed crops against the computation spent, from `recipes.trainings`."""
     figure, (ax,) = new_figure(height=4.6)
     for name in [name for name in METHODS if name in set(curves.method)]:
         own = curves[curves.method == name]
@@ -174,7 +174,7 @@ def learning_curves(curves: pd.DataFrame) -> Figure:
 
 
 def logarithmic(ax: Axes, at: list) -> None:
-    """A logarithmic x axis with plain numbers at the places that were computed."""
+    """Make the x axis logarithmic, with plain numbers at the given ticks."""
     ax.set(xscale="log", xticks=at, xticklabels=at)
     ax.minorticks_off()
 
@@ -184,7 +184,7 @@ def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
     """Fig. 1: average loss per image against the epoch, in the method's colour.
 
     Args:
-        start: the method that training starts from and its loss: a dashed line.
+        start: the method that training starts from and its loss, drawn as a dashed line.
     """
     figure, (ax,) = new_figure()
     if start is not None:
@@ -202,11 +202,11 @@ def training_loss(epochs: pd.Series, loss: pd.Series, title: str, method: str,
 
 def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[float]],
                         residuals: Tensor, tolerance: float) -> Figure:
-    """Notebook 4b: how near each map and solver is to its fixed point, and when a solver stops.
+    """Notebook 4b: each map and solver's distance to the fixed point, and when a solver stops.
 
     Args:
         distances: (map, solver) -> relative distance at each evaluation of T.
-        residuals: of one solve, (evaluations, images), which ends at `tolerance`.
+        residuals: (evaluations, images), of one solve, which ends at `tolerance`.
     """
     figure, (left, right) = new_figure(columns=2, width=9.5)
     for (kind, solver), values in distances.items():
@@ -225,7 +225,7 @@ def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[floa
 
 
 def gradient_angles(terms: list[int], cosines: dict[str, list[float]]) -> Figure:
-    """Notebook 4b: the cosine of Neumann-k to the exact gradient; for each map one for each k."""
+    """Notebook 4b: the cosine between Neumann-k and the exact gradient, for each map and k."""
     figure, (ax,) = new_figure()
     for kind in MAPS:
         ax.plot(terms, cosines[kind.name], "o-", color=kind.colour, label=kind.name)
@@ -275,16 +275,16 @@ def gradient_cost(cost: pd.DataFrame) -> Figure:
 
 def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
                      usual: dict[str, object]) -> Figure:
-    """Notebook 5: PSNR under conditions that not all methods were made for, a panel per study.
+    """Notebook 5: PSNR under other conditions, with a panel for each study.
 
-    A method has one colour. Its versions differ in their lines and markers, and a marker is hollow
-    where not all of its images have converged.
+    A method has one colour; its versions differ in lines and markers. A marker is hollow if not all
+    of its images have converged.
 
     Args:
         table: columns study, condition, method, version (a key of VERSIONS), psnr, converged.
-            Conditions with names are drawn as points side by side, those with numbers as curves.
+            Named conditions are drawn as points side by side, numbers as curves.
         panels: study -> title and label of the horizontal axis.
-        usual: study -> the condition of the protocol, which is marked.
+        usual: study -> the protocol's condition, which is marked.
     """
     figure, axes = new_figure(columns=2, rows=2, width=9.5, height=9)
     methods = list(dict.fromkeys(table.method))
@@ -318,7 +318,7 @@ def other_conditions(table: pd.DataFrame, panels: dict[str, tuple[str, str]],
 
 
 def _condition_handles(methods: list[str], versions: list[str]) -> list[Line2D]:
-    """The legend's: methods by colour, then what lines and markers mean."""
+    """The legend's entries: methods by colour, then the meaning of lines and markers."""
     def line(label: str, **style: object) -> Line2D:
         return Line2D([], [], label=label, **{"color": "black", **style})
 

@@ -1,4 +1,4 @@
-"""Notebook 6: operators of one's own, restored by classical methods and by a released network."""
+"""Notebook 6: your own operators, with classical methods and released networks."""
 
 import numpy as np
 import pandas as pd
@@ -24,8 +24,8 @@ def study(name: str, A: LinearOperator, other: Pair, tested: Pair, names: list[s
 
     Args:
         name: of the problem, for the table.
-        other: images and measurements on which the classical methods are tuned.
-        tested: those to restore; names: of the images.
+        other: images and measurements to tune the classical methods on.
+        tested: images and measurements to restore; names: of these images.
         networks: methods with weights, which are not tuned.
 
     Returns:
@@ -42,7 +42,7 @@ def study(name: str, A: LinearOperator, other: Pair, tested: Pair, names: list[s
 
 def restored(A: LinearOperator, x: Tensor, d: Tensor, noise_std: float,
              methods: dict[str, Restorer], *names: str) -> dict[str, tuple[Tensor, float]]:
-    """A part of one image and of what some methods restore, each with the PSNR of the whole."""
+    """Crops of one image and of its restorations, each with the PSNR of the whole image."""
     images = {"Original": A.visible(x)}
     for name in names:
         images[LABELS[name]] = A.visible(methods[name](A, d, noise_std)[0])
@@ -51,10 +51,10 @@ def restored(A: LinearOperator, x: Tensor, d: Tensor, noise_std: float,
 
 
 def some_lines(n: int, power: float, seed: int) -> Tensor:
-    """A third of the lines of k-space, as a mask (n, n): the middle, and others around it.
+    """A mask (n, n) of a third of the lines of k-space: all in the middle, and some around it.
 
     Args:
-        power: how fast the others get rarer towards the edge; 0 spaces them evenly.
+        power: how fast the density of the others decreases towards the edge; 0 is uniform.
     """
     far = np.abs(np.arange(n) - n // 2) / (n / 2)  # 0 in the middle, 1 at the edge
     middle = far < 0.1

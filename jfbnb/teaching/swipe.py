@@ -1,4 +1,4 @@
-"""The swipe comparison: images under a handle, in the browser alone. See `compare`."""
+"""The swipe comparison of images, which runs in the browser alone. See `compare`."""
 
 import base64
 import html
@@ -39,8 +39,8 @@ def to_png(image: Tensor) -> bytes:
 class Comparison(anywidget.AnyWidget):
     """Any two of some labelled images under one handle; see `compare`.
 
-    Shown by itself it is plain HTML with its script inside, so that it works in an exported page.
-    Inside other widgets it is a widget.
+    Alone it is shown as plain HTML with its script, so that it works in an exported page. Inside
+    other widgets it is a widget.
     """
 
     _esm = SCRIPT + """
@@ -72,14 +72,14 @@ export default {
         images = {label: _single(label, image) for label, image in images.items()}
         sizes = {tuple(image.shape) for image in images.values()}
         if len(sizes) > 1:
-            raise UserError(f"images of the shapes {sorted(sizes)}: give images of one size")
+            raise UserError(f"images of the shapes {sorted(sizes)}: give images of the same size")
         figures = "".join(_figure(label, image, images.get(truth), label == truth)
                           for label, image in images.items())
         self.figures = (f'<div class="jfbnb-compare" data-left="0" data-right="{len(images) - 1}">'
                         f"{figures}</div>")
 
     def to_html(self) -> str:
-        """One self-contained piece of HTML: the pictures, and the script that joins them."""
+        """Self-contained HTML: the pictures, and the script that combines them."""
         name = f"jfbnb-{uuid.uuid4().hex}"
         body = self.figures.replace("<div ", f'<div id="{name}" ', 1)
         return (f"{body}\n<style>{STYLE}</style>\n<script>(() => {{\n{SCRIPT}\n"
@@ -90,13 +90,13 @@ export default {
 
 
 def compare(images: dict[str, Tensor], truth: str | None = None) -> Comparison:
-    """Any two of the images under one swipe handle, chosen by two menus.
+    """Compare any two of the images, chosen by two menus, under one swipe handle.
 
     Mouse, touch and arrow keys move the handle; both images zoom and move together; pixel values
-    are shown under the pointer. All of it runs in the browser, without kernel or network.
+    are shown under the pointer. It runs in the browser, without a kernel or a network connection.
 
     Args:
-        images: label -> image (3, H, W) or (1, 3, H, W) in [0, 1], at least two, of one size.
+        images: label -> image (3, H, W) or (1, 3, H, W) in [0, 1], at least two, of the same size.
         truth: the label of the original: the others then get PSNR, SSIM and an error map.
 
     Raises:
@@ -113,7 +113,7 @@ def _single(label: str, image: Tensor) -> Tensor:
 
 
 def _figure(label: str, image: Tensor, truth: Tensor | None, is_truth: bool) -> str:
-    """An image as HTML that can be read without a script, too."""
+    """An image as HTML that is readable without scripts."""
     metrics = ""
     if truth is not None and not is_truth:
         pair = image[None], truth[None]

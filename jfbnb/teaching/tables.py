@@ -1,4 +1,4 @@
-"""The paper's Table 2 beside ours."""
+"""The paper's Table 2, compared with ours."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,15 +13,15 @@ from jfbnb.training.methods import METHODS
 PUBLISHED = Path(__file__).parent / "published_table2.csv"
 PUBLISHED_LOSS = Path(__file__).parent / "published_loss.csv"
 SPENT = "Applications in training"  # Table 2's column of a training's computation
-EQUALLY = 1.01  # times the least computation of a training that the most may be
+EQUALLY = 1.01  # the largest ratio of computations that counts as equal
 
 
 def reference_table2() -> pd.DataFrame:
     """The paper's Table 2, as data with its source (see the file).
 
     Returns:
-        Columns method, label, psnr and ssim as printed, data_range, and usual_psnr: the PSNR on
-        the usual scale, a text. Where the range of the images is not known it has both readings.
+        Columns method, label, psnr and ssim as printed, data_range, and usual_psnr: a text with the
+        PSNR on the usual scale, or both readings if the range of the images is unknown.
     """
     table = pd.read_csv(PUBLISHED, comment="#", dtype={"data_range": str})
     table["usual_psnr"] = [
@@ -31,13 +31,13 @@ def reference_table2() -> pd.DataFrame:
 
 
 def published_loss() -> pd.DataFrame:
-    """The loss in the authors' own training, as data with its source (see the file).
+    """The loss of the authors' training, as data with its source (see the file).
 
     Returns:
         Columns epoch, images (seen so far), and mse, on images in [0, 1].
     """
     table = pd.read_csv(PUBLISHED_LOSS, comment="#")
-    # Over 3 x 128 x 128 values, on a range of 2 in the place of 1.
+    # A sum over 3 x 128 x 128 values, on a range of 2 instead of 1.
     return pd.DataFrame({"epoch": table.epoch, "images": 8000 * table.epoch,
                          "mse": table.loss / (3 * 128**2) / 4})
 
@@ -46,12 +46,12 @@ def table2(summary: pd.DataFrame, applications: Mapping[str, float] | None = Non
            ) -> pd.DataFrame:
     """Table 2: our means beside the published values, one row per method of either.
 
-    `applications` of a network to a crop are what a training spent, by the names of the methods
-    that have one.
-
     The published JFB value is on the scale of its code (see `on_published_scale`); the column
-    `Published PSNR, range 1` puts it on the usual one. The scale of the others is not known, and
-    the column has both readings of them.
+    `Published PSNR, range 1` converts it to the usual one. The scale of the others is unknown, so
+    the column has both readings.
+
+    Args:
+        applications: each trained method's applications of a network to a training crop.
     """
     published = reference_table2().set_index("method")
     ours = summary.set_index("method")
@@ -72,7 +72,7 @@ def table2(summary: pd.DataFrame, applications: Mapping[str, float] | None = Non
 
 
 def trained_for(applications: Iterable[float]) -> str:
-    """How long the trained methods of a table were trained, and whether equally: a sentence."""
+    """A sentence on how long the methods of a table were trained, and whether equally long."""
     least, most = min(applications := list(applications)), max(applications)
     if most <= EQUALLY * least:
         return (f"Each trained method had {least:,.0f} applications of its network to a training "

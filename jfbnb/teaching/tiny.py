@@ -1,4 +1,4 @@
-"""Notebook 4b: a network so small that its derivative in all parameters is one dense matrix."""
+"""Notebook 4b: a network so small that its derivative in all parameters fits a dense matrix."""
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ def train_tiny(protocol: Protocol, images: Tensor, seed: int, activation: nn.Mod
 
     Args:
         images: (N, 3, H, W) uint8, to train on.
-        activation: in the place of the DnCNN's ReLU.
+        activation: replaces the DnCNN's ReLU.
     """
     torch.manual_seed(seed)
     network = DnCNN(2, 3)

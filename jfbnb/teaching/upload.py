@@ -1,6 +1,6 @@
-"""A button that takes a file of any size: the browser sends it in pieces.
+"""A button to upload a file of any size: the browser sends it in pieces.
 
-Jupyter's server drops a message of over 10 MB without a word, and with it ipywidgets' own upload.
+Jupyter's server silently drops messages over 10 MB, so ipywidgets' own upload fails.
 """
 
 import anywidget

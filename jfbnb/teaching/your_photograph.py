@@ -1,6 +1,6 @@
-"""An explorer for a photograph of one's own: say how it is blurred, and see it restored.
+"""The explorer *Your photograph*: set the kernel of a photograph, and restore it.
 
-Restoring takes seconds, and for a camera's megapixels minutes, so it waits for a button.
+Restoration takes seconds, or minutes for a camera's megapixels, so a button starts it.
 """
 
 import base64
@@ -44,14 +44,14 @@ from jfbnb.teaching.upload import Upload
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import expected_methods, make_methods
 
-WHOLE = 1200  # pixels on the longer side that a browser is sent
+WHOLE = 1200  # pixels on the longer side of a picture for the browser
 OUTLINE = 96  # pixels on the longer side of a kernel's picture
-LINKED = 8_000_000  # bytes of a result that goes into the page as a link
+LINKED = 8_000_000  # bytes of a result that fits into the page as a link
 EXAMPLE = "motion:9,30"
 
 
 class KernelControls(w.HBox):
-    """A kernel by its kind and some sliders, or from a file; and how it looks."""
+    """Controls for a kernel, by shape and sliders or from a file, with its picture."""
 
     def __init__(self) -> None:
         self.kind = w.Dropdown(options=["motion", "gaussian", "disk", "a file"],
@@ -73,28 +73,28 @@ class KernelControls(w.HBox):
         self.adapt()
 
     def kernel(self) -> tuple[str, Tensor]:
-        """The kernel as the command takes it, and the kernel.
+        """The kernel as the command writes it, and the kernel.
 
         Raises:
-            UserError: where no file is given, or one that holds no kernel.
+            UserError: if no file is given, or it is not a kernel.
         """
         if self.kind.value != "a file":
             numbers = ",".join(f"{control.value:g}" for control in self.shapes[self.kind.value])
             text = f"{self.kind.value}:{numbers}"
             return text, kernel_option.parse(text)
         if self.file.value is None:
-            raise UserError("no kernel is given: upload a picture of it, a .npy or a .txt")
+            raise UserError("there is no kernel yet: upload a picture of it, a .npy or a .txt")
         name, content = self.file.value
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / Path(name).name
             path.write_bytes(content)
             try:
                 return path.name, kernel_option.read(path)
-            except UserError as error:  # the file's owner does not know that folder
+            except UserError as error:  # the user does not know that folder
                 raise UserError(str(error).replace(f"{path.parent}/", "")) from error
 
     def adapt(self) -> None:
-        """Show the sliders of this kind, and the kernel or what is wrong with it."""
+        """Show the sliders of this shape, and the kernel or an error."""
         for kind, controls in self.shapes.items():
             for control in controls:
                 control.layout.display = "" if kind == self.kind.value else "none"
@@ -112,15 +112,15 @@ class KernelControls(w.HBox):
 
 
 class PhotographExplorer(Alive):
-    """*Your photograph*: a blurred picture and what becomes of it, under the swipe handle.
+    """*Your photograph*: a blurred picture and its restoration under the swipe handle.
 
     It starts with an example, which is restored at once. An upload keeps its size, depth and pages;
-    of several pages the first is shown. What goes wrong is said in a line.
+    of several pages the first is shown. Errors are shown in a line.
 
     Args:
-        method: the one to start with.
-        weights: the folder of trained networks; None for those that are released.
-        folder: where results go that are too large for a link.
+        method: the method that is selected first.
+        weights: the folder of trained networks; None for the released ones.
+        folder: for results that are too large for a link.
     """
 
     def __init__(self, method: str = "jfb", weights: Path | None = None,
@@ -155,22 +155,22 @@ class PhotographExplorer(Alive):
         self.restore()
 
     def _repr_mimebundle_(self, **kwargs: object) -> tuple[dict[str, object], dict[str, object]]:
-        """The widget, and both pictures, small, for those who read without a kernel."""
+        """The widget, and both pictures, small, for readers without a kernel."""
         pair = torch.cat([_fit(x, 400) for x in (self.pages[0].pixels, self.result)], dim=2)
         return stored(super()._repr_mimebundle_(**kwargs), to_png(pair), WITHOUT_KERNEL,
                       f"{self.name}, as it was given and restored")
 
     def reset(self) -> None:
-        """The example, and all controls as they were."""
+        """Show the example, and set all controls to their defaults."""
         for control, value in zip(self.settings, self.defaults, strict=True):
             control.value = value
         self.upload.value = None
         self.begin("example.png", [example()])
 
-    # --- what is given --------------------------------------------------------------------------
+    # --- input ----------------------------------------------------------------------------------
 
     def take_upload(self) -> None:
-        """Read the uploaded picture and show it, or say why not."""
+        """Read the uploaded picture and show it, or the error."""
         if self.upload.value is None:
             return
         name, content = self.upload.value
@@ -189,34 +189,34 @@ class PhotographExplorer(Alive):
         line = f"{name}: {width} x {height} pixels"
         if len(pages) > 1:
             line += f", {len(pages)} pages, of which the first is shown"
-        self.say(f"{line}; say how it is blurred, and press Restore",
+        self.say(f"{line}; set its kernel, and press Restore",
                  *filter(None, [pages[0].note]))
 
     def adapt(self) -> None:
-        """Mark that what is shown was restored with other settings."""
+        """Show that the settings have changed since the restoration."""
         self.noise.disabled = self.estimated.value
         self.button.button_style = "primary"
 
-    # --- what comes of it -----------------------------------------------------------------------
+    # --- restoration ----------------------------------------------------------------------------
 
     def press(self) -> None:
-        """Begin to restore, or stop what was begun."""
+        """Start a restoration, or stop the running one."""
         if self.worker and self.worker.is_alive():
             self.stopped = True
             self.say("stopping")
             return
         self.stopped = False
-        # In a thread of its own, or Jupyter would hear of no click before the end.
+        # In a separate thread: otherwise Jupyter would process no click before the end.
         self.worker = threading.Thread(target=self.restore, daemon=True)
         self.worker.start()
 
     def restore(self) -> None:
-        """Restore every page, show the first, offer the file; no other picture meanwhile."""
+        """Restore every page, show the first, offer the file. Uploads are disabled meanwhile."""
         busy = self.upload, self.start_anew
         self.button.description = "Stop"
         for control in busy:
             control.disabled = True
-        # Each module that is applied asks: a network, and the operator too.
+        # Every application of a module, network or operator, checks for a stop.
         asks = register_module_forward_pre_hook(lambda *_: self.go_on())
         try:
             self._restore()
@@ -230,9 +230,9 @@ class PhotographExplorer(Alive):
                 control.disabled = False
 
     def go_on(self) -> None:
-        """Raise UserError in the thread that restores, where it is to stop."""
+        """Raise UserError in the restoring thread if it is to stop."""
         if self.stopped and threading.current_thread() is self.worker:
-            raise UserError("stopped: nothing is restored")
+            raise UserError("stopped: press Restore to start again")
 
     @torch.no_grad()
     def _restore(self) -> None:
@@ -271,7 +271,7 @@ class PhotographExplorer(Alive):
         self.say(f"{line}, {time.perf_counter() - start:.1f} s", *warnings, link=link)
 
     def offer(self, name: str, pages: list[Picture]) -> str:
-        """A link to the pages as a file; or where it is written, if it is too large for a link."""
+        """A link to the pages as a file; a file too large for a link is written to `folder`."""
         with tempfile.TemporaryDirectory() as folder:
             write_pictures(Path(folder) / name, pages)
             content = (Path(folder) / name).read_bytes()
@@ -285,25 +285,25 @@ class PhotographExplorer(Alive):
                 f'{base64.b64encode(content).decode()}">download {html.escape(name)}</a>')
 
     def show(self) -> None:
-        """The picture and the restored one, as large as a browser can do with."""
+        """Show the picture and its restoration, resized for the browser."""
         self.comparison.show({"as it was": _fit(self.pages[0].pixels, WHOLE),
                               "restored": _fit(self.result, WHOLE)})
 
     def say(self, line: str, *warnings: str, wrong: bool = False, link: str = "") -> None:
-        """A line, in red if something is wrong, with a link; and warnings."""
+        """Show a line, in red for an error, with a link, and warnings."""
         self.status.value = message(line, wrong, link) + "".join(
             message(text, wrong=True) for text in warnings)
 
 
 def _fit(x: Tensor, side: int) -> Tensor:
-    """An image (C, H, W) as (3, h, w), no longer than `side`."""
+    """Resize an image (C, H, W) to (3, h, w), with h and w at most `side`."""
     scale = min(1.0, side / max(x.shape))
     size = [max(1, round(n * scale)) for n in x.shape[1:]]
     return interpolate(x[None], size=size, mode="bilinear", antialias=True)[0].expand(3, -1, -1)
 
 
 def example() -> Picture:
-    """A photograph that a shaking camera took: blurred, then cut, with noise, in 8 bits."""
+    """A photograph by a moving camera: blurred, then cut, with noise, in 8 bits."""
     kernel = kernel_option.parse(EXAMPLE).flip(0, 1)
     (kh, kw), whole = kernel.shape, torch.from_numpy(skimage.data.astronaut())
     scene = whole[20 : 179 + kh, 140 : 299 + kw].permute(2, 0, 1).double() / 255

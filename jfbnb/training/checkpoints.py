@@ -1,7 +1,7 @@
-"""Checkpoints of a training: the last two, each checked by its own hash before it is believed.
+"""Checkpoints of a training: the last two, each verified by its hash before it is used.
 
-They are safetensors files, so that loading one runs no code. The name of a checkpoint is a hash of
-all that decides the training.
+They are safetensors files, so loading one runs no code. A checkpoint's name is a hash of everything
+that the training depends on.
 """
 
 import functools
@@ -23,7 +23,7 @@ from jfbnb.common import UserError, atomic_path
 
 History = list[dict[str, float]]
 PACKAGE = Path(__file__).parents[1]
-# `digest` looks at no source of these: the package's own is hashed by `training_key`.
+# `digest` skips the source of these: `training_key` hashes the package's own.
 KNOWN = ("jfbnb", "torch", "builtins", "functools", "collections")
 
 
@@ -31,7 +31,7 @@ KNOWN = ("jfbnb", "torch", "builtins", "functools", "collections")
 
 
 def training_key(*values: Any) -> str:
-    """A hash of what decides a training: module, loss, images, settings, and the code for it."""
+    """A hash of what a training depends on: module, loss, images, settings, and their code."""
     files = sorted(path for pattern in ("core/*.py", "training/*.py", "data.py", "common.py")
                    for path in PACKAGE.glob(pattern))
     return digest(*values, *(path.read_bytes() for path in files))
@@ -40,9 +40,9 @@ def training_key(*values: Any) -> str:
 def digest(*values: Any) -> str:
     """A hash of some values, the same in every process.
 
-    It changes with numbers and tensors in them, and with the weights and buffers of a module. It
-    changes with the source of each class and function from outside the package, and with what a
-    function has captured. Further files that these import are not looked at.
+    It covers numbers, tensors, a module's weights and buffers, the source of each class and
+    function from outside the package, and the variables that a function captures. It does not cover
+    further files that these import.
     """
     found = hashlib.sha256()
     for part in _parts(values, set()):
@@ -51,7 +51,7 @@ def digest(*values: Any) -> str:
 
 
 def _parts(value: Any, seen: set[int]) -> Iterator[bytes | np.ndarray]:
-    """The bytes that tell a value from another one."""
+    """The bytes that distinguish a value from others."""
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value)
     yield type(value).__qualname__.encode()
@@ -88,7 +88,7 @@ def _parts(value: Any, seen: set[int]) -> Iterator[bytes | np.ndarray]:
 
 
 def _source(value: Any) -> str:
-    """The text of the file that a class or function is in, or in a notebook its own."""
+    """The text of the file that contains a class or function; in a notebook, its own source."""
     if (getattr(value, "__module__", None) or "builtins").split(".")[0] in KNOWN:
         return ""
     try:
@@ -104,9 +104,9 @@ def _source(value: Any) -> str:
 
 def save_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer,
                     history: History) -> None:
-    """Store weights, Adam's moments and the history, whole or not at all.
+    """Store weights, Adam's moments and the history, completely or not at all.
 
-    What `file` was becomes `previous(file)`.
+    The former `file` becomes `previous(file)`.
     """
     tensors = {f"module.{k}": v.contiguous() for k, v in module.state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
@@ -120,23 +120,23 @@ def save_checkpoint(file: Path, module: nn.Module, optimizer: torch.optim.Optimi
         except SafetensorError as error:
             raise OSError(f"cannot write the checkpoint {file} ({error}): free some space and run "
                           "again; the one before it is kept") from error
-    # A kill between these two leaves the previous one, which `resume` then takes.
+    # A kill between these two leaves the previous one, which `resume` then uses.
     if file.exists():
         file.replace(previous(file))
     written.replace(file)
 
 
 def previous(file: Path) -> Path:
-    """Where the checkpoint before this one is kept."""
+    """The path of the checkpoint before this one."""
     return file.with_name(f"{file.stem}.previous{file.suffix}")
 
 
 def resume(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer,
            log: Callable[[str], None]) -> History:
-    """Restore the newest checkpoint that is whole, in place; return its history, or [].
+    """Restore the newest intact checkpoint, in place; return its history, or [].
 
     Raises:
-        UserError: if there are checkpoints and none of them is whole.
+        UserError: if there are checkpoints, but none is intact.
     """
     complaint = None
     for path in (file, previous(file)):
@@ -150,7 +150,7 @@ def resume(file: Path, module: nn.Module, optimizer: torch.optim.Optimizer,
             with suppress(FileNotFoundError):  # another process of this training was faster
                 path.replace(path.with_suffix(".damaged"))
     if complaint:
-        raise UserError(f"{complaint} and there is no other one: run again to start afresh")
+        raise UserError(f"{complaint}, and there is no other one: run again to start from scratch")
     return []
 
 

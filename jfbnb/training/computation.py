@@ -1,8 +1,8 @@
-"""What a training spends, in applications of its network to a training crop.
+"""Count the computation of a training, in applications of its network to a training crop.
 
-A forward pass of one crop is one application. A backward pass is two: one for the gradient in the
-input and one for that in the weights. A backward pass without the gradient in the weights, as in
-the products with J that the exact gradient needs, is one. It is a count, not a time: the same on
+A forward pass of one crop is one application. A backward pass is two: one for the gradient with
+respect to the input and one for the weights. A backward pass without the weights' gradient, as in
+the products with J that the exact gradient needs, is one. Unlike a time, the count is the same on
 every machine, however busy.
 """
 
@@ -32,7 +32,7 @@ class Meter:
         node = None if weight is None else get_gradient_edge(weight).node
 
         def backward(_: Tensor) -> None:
-            # What `register_multi_grad_hook` asks, too: is this gradient computed in this pass?
+            # As in `register_multi_grad_hook`: is this gradient computed in this pass?
             weights = node is not None and torch._C._will_engine_execute_node(node)
             self.applications += crops * (1 + weights)
 
@@ -43,8 +43,7 @@ class Meter:
 def metered(module: nn.Module) -> Iterator[Meter]:
     """Count the applications of all denoisers' networks in a module, inside the `with` block.
 
-    The derivative of a gradient, which an energy needs, counts as one backward pass more; it costs
-    about two.
+    The second derivative that an energy needs counts as one more backward pass; it costs about two.
     """
     meter = Meter()
     networks = {D.network for D in module.modules() if isinstance(D, Denoiser)}

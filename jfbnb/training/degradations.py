@@ -12,17 +12,17 @@ from jfbnb.core.protocols import PROTOCOLS
 
 @dataclass(frozen=True)
 class Conditions:
-    """From what a training draws each step's operator and noise level.
+    """The distribution of each training step's operator and noise level.
 
-    Sides and standard deviations are uniform on logarithmic axes.
+    Sides and standard deviations are log-uniform between their two values.
 
     Args:
         kernel_side, kernel_std: of Gaussian kernels, in pixels; the side is odd.
         noise_std: of the noise, on images in [0, 1].
-        unknown: the share of steps whose border is unknown; it is black in the others.
-        motion_share, defocus_share: the shares of steps whose kernel is a motion, 3 pixels long or
-            more, or a disk; both are as wide as the Gaussians are.
-        protocol_share: the shares of steps that have one of the `PROTOCOLS`, by its name.
+        unknown: the probability that the border is unknown; else it is black.
+        motion_share, defocus_share: the probabilities of a motion kernel, at least 3 pixels long,
+            and of a disk; both are at most as wide as the Gaussians.
+        protocol_share: the probability of each of the `PROTOCOLS`, by name.
     """
 
     kernel_side: tuple[int, int] = (3, 13)
@@ -34,7 +34,7 @@ class Conditions:
     protocol_share: dict[str, float] = field(default_factory=dict)
 
     def draw(self, image_size: int, generator: torch.Generator) -> tuple[LinearOperator, float]:
-        """An operator on images of that size, and a noise level."""
+        """Draw an operator on images of that size, and a noise level."""
         u = torch.rand(7, generator=generator, dtype=torch.float64).tolist()
         side, kernel, noise = u[:3]
         for name, share in self.protocol_share.items():

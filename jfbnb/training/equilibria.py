@@ -1,4 +1,4 @@
-"""Is what the solver returns an equilibrium?"""
+"""Check whether a solver's result is an equilibrium."""
 
 import pandas as pd
 from torch import Tensor
@@ -10,19 +10,19 @@ from jfbnb.core.metrics import psnr
 from jfbnb.core.models import Model
 from jfbnb.training.evaluation import together
 
-ROUNDING = 5e-7  # a relative change that float32 cannot tell from none
+ROUNDING = 5e-7  # a relative change that is lost in float32 rounding
 
 
 def check_equilibrium(T: ImplicitMap, x: Tensor, d: Tensor, names: list[str], further: int = 1000,
                       seed: int = 0, tolerance: float = Model.tolerance,
                       max_iterations: int = Model.max_iterations) -> pd.DataFrame:
-    """Is what the solver returns an equilibrium? One row per image.
+    """Check whether the solver's result is an equilibrium. One row per image.
 
-    Each image is solved as for the tables, by `models.Equilibrium`. From there T is applied without
-    acceleration, `further` times at most, until one application changes the image by less than 5e-7
-    of its norm, a few roundings of float32. A map that does not use Anderson is solved further by
-    its own solver. The end is taken for x*, where T's Jacobian is measured. Its radius and norm are
-    estimates, so this is evidence and no proof.
+    Each image is solved as for the tables, by `models.Equilibrium`. Then T is applied without
+    acceleration, at most `further` times, until one application changes the image by less than 5e-7
+    of its norm, a few roundings of float32. (A map with another solver than Anderson continues with
+    that.) The last iterate is taken for x*, where T's Jacobian is measured. Its radius and norm are
+    estimates: evidence, not a proof.
 
     Returns:
         Columns image, evaluations (of T, to the tolerance; infinite if it is not reached),

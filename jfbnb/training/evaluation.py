@@ -1,4 +1,4 @@
-"""Methods and images to one long table of metrics, and its summary."""
+"""Evaluate methods on images: one long table of metrics, and its summary."""
 
 import time
 
@@ -24,13 +24,13 @@ def evaluate(
     """One row per method and image: PSNR, SSIM, and how the solve ended.
 
     Args:
-        x, d: images (N, C, H, W) and measurements of them, on the device of A. Metrics are those of
-            the part of x that d shows.
+        x, d: images (N, C, H, W) and their measurements, on the device of A. Metrics are computed
+            on the part of x that d shows.
         names: N image names.
 
     Returns:
         Columns method, image, psnr (dB), ssim, iterations, residual, converged, seconds. The
-        solver's are empty for methods without one.
+        solver's columns are empty for methods without a solver.
     """
     parts, batch_size = [], together(x)
     for name, method in methods.items():
@@ -60,11 +60,11 @@ def by_computation(methods: dict[str, Restorer], counts: list[int], A: LinearOpe
                    d: Tensor, noise_std: float) -> pd.DataFrame:
     """The PSNR of iterative methods after k evaluations of T.
 
-    An equilibrium's solver is stopped after k; an unrolled network has k layers, whatever their
-    number in training.
+    An equilibrium's solver is stopped after k; an unrolled network gets k layers, however many it
+    was trained with.
 
     Args:
-        counts: the k, at least 1 each.
+        counts: the values of k, each at least 1.
 
     Returns:
         A row for each method and k: method, evaluations, psnr (dB, mean over the images).
@@ -72,7 +72,7 @@ def by_computation(methods: dict[str, Restorer], counts: list[int], A: LinearOpe
     rows = []
     for name, method in methods.items():
         for k in counts:
-            model = method.model(A, noise_std)  # a fresh shell around the same weights
+            model = method.model(A, noise_std)  # a new object with the same weights
             model.tolerance, model.max_iterations, model.iterations = 0.0, k, k
             y = torch.cat([model(d[i:i + 1])[0] for i in range(len(d))])
             rows.append({"method": name, "evaluations": k,
@@ -90,12 +90,12 @@ def quality(A: LinearOperator, x: Tensor, result: Result) -> dict[str, float]:
 
 
 def together(x: Tensor) -> int:
-    """How many images to solve together: one on a CPU, where a batch gains nothing."""
+    """How many images to solve in a batch: one on a CPU, where larger batches gain nothing."""
     return 1 if x.device.type == "cpu" else 50
 
 
 def complaints(table: pd.DataFrame, most: int = 4) -> list[str]:
-    """One line for each method whose solver failed on some images, the worst of them by name."""
+    """One line for each method whose solver failed on some images, naming the `most` worst."""
     lines = []
     for method, rows in table.groupby("method", sort=False):
         failed = rows[rows.converged == 0].sort_values("residual", ascending=False)
@@ -111,7 +111,7 @@ def complaints(table: pd.DataFrame, most: int = 4) -> list[str]:
 def summarise(table: pd.DataFrame) -> pd.DataFrame:
     """One row per method, in the table's order: means with standard errors, and convergence.
 
-    Seconds and iterations are medians, to which another load of the machine matters less.
+    Seconds and iterations are medians, which depend less on the load of the machine.
     """
     groups = table.groupby("method", sort=False)
     return pd.DataFrame({

@@ -1,7 +1,7 @@
 """Denoiser pretraining and end-to-end training (Algorithm 1), with resumable checkpoints.
 
-Every random draw depends on (seed, epoch, step, place in the batch) alone, so a training that was
-stopped and resumed gives the same weights, bit for bit on one machine, as one that was not.
+Every random draw depends only on (seed, epoch, step, place in the batch). So a training that was
+stopped and resumed gives the same weights, bit for bit on one machine, as an uninterrupted one.
 """
 
 import math
@@ -21,27 +21,27 @@ from jfbnb.training.computation import metered
 from jfbnb.training.losses import REUSE_BUFFER, BatchLoss
 from jfbnb.training.muon import Muon
 
-RECORDS = 10  # of a training, evenly spread over it; where epochs are given, at least one in each
+RECORDS = 10  # per training, evenly spaced; at least one per epoch if epochs are given
 Record = dict[str, float]
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long and how fast: Adam with a cosine schedule from `learning_rate` to 0.
+    """Length and speed of a training: Adam with a cosine schedule from `learning_rate` to 0.
 
     Args:
-        epochs: how often each training image is seen, on average; it need not be whole.
-        batch_size: crops in a step.
+        epochs: how often each training image is used, on average; need not be an integer.
+        batch_size: crops per step.
         crop: side of the crops, in pixels.
         learning_rate: at the start. The schedule follows the share of the training that is done.
         seed: of all random draws.
-        unconverged_limit: the share of fixed-point solves, from one record to the next, that may
-            end above their tolerance. Above it training stops, above half of it training warns.
+        unconverged_limit: the largest share of fixed-point solves, from one record to the next,
+            that may miss their tolerance. Training stops above it, and warns above half of it.
         warmup: steps in which the rate rises from 0, as Adam's first estimate of scale is poor.
-        clip: the norm to which a longer gradient is cut; 0 leaves it.
-        muon: whether `muon.Muon` moves the weights between hidden layers, at the same rate.
-        budget: in the place of `epochs`, which is then 0: what the training may spend, in
-            applications of the network to a crop (`computation`).
+        clip: the largest norm of a gradient; longer ones are scaled down. 0 turns this off.
+        muon: whether `muon.Muon` updates the weights between hidden layers, at the same rate.
+        budget: the length in applications of the network to a crop (see `computation`), instead of
+            `epochs`, which is then 0.
 
     Raises:
         UserError: unless one of epochs and budget is positive and the other 0.
@@ -64,7 +64,7 @@ class TrainingConfig:
                             "positive, and 0 for the other")
 
     def random_degradations(self) -> Self:
-        """The same, for steps whose degradations, and so whose gradients, differ."""
+        """The same, adjusted to random degradations, under which gradients vary more."""
         return replace(self, warmup=100, clip=0.02, muon=True)
 
 
@@ -78,22 +78,22 @@ def train(
     validate: Callable[[], Record] | None = None,
     log: Callable[[str], None] = print,
 ) -> list[Record]:
-    """Minimise `batch_loss` over random crops of `images`; return the records of its parts.
+    """Minimise `batch_loss` over random crops of `images`; return one record per part.
 
-    A loss with an attribute `batch_reuse` gets each batch so often. A training has `RECORDS` parts,
-    or as many as epochs where those are more. A record has the epochs, steps and applications of
-    the network so far, the part's mean loss per image, the means of what the loss reports, its
-    seconds, and what `validate` returns.
+    A training has `RECORDS` parts, or one per epoch if that is more. A record has the epochs, steps
+    and applications of the network so far; the part's mean loss per image, the means of the loss's
+    figures, its seconds, and what `validate` returns. If the loss has an attribute `batch_reuse`,
+    each batch is used that often.
 
     Args:
-        module: what is trained, in place.
+        module: trained in place.
         images: uint8 (N, 3, H, W).
-        checkpoints: a folder. The state after each part is stored there; a training that was
-            stopped resumes from the last one that is whole, and a complete one is not repeated.
+        checkpoints: a folder for the state after each part. A stopped training resumes from the
+            last intact one; a complete one is not repeated.
 
     Raises:
         UserError: if the loss is not finite, if too many solves do not converge, if a checkpoint
-            cannot be read, or if there is a budget and no network to count.
+            cannot be read, or if there is a budget but no network to count.
     """
     if not 0 < config.crop <= min(images.shape[2:]):
         raise UserError(f"crop={config.crop} does not fit images of {tuple(images.shape[2:])}")
@@ -117,7 +117,7 @@ def train(
 
 
 class Trainer:
-    """The state of a training: weights, optimiser, records, and how much has been done."""
+    """The state of a training: weights, optimiser, records and progress."""
 
     def __init__(self, module: nn.Module, batch_loss: BatchLoss, images: Tensor,
                  config: TrainingConfig, device: torch.device):
@@ -130,7 +130,7 @@ class Trainer:
         self.parts = max(RECORDS, math.ceil(config.epochs))
         self.history: list[Record] = []
         self.steps, self.applications = 0, 0
-        self.order = 0, torch.empty(0, dtype=torch.long)  # an epoch, and its order of images
+        self.order = 0, torch.empty(0, dtype=torch.long)  # an epoch, and the order of its images
         self.file: Path | None = None
 
     @property
@@ -141,7 +141,7 @@ class Trainer:
         return self.steps / max(1, round(self.config.epochs * self.batches))
 
     def resume(self, file: Path, log: Callable[[str], None]) -> None:
-        """Take up the newest checkpoint that is whole, if there is one; later ones go there."""
+        """Load the newest intact checkpoint, if there is one; store later ones in `file`."""
         self.file = file
         self.history = resume(file, self.module, self.optimizer, log)
         if self.history:
@@ -150,13 +150,13 @@ class Trainer:
             log(f"resumed after {self._so_far()}")
 
     def store(self, record: Record) -> None:
-        """Add a record, and store the state."""
+        """Append a record, and store the state."""
         self.history.append(record)
         if self.file is not None:
             save_checkpoint(self.file, self.module, self.optimizer, self.history)
 
     def part(self) -> Record:
-        """Train up to the next of `parts` even shares: Algorithm 1. Returns the means over it."""
+        """Train one of `parts` equal parts by Algorithm 1; return its means."""
         end = (math.floor(self.done * self.parts + 1e-9) + 1) / self.parts - 1e-9
         means, first, before = _Means(), self.steps, self.applications
         with metered(self.module) as meter:
@@ -175,8 +175,8 @@ class Trainer:
                 self.optimizer.step()
                 self.steps += 1
                 if self.config.budget and not meter.applications:
-                    raise UserError("a budget counts applications of a Denoiser's network, and "
-                                    "this step has made none: give epochs")
+                    raise UserError("a budget counts applications of a Denoiser's network, but "
+                                    "this step made none: give epochs instead")
                 self.applications = before + meter.applications
                 if self.steps - first > 20 or self.done >= end:
                     self.check_solves(means, where)
@@ -193,9 +193,9 @@ class Trainer:
         return epoch, step, self.order[1][step * size:(step + 1) * size]
 
     def backward(self, loss: Tensor) -> Tensor:
-        """The gradient of a batch's mean loss, cut to `clip`, and the step's learning rate.
+        """Compute the gradient of a batch's mean loss, clip it, and set the learning rate.
 
-        Returns the gradient's norm before it is cut, (1,).
+        Returns the gradient's norm before clipping, (1,).
         """
         config = self.config
         self.optimizer.zero_grad()
@@ -207,17 +207,17 @@ class Trainer:
         return nn.utils.clip_grad_norm_(parameters, config.clip or math.inf).expand(1)
 
     def check_solves(self, means: "_Means", where: str) -> None:
-        """Raise UserError where too many solves of this part have not converged."""
+        """Raise UserError if too many solves of this part have not converged."""
         unconverged = 1 - means.of("converged", 1.0)
         if unconverged > self.config.unconverged_limit:
             raise UserError(
                 f"{unconverged:.0%} of the solves up to {where} did not converge (mean residual "
                 f"{means.of('residual', 0.0):.1e}): the map is not stable; lower the learning "
-                "rate, raise penalty or max_iterations, or raise unconverged_limit to go on"
+                "rate, raise penalty or max_iterations, or raise unconverged_limit to continue"
                 f"{self._last_good()}")
 
     def progress(self) -> str:
-        """How much is done, the latest loss, PSNR and convergence, and the time that is left."""
+        """One line: progress, the latest loss, PSNR and convergence, and the time left."""
         record = self.history[-1]
         found = [self._so_far(), f"loss {record['loss']:.3g}"]
         if record.get("mse", 0.0) > 0:
@@ -239,7 +239,7 @@ class Trainer:
 
 
 def batch_number(step: int, batch_reuse: int) -> int:
-    """Which batch a step has: each of `REUSE_BUFFER` in turn, replaced after `batch_reuse` uses.
+    """Which batch a step uses: `REUSE_BUFFER` in turn, each replaced after `batch_reuse` uses.
 
     They are replaced at different times, so that every round has about as many new batches.
     """
@@ -250,13 +250,13 @@ def batch_number(step: int, batch_reuse: int) -> int:
 
 
 class _Means:
-    """Means of figures over the images and steps so far."""
+    """Running means of figures over images and steps."""
 
     def __init__(self) -> None:
         self.totals: dict[str, tuple[float, float]] = {}
 
     def add(self, values: dict[str, Tensor]) -> Record:
-        """Take some images' values in; return their own means."""
+        """Add some images' values; return the means of these alone."""
         latest = {name: (v.double().sum().item(), len(v)) for name, v in values.items()}
         for name, (total, count) in latest.items():
             before = self.totals.get(name, (0.0, 0))

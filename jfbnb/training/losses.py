@@ -1,4 +1,4 @@
-"""The losses: of the denoiser, of explicit models, and of equilibria by their gradients."""
+"""The training losses of the denoiser, of explicit models and of equilibria."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,29 +20,27 @@ from jfbnb.training.degradations import RANDOM_DEGRADATIONS, Conditions
 BatchLoss = Callable[[Tensor, tuple[int, ...]], tuple[Tensor, dict[str, Tensor]]]
 ADJOINT = 1e-3  # the largest residual to which the exact gradient's equation is solved
 TYPICAL = 1e-3  # mean squared error
-REUSE_BUFFER = 64  # batches that are used in turn, where batches are reused
-MAX_WARM_START_RESIDUAL = 0.1  # above it a stored state is dropped: plain iteration diverges there
+REUSE_BUFFER = 64  # batches that are used in turn, if batches are reused
+MAX_WARM_START_RESIDUAL = 0.1  # a stored state with a larger one is dropped: iteration diverges
 
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What the losses of all methods have in common.
+    """Settings that the losses of all methods share.
 
     Args:
         noise_std: of the measurements, on images in [0, 1].
-        tolerance, max_iterations: of the solve for x*, by Anderson without gradient. The adjoint
-            equation has as many iterations.
+        tolerance, max_iterations: of the solve for x*, by Anderson without gradient.
+            `max_iterations` also limits the adjoint equation.
         power_iterations: of the estimate of T's growth factor.
-        max_growth, penalty: adds `penalty * scale * max(0, growth - max_growth)^2`, with the map's
-            `scale` and both growths counted from 1 in units of it; with a penalty of 0 nothing is
-            estimated.
-        conditions: from which each step's operator and noise level are drawn; None keeps the
-            protocol's. All batches then have the same weight: the loss is the logarithm of the
-            batch's error.
-        noise_power: how the prior's weight follows a drawn noise level, as in `methods.Method`.
-        stability_every: the penalty is computed for one of so many crops, and multiplied by it.
-        batch_reuse: how often an equilibrium's training uses a batch. It solves for x* the first
-            time. Later the T(x*) of the time before, `REUSE_BUFFER` steps ago, stands for x*.
+        max_growth, penalty: add `penalty * s * max(0, 1 - max_growth - (1 - growth) / s)^2` to the
+            loss, where s is the map's `scale`. With a penalty of 0 the growth is not estimated.
+        conditions: draw each step's operator and noise level from these; None keeps the protocol's.
+            The loss is then the logarithm of the batch's error, so all batches weigh the same.
+        noise_power: how the prior's weight depends on a drawn noise level, as in `methods.Method`.
+        stability_every: apply the stability penalty to every n-th crop of a batch, weighted by n.
+        batch_reuse: how many steps use a batch, to train an equilibrium. The first solves for x*.
+            Each later one, `REUSE_BUFFER` steps on, takes T(x*) of the one before as x*.
     """
 
     noise_std: float
@@ -62,7 +60,7 @@ class LossSettings:
 
     @classmethod
     def read(cls, card: dict) -> Self:
-        """Those of a model card. JSON has lists for tuples.
+        """The settings in a model card.
 
         Raises:
             UserError: for a card of another release.
@@ -97,7 +95,7 @@ class DenoiserLoss:
 
 @dataclass(frozen=True)
 class ExplicitLoss:
-    """|y - x|^2 with y the image of a model with a fixed number of layers, all tracked."""
+    """|y - x|^2, where y is the image of a model with a fixed number of layers, all tracked."""
 
     model: Unrolled
     settings: LossSettings
@@ -112,10 +110,10 @@ class EquilibriumLoss:
     """Algorithm 1's loss |N(d) - x|^2 at the fixed point, and a penalty that keeps T stable.
 
     Args:
-        model: with the map T(x; d); its A must fit the crops.
+        model: has the map T(x; d); its A must fit the crops.
         gradient: (T, x*) -> T(x*), tracked, as in `jfbnb.core.gradients`.
-        memory: of the last `REUSE_BUFFER` batches, by their keys: T(x*), and the direction in which
-            T grows most.
+        memory: for each of the last `REUSE_BUFFER` batches, by its keys: T(x*), and the direction
+            that T amplifies most.
     """
 
     model: Model
@@ -135,14 +133,14 @@ class EquilibriumLoss:
         state, direction = self.memory.pop(keys, (None, None))
         Tx, x_star, figures = replace(self, model=model).restored(d, state)
         loss, errors = _errors(model, s, x, T.image(Tx), d)
-        figures.update(errors)  # in place: the backward pass may add to it
+        figures.update(errors)  # in place: the backward pass may add to figures
         if s.penalty > 0:
             rows = slice(None, None, s.stability_every)
             growth, direction = growth_estimate(lambda z: T(z, d[rows]), x_star[rows],
                                                 s.power_iterations, direction)
             excess = torch.zeros_like(loss)
-            # A map whose steps are small is near 1 by construction, and the gradient of its loss
-            # is small: its scale is the unit of both.
+            # A map with small steps has a growth near 1 by construction, and a small gradient of
+            # its loss: `scale` is the unit of both.
             scale = scale_of(T)
             above = 1 - s.max_growth - (1 - growth) / scale
             excess[rows] = s.stability_every * above.clamp_min(0).square()
@@ -157,10 +155,10 @@ class EquilibriumLoss:
 
     def restored(self, d: Tensor, state: Tensor | None = None
                  ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """T(x*), tracked, whose image the loss sees; x*; and figures of its solve.
+        """T(x*), tracked, whose image enters the loss; x*; and figures of its solve.
 
         Args:
-            state: taken for x*, without a solve.
+            state: used as x*, without a solve.
         """
         s, T = self.settings, self.model.T
         x_star, figures = state, {}
@@ -181,7 +179,7 @@ class EquilibriumLoss:
 
 @dataclass(frozen=True)
 class ImplicitLoss(EquilibriumLoss):
-    """The same by the exact gradient, Eq. 5, solved to the solve's tolerance, at most 1e-3."""
+    """The same with the exact gradient, Eq. 5, solved to the solve's tolerance, at most 1e-3."""
 
     def track(self, T: Callable[[Tensor], Tensor], x_star: Tensor,
               figures: dict[str, Tensor]) -> Tensor:
@@ -193,13 +191,13 @@ class ImplicitLoss(EquilibriumLoss):
 
 
 def _mean_square(error: Tensor) -> Tensor:
-    """Of each image, (b,)."""
+    """The mean square of each image, (b,)."""
     return error.square().flatten(1).mean(dim=1)
 
 
 def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
             d: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of an image y, of the part that the measurement shows, and its squared error."""
+    """The loss of an image y, on the part that the measurement shows, and its squared error."""
     visible = model.T.A.visible
     loss = _mean_square(visible(y - x))
     figures = {"mse": loss.detach()}
@@ -210,7 +208,7 @@ def _errors(model: Model, settings: LossSettings, x: Tensor, y: Tensor,
 
 def _measured(model: Model, settings: LossSettings, x: Tensor,
               keys: tuple[int, ...]) -> tuple[Model, Tensor]:
-    """The model on the operator that measures some crops, and their measurements."""
+    """Measure some crops: the model for the operator that is used, and the measurements."""
     noise_std = settings.noise_std
     if settings.conditions is not None:
         A, noise_std = settings.conditions.draw(x.shape[-1], seeded_generator(*keys, 0))
@@ -220,25 +218,25 @@ def _measured(model: Model, settings: LossSettings, x: Tensor,
 
 def draw_measurement(A: LinearOperator, x: Tensor, noise_std: float,
                      keys: tuple[int, ...]) -> Tensor:
-    """A measurement of each crop; its noise depends on the keys and its place alone."""
+    """A measurement of each crop; its noise depends only on the keys and the crop's index."""
     return measure(A, x, noise_std, seeded_generator(*keys).initial_seed() >> 1, range(len(x)))
 
 
 def growth_estimate(T: Callable[[Tensor], Tensor], x_star: Tensor, power_iterations: int,
                     direction: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """|J v| / |v| at x* for the direction v in which T grows most, and v; differentiable in Theta.
+    """|J v| / |v| at x*, for the direction v that T amplifies most, and v; differentiable in Theta.
 
     Power iteration with finite differences of 1% of |x*|. It starts from the residual T(x*) - x*,
-    which plain iteration turns towards that direction; a random start would miss modes of a few
-    pixels. It is one direction at one point: a lower bound on T's
-    Lipschitz constant, and no proof that T is stable.
+    which plain iteration turns towards v; a random start would miss modes of a few pixels. It
+    measures one direction at one point: a lower bound on T's Lipschitz constant, and no proof that
+    T is stable.
 
     Args:
         power_iterations: applications of T that refine v.
         direction: an earlier v, to start from.
 
     Returns:
-        The factor, one per image (B,), below 1 if v dies out; and v, like x_star.
+        The factor of each image, (B,), below 1 if v decays; and v, with the shape of x_star.
     """
     size = 0.01 * _norm(x_star)
     Tx = T(x_star)

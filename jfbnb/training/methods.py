@@ -1,12 +1,12 @@
-"""Every method, one entry each: its name, what is tuned, how it restores, what trains it.
+"""The registry of methods: for each its name, its tuning, how it restores, and its training loss.
 
-`METHODS` lists them all. To add one, add an entry here, or call `register` in a package of your
-own. A package that declares the entry point
+To add a method, add an entry to `METHODS` here, or call `register` in a package of your own. A
+package that declares the entry point
 
     [project.entry-points."jfbnb.methods"]
     mine = "my_package"
 
-is imported wherever it is installed, so that it may `register` its methods.
+is imported if it is installed, so that it can `register` its methods.
 """
 
 import itertools
@@ -41,20 +41,20 @@ class Method:
 
     Args:
         name: on the command line and in files; label and colour: in tables and figures.
-        restore: (A, d, settings, prior_scale) -> (image, what its solver says or None). The prior
-            weighs `prior_scale` times as much as at the noise level of the tuning.
-        model: (A, D, settings) -> `Model`, for those that have a network. A is None while weights
-            are loaded, so nothing may be derived from it here.
+        restore: (A, d, settings, prior_scale) -> (image, SolveInfo or None). The weight of the
+            prior is multiplied by `prior_scale`, which is 1 at the noise level of the tuning.
+        model: (A, D, settings) -> `Model`, for a method with a network. A is None while weights
+            are loaded, so nothing may be derived from it.
         loss: (model, settings) -> the loss that trains the model, as in `losses`. Without one the
-            method uses the pretrained denoiser as it is.
-        candidates: (noise level, about how many) -> settings to choose from on validation images.
+            method uses the pretrained denoiser unchanged.
+        candidates: (noise level, n) -> about n settings to choose from on validation images.
         shares_tuning_with: another method with the same candidates and, untrained, the same images.
-        noise_power: the weight of the prior goes with this power of the noise level. 2 is theory
-            (see `matched_sigma`) and best for the equilibria. Other powers fit what was best on
+        noise_power: the weight of the prior is proportional to this power of the noise level. 2 is
+            theory (see `matched_sigma`) and best for the equilibria. Other powers were fitted on
             CelebA's validation images at noise levels of 0.002 to 0.05.
         compared: whether it is in the figures that compare methods image by image and under other
             conditions.
-        smooth: whether its network must have a continuous derivative, which ReLUs have not.
+        smooth: whether its network must have a continuous derivative, which ReLU networks lack.
     """
 
     name: str
@@ -73,11 +73,11 @@ class Method:
         if (self.restore is None) == (self.model is None):
             raise UserError(f"method {self.name!r}: give either restore or model")
         if self.loss and not self.model:
-            raise UserError(f"method {self.name!r} has a loss, but no model to train")
+            raise UserError(f"method {self.name!r} has a loss, but no model to train: give one")
 
     @property
     def trainable(self) -> bool:
-        """Whether it has weights of its own."""
+        """Whether it is trained, and so has its own weights."""
         return self.loss is not None
 
     def takes(self, network: nn.Module) -> bool:
@@ -85,10 +85,10 @@ class Method:
         return getattr(network, "smooth", False) or not self.smooth
 
     def build(self, A: LinearOperator | None, network: nn.Module, settings: Settings) -> Model:
-        """Its model, made of a network and settings, on the network's device."""
+        """Its model, made from a network and settings, on the network's device."""
         like = next(network.parameters(), torch.empty(()))
         model = self.model(A, Denoiser(network, settings.get("sigma", 0.0)), settings)
-        model.to(like.device)  # not of its type: an operator keeps its float64
+        model.to(like.device)  # not to its dtype: an operator keeps float64
         return model
 
 
@@ -96,14 +96,14 @@ METHODS: dict[str, Method] = {}
 
 
 def register(method: Method) -> Method:
-    """Make a method known. Raises UserError for a name, label or colour that is taken."""
+    """Add a method to `METHODS`. Raises UserError for a name, label or colour in use."""
     if method.name == "denoiser" or not method.name.isprintable() or "/" in method.name:
-        raise UserError(f"method {method.name!r}: its name is that of a file; choose another")
+        raise UserError(f"method {method.name!r}: its name cannot name a file; choose another")
     for other in METHODS.values():
         if any(getattr(method, part).lower() == getattr(other, part).lower()
                for part in ("name", "label", "colour")):
             raise UserError(f"method {method.name!r}: {other.name!r} has the same name, label or "
-                            "colour")
+                            "colour; choose another")
     METHODS[method.name] = method
     return method
 
@@ -116,7 +116,7 @@ def get_method(name: str) -> Method:
 
 
 def grid(n: int, **ranges: tuple[float, float]) -> list[Settings]:
-    """About n settings, evenly spaced on logarithmic axes from the low to the high end of each."""
+    """About n settings on a grid, logarithmically spaced over each range (low, high)."""
     each = max(1, math.floor(n ** (1 / len(ranges)) + 1e-9))
     axes = [torch.logspace(math.log10(low), math.log10(high), each, dtype=torch.float64).tolist()
             for low, high in ranges.values()]
@@ -124,29 +124,29 @@ def grid(n: int, **ranges: tuple[float, float]) -> list[Settings]:
 
 
 def prior(noise_std: float, n: int, **more: float) -> list[Settings]:
-    """Weights tau, each with the noise level of the denoiser that goes with it."""
+    """Candidates for tau, each with the denoiser's matching noise level."""
     return [{**s, "sigma": matched_sigma(noise_std, s["tau"]), **more}
             for s in grid(n, tau=(1e-2, 10**-0.5))]
 
 
 def _stopped_descent(A: LinearOperator, d: Tensor, settings: Settings,
                      prior_scale: float) -> Result:
-    # The direction with squared singular value s^2 is recovered after about 1 / s^2 steps, and lam
-    # stands for the smallest s^2 that is recovered: the steps go with the inverse of its scale.
+    # A direction with squared singular value s^2 is recovered after about 1 / s^2 steps. lam is the
+    # smallest s^2 that is recovered, so the number of steps is inversely proportional to it.
     steps = min(round(settings["steps"] / prior_scale), 100_000)
     return tikhonov_gradient_descent(A, d, 0.0, settings["step_size"], steps), None
 
 
-# Classical methods, plug-and-play and JFB have Okabe and Ito's colours, safe for colour-blind eyes;
-# an equilibrium has its map's.
+# Classical methods, plug-and-play and JFB have Okabe and Ito's colours, safe for colour-blind
+# readers; an equilibrium has its map's colour.
 register(Method(
     name="measurement", compared=False, label="Noisy blurred", colour="#999999",
     restore=lambda A, d, s, prior_scale: (A.guess(d), None)))
 register(Method(
     name="direct-inverse", compared=False, label="Direct inverse", colour="#CC79A7",
     restore=lambda A, d, s, prior_scale: (direct_inverse(A, d), None)))
-# For white images lam would go with the noise's variance. Images have less fine detail, which less
-# noise lets through, so the best weights fall more slowly.
+# For white images lam would be proportional to the noise's variance. Images have less fine detail,
+# so the best weights decrease more slowly with the noise.
 register(Method(
     name="gradient-descent", compared=False, label="Gradient descent", colour="#E69F00",
     restore=_stopped_descent, noise_power=1.25,
@@ -167,7 +167,7 @@ PLUG_AND_PLAY = register(Method(
 PLUG_AND_PLAY_ADMM = register(Method(
     name="plug-and-play-admm", label="Plug-and-play, ADMM", colour="#01665E", candidates=prior,
     model=lambda A, D, s: Equilibrium(ADMMMap(A, D, s["tau"]))))
-# Levels above 0.1 are unknown to the denoisers here.
+# The denoisers are not trained for levels above 0.1.
 register(Method(
     name="annealed", label="Falling noise level", colour="#9970AB", compared=False,
     candidates=lambda noise_std, n: [{**s, "first": 0.1, "last": noise_std, "iterations": 8}
@@ -214,4 +214,4 @@ for _found in entry_points(group="jfbnb.methods"):
     try:
         _found.load()
     except Exception as _error:  # the methods here work without it
-        warnings.warn(f"the method {_found.value} cannot be used: {_error}", stacklevel=1)
+        warnings.warn(f"the method {_found.value} cannot be loaded: {_error}", stacklevel=1)

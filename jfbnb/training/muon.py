@@ -1,8 +1,8 @@
 """Muon (Jordan et al. 2024): steps of equal length in all directions of a layer's weights.
 
-Gradients of weights between hidden layers are nearly of low rank, and so are Adam's steps. Muon
-takes the momentum's polar factor in their place, the nearest matrix with orthonormal rows or
-columns, so that directions seldom asked for are learned as well.
+Gradients of weights between hidden layers have nearly low rank, and so do Adam's steps. Muon steps
+along the momentum's polar factor, the nearest matrix with orthonormal rows or columns, so that weak
+directions are learned as well.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 
 MOMENTUM = 0.95
 LENGTH = 0.2  # root mean square of a step over the rate: about Adam's (Liu et al. 2025)
-HIDDEN = 5  # channels on either side that a convolution between hidden layers has at least
+HIDDEN = 5  # a convolution with at least so many channels in and out is between hidden layers
 
 
 class Muon(torch.optim.Adam):
-    """Adam, but for the convolutions between hidden layers, which move by Muon."""
+    """Adam, except for convolutions between hidden layers, which Muon updates."""
 
     @torch.no_grad()
     def step(self) -> None:
@@ -24,14 +24,14 @@ class Muon(torch.optim.Adam):
                 if p.grad is not None and p.dim() == 4 and min(p.shape[:2]) >= HIDDEN:
                     self._move(p, group["lr"])
                     held.append((p, p.grad))
-                    p.grad = None  # which Adam leaves alone
+                    p.grad = None  # so that Adam leaves p alone
         super().step()
         for p, gradient in held:
             p.grad = gradient
 
     def _move(self, p: Tensor, learning_rate: float) -> None:
         state = self.state[p]
-        if not state:  # of Adam's it needs the first moment alone, but Adam looks for its own
+        if not state:  # Muon needs only the first moment, but Adam expects all three
             state |= {"step": torch.tensor(0.0), "exp_avg": torch.zeros_like(p),
                       "exp_avg_sq": torch.zeros_like(p)}
         momentum = state["exp_avg"].lerp_(p.grad, 1 - MOMENTUM)
@@ -41,10 +41,10 @@ class Muon(torch.optim.Adam):
 
 
 def polar_factor(G: Tensor, iterations: int = 5) -> Tensor:
-    """About U V' of G = U S V', by an odd polynomial of G, applied over and over.
+    """Approximately U V' of G = U S V', by repeated application of an odd polynomial.
 
-    Its coefficients bring small singular values up fast, to between 0.7 and 1.2, and leave them
-    there: exact ones are of no use to a step.
+    Its coefficients quickly raise small singular values to between 0.7 and 1.2, which is accurate
+    enough for a step.
 
     Shapes: (m, n) -> (m, n).
     """

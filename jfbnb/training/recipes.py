@@ -1,4 +1,4 @@
-"""How a denoiser and a method's network are trained, and what is stored of it."""
+"""Train a denoiser or a method's network, and store it with its model card."""
 
 import copy
 import math
@@ -23,12 +23,12 @@ from jfbnb.training.losses import BatchLoss, DenoiserLoss, LossSettings
 from jfbnb.training.methods import METHODS, Method, Settings
 from jfbnb.training.weights import describe, fill, read_card, save_weights
 
-FIXED = 16  # training crops, always the same, on which every training's progress is measured
+FIXED = 16  # how many training crops, always the same, measure every training's progress
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Images x and measurements d of them by A, on which a method is tuned or judged."""
+    """Images x and their measurements d by A, on which a method is tuned or evaluated."""
 
     setup: Protocol
     splits: Splits
@@ -40,19 +40,19 @@ class Problem:
 
 def validation_problem(setup: Protocol, splits: Splits, images: int, seed: int,
                        device: torch.device) -> Problem:
-    """The first so many validation images, measured by a protocol, on a device."""
+    """The first `images` validation images, measured by a protocol, on a device."""
     nothing = torch.empty(0, device=device)
     empty = Problem(setup, splits, setup.operator().to(device), nothing, nothing, seed)
     return with_images(empty, splits.validation[:images])
 
 
 def with_images(problem: Problem, images: ImageSet) -> Problem:
-    """The same on other images."""
+    """The same problem on other images."""
     return _measured(problem, problem.A, images.as_float(), images.indices)
 
 
 def centre_crops(problem: Problem, crop: int, images: int = 4) -> Problem:
-    """The problem on the middle of a few of its images, `crop` pixels wide, measured for itself."""
+    """The problem on the central crops of its first images, `crop` pixels wide, measured anew."""
     lo = (problem.setup.image_size - crop) // 2
     x = problem.x[:images, :, lo:lo + crop, lo:lo + crop]
     return _measured(problem, problem.setup.operator(crop), x,
@@ -60,7 +60,7 @@ def centre_crops(problem: Problem, crop: int, images: int = 4) -> Problem:
 
 
 def fixed_crops(problem: Problem, crop: int) -> Problem:
-    """The problem on `FIXED` crops of training images, the same and measured alike at all times."""
+    """The problem on `FIXED` crops of training images; crops and noise are always the same."""
     images = problem.splits.train.images
     x = random_crops(images[::math.ceil(len(images) / FIXED)], crop, problem.seed, 0, 0, 0)
     return _measured(problem, problem.setup.operator(crop), x, range(len(x)))
@@ -74,13 +74,13 @@ def _measured(problem: Problem, A: LinearOperator, x: Tensor, indices: Sequence[
 
 @dataclass(frozen=True)
 class Run:
-    """Where a training runs, and what it leaves.
+    """Where a training runs, and where its files go.
 
     Args:
-        out: a folder for NAME.safetensors, its model card and the checkpoints; None keeps nothing.
-            What another training left there under the same name is replaced.
+        out: a folder for NAME.safetensors, its model card and the checkpoints; None stores nothing.
+            Earlier files of the same name are replaced.
         command: the command that the model card names.
-        weights: a folder of finished networks, to take them and not train; "" for none.
+        weights: a folder of trained networks to use instead of training; "" for none.
     """
 
     device: torch.device
@@ -95,7 +95,7 @@ def train_denoiser(network: nn.Module, splits: Splits, config: TrainingConfig, n
     """Train a network to predict the noise in images, given the noise level.
 
     Args:
-        noise_max: the strongest noise, on images in [0, 1].
+        noise_max: the largest noise level, on images in [0, 1].
 
     Returns:
         The denoiser, and the records.
@@ -115,15 +115,15 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
     """Train a method's model end to end, from a pretrained denoiser, on crops of training images.
 
     Its records have `fixed_mse`, the mean squared error of the model on `fixed_crops`, solved as
-    for a table. Its model card has the PSNR on the problem's images and on four photographs.
+    for the tables. Its model card has the PSNR on the problem's images and on four photographs.
 
     Args:
         network: the denoiser's; a copy of it is trained.
         settings: the method's, as tuned.
 
     Returns:
-        The model, for crops, and its model card: `history` are the records, `start` has `fixed_mse`
-        before the first step.
+        The model, for crops, and its model card. The card's `history` has the records, and `start`
+        the `fixed_mse` before the first step.
     """
     A = problem.setup.operator(config.crop).to(run.device)
     model, loss = prepare(method, network, settings, A, losses)
@@ -148,7 +148,7 @@ def train_method(method: Method, network: nn.Module, settings: Settings, problem
 
 @torch.no_grad()
 def fixed_error(model: Model, fixed: Problem) -> dict[str, float]:
-    """The mean squared error of a model's images of some crops, and the share that converged."""
+    """A model's mean squared error on a problem, and the share of its solves that converged."""
     y, info = model(fixed.d)
     found = {"fixed_mse": fixed.A.visible(y - fixed.x).square().mean().item()}
     if info is not None:
@@ -158,7 +158,7 @@ def fixed_error(model: Model, fixed: Problem) -> dict[str, float]:
 
 def prepare(method: Method, network: nn.Module, settings: Settings, A: LinearOperator,
             losses: LossSettings) -> tuple[Model, BatchLoss]:
-    """A method's model as its training begins, and the loss that trains it."""
+    """A method's model before its training, and the loss that trains it."""
     model = method.build(A, copy.deepcopy(network), settings)
     return model, method.loss(model, replace(losses, noise_power=method.noise_power))
 
@@ -169,11 +169,11 @@ def read_cards(weights: Path, names: Sequence[str]) -> dict[str, dict]:
 
 
 def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Of some methods' model cards: a row for each training, and its learning curve.
+    """Summarise the trainings in some methods' model cards.
 
     Returns:
-        A table to show, and one of method, applications (of the network so far) and psnr (dB, of
-        the mean squared error on the fixed crops), from before the first step on.
+        A table with a row for each training, and the learning curves: columns method, applications
+        (of the network so far) and psnr (dB, on the fixed crops), from before the first step on.
     """
     rows, curves = [], []
     for name, card in cards.items():
@@ -193,14 +193,14 @@ def trainings(cards: dict[str, dict]) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 @torch.no_grad()
 def score(model: Model, problem: Problem) -> dict[str, float]:
-    """Mean PSNR in dB on a problem's images, and the share that converged."""
+    """A model's mean PSNR in dB on a problem, and the share of its solves that converged."""
     return quality(problem.A, problem.x, model(problem.d))
 
 
 def _train(name: str, module: nn.Module, loss: BatchLoss, splits: Splits, config: TrainingConfig,
            run: Run, validate: Callable[[], Record] | None = None) -> list[Record]:
     for D in (part for part in module.modules() if isinstance(part, Denoiser)):
-        describe(D.network)  # one that cannot be stored is refused before hours of work
+        describe(D.network)  # raises now, not after hours, if it cannot be stored
     return train(module, loss, splits.train.images, config, run.device,
                  run.out / "checkpoints" if run.out else None, validate, run.log)
 
@@ -219,10 +219,10 @@ def _store(name: str, module: nn.Module, history: list[Record], splits: Splits,
 
 
 def _take(name: str, module: nn.Module, config: TrainingConfig, run: Run) -> dict:
-    """Take a network from the folder `run.weights`, in place of its training; return its card.
+    """Load a network from the folder `run.weights` instead of training it; return its card.
 
     Raises:
-        UserError: if there is none, or if it was trained with another `config`.
+        UserError: if it is missing, or was trained with another `config`.
     """
     file = Path(run.weights) / f"{name}.safetensors"
     try:
@@ -231,7 +231,7 @@ def _take(name: str, module: nn.Module, config: TrainingConfig, run: Run) -> dic
     except (UserError, KeyError, TypeError) as error:
         raise UserError(f"{file} has no model card with this training ({error}): leave the "
                         "parameter `weights` empty to train") from error
-    # A finished training was not stopped: its limit may differ.
+    # The training has finished, so its limit does not matter.
     if replace(trained, unconverged_limit=config.unconverged_limit) != config:
         raise UserError(f"{file} was trained with {asdict(trained)}, not with {asdict(config)}: "
                         "leave the parameter `weights` empty to train")

@@ -1,4 +1,4 @@
-"""Methods ready to use, with stored or released weights."""
+"""Methods that are ready to use, with stored or released weights."""
 
 import contextlib
 from dataclasses import dataclass
@@ -15,33 +15,33 @@ from jfbnb.training.tuning import Tuning, check_settings
 from jfbnb.training.weights import building, load_denoiser, load_weights, read_card
 
 RELEASED = Path(__file__).parents[1] / "weights"  # networks of the paper's kind, in the package
-BEST = RELEASED / "best"  # those to restore with: profile `best`
+BEST = RELEASED / "best"  # the networks that restore pictures: profile `best`
 
 
 def check_noise(noise_std: float) -> None:
-    """Raise UserError for a noise level that no image in [0, 1] has."""
-    # Below 1e-5 it would vanish in float32, of which the methods take the square.
+    """Raise UserError unless the noise level is plausible for an image in [0, 1]."""
+    # Below 1e-5 its square, which the methods use, would vanish in float32.
     try:
         found = 1e-5 <= float(noise_std) <= 1
     except (TypeError, ValueError):
         found = False
     if not found:
-        raise UserError(f"noise std {noise_std}: give it on the scale of pixel values in [0, 1], "
-                        "e.g. 0.01")
+        raise UserError(f"noise std {noise_std}: give one from 1e-5 to 1, for pixel values in "
+                        "[0, 1], e.g. 0.01")
 
 
 def make_methods(names: list[str], weights: Path | None,
                  device: torch.device) -> dict[str, Restorer]:
-    """The named methods, with what a run stored in the folder `weights`, or as released.
+    """The named methods, with the files that a run stored in the folder `weights`, or as released.
 
-    Released networks are those of profile `best`, or the paper's where that has none. A trained
-    method needs NAME.safetensors and its model card NAME.json in the folder, the others tuning.json
-    and, if they have a network, denoiser.safetensors. At another noise level than that of the
-    tuning the weight of the prior follows the noise, as `Method.noise_power` says. DE-PROX and
-    DnCNN alone have no such weight and stay as trained.
+    The released networks are those of profile `best`, or the paper's for methods that `best` lacks.
+    A trained method needs NAME.safetensors and its model card NAME.json in the folder. The others
+    need tuning.json and, if they have a network, denoiser.safetensors. If the noise level is not
+    that of the tuning, the weight of the prior is adapted (`Method.noise_power`). DE-PROX and DnCNN
+    have no such weight, so they do not adapt.
 
     Raises:
-        UserError: for an unknown name, or where a file that a method needs is missing.
+        UserError: for an unknown name, or if a file that a method needs is missing.
     """
     methods = [get_method(name) for name in names]
     return {method.name: _make_method(method, weights or _released(method), device)
@@ -49,7 +49,7 @@ def make_methods(names: list[str], weights: Path | None,
 
 
 def expected_methods(weights: Path | None) -> list[str]:
-    """All methods, less those with neither weights nor settings, released or in that folder."""
+    """The methods that have weights or settings, released or in that folder, or need none."""
     stored = set()
     for folder in (RELEASED, weights or BEST):
         stored |= {path.stem for path in folder.glob("*.safetensors")}
@@ -60,10 +60,10 @@ def expected_methods(weights: Path | None) -> list[str]:
 
 
 def load_model(method: Method, weights: Path) -> Model:
-    """A method's model with its weights in a folder; it is `on` no operator yet.
+    """A method's model with the weights in a folder, without an operator: see `Model.on`.
 
     Raises:
-        UserError: if the folder has no such weights or settings, or damaged ones.
+        UserError: if the weights or settings are missing or damaged.
     """
     return _build(method, _settings(method, weights)[0], weights)
 
@@ -74,7 +74,7 @@ def _released(method: Method) -> Path:
 
 
 def _settings(method: Method, weights: Path) -> tuple[Settings, float]:
-    """A method's settings in a folder, and the noise level at which they were chosen."""
+    """A method's settings in a folder, and the noise level for which they were chosen."""
     if not method.trainable:
         tuning = Tuning.load(weights / "tuning.json")
         return tuning.settings(method), tuning.noise_std
@@ -92,7 +92,8 @@ def _build(method: Method, settings: Settings, weights: Path) -> Model:
         file = weights / f"{method.name}.safetensors"
         model = load_weights(file, lambda network: method.build(None, network, settings))
     if not torch.as_tensor(getattr(model.T, "tau", 1.0)).isfinite():  # its logarithm may be
-        raise UserError(f"the weights {file} have a tau that is not finite: fetch them again")
+        raise UserError(f"the weights {file} have a tau that is not finite: download or train them "
+                        "again")
     return model
 
 
@@ -105,7 +106,7 @@ def _make_method(method: Method, weights: Path, device: torch.device) -> Restore
 
 @dataclass(frozen=True)
 class _Stored:
-    """A method with settings and perhaps a network. It can be pickled: it names the method."""
+    """A method's name, settings and perhaps its model; unlike a `Method`, it can be pickled."""
 
     name: str
     settings: Settings

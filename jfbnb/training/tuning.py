@@ -1,4 +1,4 @@
-"""The settings of each method, chosen on validation images."""
+"""Choose the settings of each method on validation images."""
 
 import json
 import reprlib
@@ -16,28 +16,28 @@ from jfbnb.training.methods import Method, Settings
 
 
 def check_settings(method: Method, settings: object, noise_std: object, source: str) -> Settings:
-    """The settings, if they are all that a method needs.
+    """Check that a method has all the settings that it needs, and return them.
 
     Args:
         noise_std: of the measurements on which they were chosen.
         source: where they were read, for the message.
 
     Raises:
-        UserError: if one is missing, or if one is no number above 0 and up to 1e5.
+        UserError: if one is missing, or is not a number above 0 and up to 1e5.
     """
     settings = settings if isinstance(settings, dict) else {}
     missing = [key for key in method.candidates(0.01, 1)[0] if key not in settings]
     if missing:
         raise UserError(f"{source} has no {' and no '.join(missing)} for {method.name}: "
-                        "tune it first, or give the folder of a run that has")
+                        "tune it first, or give the folder of a run that did")
     for value in (noise_std, *settings.values()):
         if type(value) not in (int, float) or not 0 < value <= 1e5:
             raise UserError(f"{source} holds no tuned parameters of {method.name} "
-                            f"({reprlib.repr(value)} is no number between 0 and 1e5)")
+                            f"({reprlib.repr(value)} is not a number between 0 and 1e5)")
     return settings
 
 
-TOLERANCE = 1e-3  # of the solves that a search scores: that of training, ten times a table's
+TOLERANCE = 1e-3  # of the solves in a search: as in training, ten times that of the tables
 
 
 @dataclass
@@ -46,9 +46,9 @@ class Tuning:
 
     Args:
         noise_std: of the measurements, on images in [0, 1].
-        images: how many validation images the searches scored.
+        images: how many validation images the searches used.
         chosen: for each method the settings with the highest mean PSNR.
-        searches: for each method what was tried: its settings, and figures with their "psnr" in dB.
+        searches: for each method all candidates, each with its scores, such as "psnr" in dB.
     """
 
     noise_std: float
@@ -58,9 +58,9 @@ class Tuning:
 
     def search(self, method: str, candidates: list[Settings],
                score: Callable[[Settings], dict[str, float]]) -> Settings:
-        """Score every candidate, keep them all, choose the one with the highest "psnr".
+        """Score and record every candidate; choose the one with the highest "psnr".
 
-        Where some candidates' solves all converge, it is one of these.
+        Candidates whose solves all converge are preferred.
         """
         tried = [{**candidate, **score(candidate)} for candidate in candidates]
         self.searches[method] = tried
@@ -74,7 +74,7 @@ class Tuning:
         return candidates[best]
 
     def at_edge(self, method: str) -> list[str]:
-        """The settings that are the smallest or largest of those tried: a wider search may help."""
+        """The settings at the edge of the search: a wider search may help."""
         tried = {key: {candidate[key] for candidate in self.searches[method]}
                  for key in self.chosen[method]}
         return [key for key, value in self.chosen[method].items() if len(tried[key]) > 1
@@ -90,14 +90,14 @@ class Tuning:
 
     @staticmethod
     def load(path: Path) -> "Tuning":
-        """Raises UserError if the file is missing or not a tuning."""
+        """Read a tuning. Raises UserError if the file is missing or not a tuning."""
         if not path.is_file():
             raise UserError(f"no tuned parameters at {path}: tune the methods first, or give the "
-                            "folder of a run that has")
+                            "folder of a run that did")
         try:
             tuning = Tuning(**json.loads(path.read_text(encoding="utf-8")))
             if not (isinstance(tuning.chosen, dict) and isinstance(tuning.searches, dict)):
-                raise ValueError("its settings are no tables")
+                raise ValueError("its settings are not tables")
         except (TypeError, ValueError, RecursionError) as error:
             raise UserError(f"{path} holds no tuned parameters ({error})") from error
         return tuning
@@ -108,9 +108,10 @@ def tune(method: Method, tuning: Tuning, A: LinearOperator, d: Tensor, x: Tensor
          network: nn.Module | None = None) -> Settings:
     """Search about n settings of a method, before any training, on images x measured as d.
 
+    An equilibrium is solved to `TOLERANCE`, with at most as many evaluations as for the tables.
+
     Args:
-        network: the pretrained denoiser's, for those that have one. An equilibrium is solved to
-            `TOLERANCE`, or for as many evaluations as in a table.
+        network: the pretrained denoiser's, for a method with a network.
     """
     def score(settings: Settings) -> dict[str, float]:
         if method.restore:

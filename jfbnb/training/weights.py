@@ -21,13 +21,13 @@ Built = TypeVar("Built", bound=nn.Module)
 def save_weights(path: str | Path, module: nn.Module, card: dict) -> None:
     """Write a module's weights to `path` (.safetensors) and its model card beside it (.json).
 
-    The networks of the denoisers in it are described by their class and constructor arguments.
+    The file describes the networks of its denoisers by class and constructor arguments.
 
     Args:
-        card: what the reader should know: protocol, training data, metrics, command, versions.
+        card: facts for the reader: protocol, training data, metrics, command, versions.
 
     Raises:
-        UserError: where a network does not keep its constructor's arguments.
+        UserError: if a network does not keep its constructor's arguments.
     """
     path = Path(path)
     networks = [describe(D.network) for D in module.modules() if isinstance(D, Denoiser)]
@@ -51,8 +51,8 @@ def describe(network: nn.Module) -> dict:
     found = {"class": kind.__qualname__, "arguments": {name: getattr(network, name)
                                                       for name in names}}
     if not _is_description(found):
-        raise UserError(f"{kind.__name__} cannot be stored: its constructor takes other than text, "
-                        f"flags and numbers up to {LARGEST}: {found['arguments']}")
+        raise UserError(f"{kind.__name__} cannot be stored: its constructor may only take text, "
+                        f"flags and numbers up to {LARGEST}, not {found['arguments']}")
     return found
 
 
@@ -65,8 +65,7 @@ def load_weights(path: str | Path, build: Callable[..., Built],
         networks: classes that the file may name by their `__qualname__`, besides `NETWORKS`.
 
     Raises:
-        UserError: if there is no such file, if it is damaged or holds something else, or for a
-            network of another class.
+        UserError: if the file is missing, damaged or of another kind, or names another class.
     """
     tensors, metadata = _read(path)
     try:
@@ -74,19 +73,19 @@ def load_weights(path: str | Path, build: Callable[..., Built],
     except (ValueError, RecursionError):
         descriptions = None
     if not (isinstance(descriptions, list) and all(map(_is_description, descriptions))):
-        raise UserError(f"the weights {path} do not say of which networks they are: those of an "
-                        "earlier release must be fetched again")
+        raise UserError(f"the weights {path} do not name their networks: download weights of this "
+                        "release")
     known = [*networks, *NETWORKS]
     try:
         with building():
-            with torch.device("meta"):  # no memory, whatever size is claimed
+            with torch.device("meta"):  # uses no memory, whatever size the file claims
                 wanted = build(*(_untrained(d, known) for d in descriptions)).state_dict()
             if _shapes(tensors) != _shapes(wanted):
                 raise UserError(f"the weights {path} do not fit the networks that they name: "
                                 f"{descriptions}")
             module = build(*(_untrained(d, known) for d in descriptions))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
-        raise UserError(f"the weights {path} are of something else ({error})") from error
+        raise UserError(f"the weights {path} belong to something else ({error})") from error
     return _load(path, module, tensors)
 
 
@@ -96,7 +95,7 @@ def load_denoiser(path: str | Path, networks: Sequence[type[nn.Module]] = ()) ->
 
 
 def fill(path: str | Path, module: nn.Module) -> None:
-    """Load a file's tensors into a module, in place. Raises UserError if they are of another."""
+    """Load a file's tensors into a module, in place. Raises UserError if they do not fit."""
     tensors, _ = _read(path)
     if _shapes(tensors) != _shapes(module.state_dict()):
         raise UserError(f"the weights {path} are not those of {type(module).__name__}")
@@ -105,9 +104,9 @@ def fill(path: str | Path, module: nn.Module) -> None:
 
 @contextmanager
 def building() -> Iterator[None]:
-    """Modules made within are of float32, as weights files are, and draw no random numbers.
+    """Modules made inside are float32, as in weights files, and leave the random generator alone.
 
-    Neither the program's default type nor its global generator is changed.
+    The program's default dtype is restored afterwards.
     """
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
@@ -124,29 +123,30 @@ def read_card(path: str | Path) -> dict:
     try:
         card = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(card, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"no model card {file} ({error}): train the network first, or give the "
-                        "folder that has it") from error
+                        "folder that contains it") from error
     return card
 
 
 def _read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file, and its metadata."""
     if not Path(path).is_file():
-        raise UserError(f"no weights at {path}: train them first, or give the folder that has "
+        raise UserError(f"no weights at {path}: train them first, or give the folder that contains "
                         "them")
     try:
         with safe_open(path, "pt") as stored:
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
             return tensors, stored.metadata() or {}
     except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError) as error:
-        raise UserError(f"the weights {path} are damaged ({error}): fetch them again") from error
+        raise UserError(f"the weights {path} are damaged ({error}): download or train them again"
+                        ) from error
 
 
 def _load(path: str | Path, module: Built, tensors: dict[str, Tensor]) -> Built:
     if not all(value.isfinite().all() for value in tensors.values()):
-        raise UserError(f"the weights {path} are not all finite numbers: fetch them again")
+        raise UserError(f"the weights {path} are not all finite: download or train them again")
     module.load_state_dict(tensors)
     return module
 
@@ -156,7 +156,7 @@ def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Si
 
 
 def _is_description(found: object) -> bool:
-    """True for what `describe` may have stored, with numbers up to `LARGEST`."""
+    """Whether `describe` may have stored this, with numbers up to `LARGEST`."""
     return (isinstance(found, dict) and set(found) == {"class", "arguments"}
             and isinstance(found["class"], str) and isinstance(found["arguments"], dict)
             and all(isinstance(v, str | bool | None)
@@ -167,7 +167,7 @@ def _is_description(found: object) -> bool:
 def _untrained(description: dict, known: list[type[nn.Module]]) -> nn.Module:
     kind = next((k for k in known if k.__qualname__ == description["class"]), None)
     if kind is None:
-        raise UserError(f"weights of a network of the class {description['class']}, which is none "
-                        f"of {', '.join(k.__qualname__ for k in known)}: import it yourself and "
-                        "give it by `networks`, or add it to jfbnb.core.denoisers.NETWORKS")
+        raise UserError(f"the weights name the network class {description['class']}, which is not "
+                        f"among {', '.join(k.__qualname__ for k in known)}: pass it in `networks`, "
+                        "or add it to jfbnb.core.denoisers.NETWORKS")
     return kind(**description["arguments"])

@@ -172,8 +172,8 @@ def test_weights_round_trip(file, network, own):
 def test_a_network_of_ones_own_is_given_or_listed(file, monkeypatch):
     D = Denoiser(Tent(3, steep=True), 0.1)
     save_weights(file, D, {})
-    refusal(file, r"of the class Tent, which is none of DnCNN, UNet: "
-                  "import it yourself and give it by `networks`")
+    refusal(file, r"the network class Tent, which is not among DnCNN, UNet: "
+                  "pass it in `networks`")
     monkeypatch.setattr(weights_module, "NETWORKS", [DnCNN, Tent])
     assert load_denoiser(file).network.reach == 3
 
@@ -191,7 +191,7 @@ def test_nothing_that_a_file_names_is_imported(file, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     forge(file, [{"class": "evil.Network", "arguments": {}}])
-    refusal(file, "of the class evil.Network, which is none of")
+    refusal(file, "the network class evil.Network, which is not among")
 
 
 def test_a_network_that_forgets_what_it_is_made_of_cannot_be_saved(file):
@@ -209,10 +209,10 @@ def test_truncated_weights(weights, damage):
 
 
 @pytest.mark.parametrize(("descriptions", "message"), [
-    *[(d, "do not say of which networks they are") for d in (
+    *[(d, "do not name their networks") for d in (
         None, [dncnn(depth=[2])], [dncnn(width=10**9)], [dncnn(width=float("nan"))],
         [dncnn() | {"code": 1}], [{"class": 3, "arguments": {}}], ["DnCNN"], {}, 3)],
-    *[(d, "are of something else") for d in (
+    *[(d, "belong to something else") for d in (
         [dncnn(depth=2.0)], [dncnn(extra=1)], [dncnn(width=-1)], [dncnn(width=None)], [],
         [dncnn(), dncnn()], [unet(depth=0)], [unet(depth=4096)])],
     *[(d, "do not fit the networks that they name") for d in (

@@ -98,8 +98,8 @@ def test_a_network_of_another_shape_or_type_is_a_line(problem):
             return x[:, :2]
 
     T = make_map(PreconditionedMap, A, Denoiser(Narrow(), 0.0).double())
-    with pytest.raises(UserError, match=r"Narrow makes \(2, 2, 16, 16\) of images "
-                                        r"\(2, 3, 16, 16\): a denoiser keeps the shape"):
+    with pytest.raises(UserError, match=r"Narrow returns \(2, 2, 16, 16\) for images "
+                                        r"\(2, 3, 16, 16\): a denoiser must keep the shape"):
         solve(T, d)
     with pytest.raises(UserError, match=r"an image of torch.float32 for a network of torch.float64"
                                         r": convert it, as in x.to\(torch.float64\)"):
