@@ -13,7 +13,7 @@ from command import Bench, Rows, options, run
 from jfbnb.core.protocols import get_protocol, measure
 from jfbnb.data import load_splits
 from jfbnb.run.train import TRAINED
-from jfbnb.teaching.figures import labelled_line, new_figure, save_figure, save_table
+from jfbnb.teaching.figures import save_table
 from jfbnb.training.evaluation import evaluate
 from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import make_methods
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 def measure_networks(bench: Bench) -> None:
     """Add the networks to budget.csv that it does not have yet."""
-    test = load_splits(bench.data, 128, 8000, 200, bench.images).test
+    test = load_splits(bench.data).test[:bench.images]
     rows, x = Rows(bench.out / "budget.csv"), test.as_float()
     for folder in bench.folders:
         for name in (name for name in TRAINED if (folder / f"{name}.safetensors").is_file()):
@@ -44,19 +44,12 @@ def measure_networks(bench: Bench) -> None:
 
 
 def report(out: Path) -> None:
-    """A figure and a table of budget.csv alone: means over seeds, where there are several."""
+    """A table of budget.csv alone: means over seeds, where there are several."""
     rows = pd.read_csv(out / "budget.csv")
     groups = rows.groupby(["protocol", "budget", "method"])
     table = pd.DataFrame({
         "networks": groups.size(), "images": groups.images.min(), "PSNR (dB)": groups.psnr.mean(),
         "± over trainings": groups.psnr.sem(), "converged": groups.converged.min()}).reset_index()
-    figure, (ax,) = new_figure(width=6.5, height=4.5)
-    for name, line in table[table.protocol == "paper"].groupby("method"):
-        labelled_line(ax, line.budget, line["PSNR (dB)"], name, marker="o")
-    ax.set(xscale="log", xlabel="applications of the network in training",
-           ylabel="PSNR (dB)", title="Quality and the computation of training")
-    ax.legend(loc="center left", bbox_to_anchor=(1, 0.5))
-    save_figure(figure, out / "budget", "CelebA")
     table["budget"] = [f"{budget:,.0f}" for budget in table.budget]
     table["method"] = [METHODS[name].label for name in table.method]
     save_table(table, out / "budget_table",
@@ -66,10 +59,8 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = options(__doc__)
+    parser = options(__doc__, images=100)
     parser.add_argument("folders", nargs="*", type=Path, help="folders with METHOD.safetensors")
-    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
-    parser.add_argument("--images", type=int, default=100, help="the first so many test images")
     return run(parser.parse_args(arguments), {"budget": measure_networks}, report)
 
 
