@@ -4,7 +4,6 @@ import pytest
 import torch
 from conftest import make_map
 
-from jfbnb.core.denoisers import Denoiser, DnCNN
 from jfbnb.core.diagnostics import (
     exact_gradient,
     jacobian_norm,
@@ -16,7 +15,6 @@ from jfbnb.core.diagnostics import (
 from jfbnb.core.fixed_point import solve
 from jfbnb.core.gradients import jfb
 from jfbnb.core.maps import GradientMap, PreconditionedMap, SplittingMap
-from jfbnb.core.operators import Blur
 from jfbnb.teaching.costs import gradient_costs, implicit_step, jfb_step, step_cost, unrolled_step
 
 
@@ -53,29 +51,18 @@ def linear(J):
     return lambda x, d: x @ J.T + d
 
 
-def test_spectral_radius_of_a_known_matrix():
-    """Its largest eigenvalues are a complex pair."""
-    torch.manual_seed(0)
-    angle = torch.tensor(0.7, dtype=torch.float64)
-    rotation = 0.9 * torch.stack([torch.stack([angle.cos(), -angle.sin()]),
-                                  torch.stack([angle.sin(), angle.cos()])])
-    J = torch.block_diag(rotation, 0.5 * torch.eye(30, dtype=torch.float64))
-    x = torch.zeros(3, 32, dtype=torch.float64)
-    radius, residual = spectral_radius(linear(J), x, x)
-    torch.testing.assert_close(radius, torch.full((3,), 0.9, dtype=torch.float64), rtol=1e-3,
-                               atol=0)
-    assert (residual < 1e-2).all()
-
-
 def test_radius_and_norm_are_those_of_dense_linear_algebra():
+    """Of a matrix whose largest eigenvalues are a complex pair."""
     torch.manual_seed(0)
     J = torch.randn(40, 40, dtype=torch.float64)
     x = torch.zeros(2, 40, dtype=torch.float64)
     norm = jacobian_norm(linear(J), x, x)
     torch.testing.assert_close(norm, torch.linalg.matrix_norm(J, 2).expand(2), rtol=1e-3, atol=0)
-    radius, _ = spectral_radius(linear(J), x, x)
-    exact = torch.linalg.eigvals(J).abs().max()
-    torch.testing.assert_close(radius, exact.expand(2), rtol=5e-3, atol=0)
+    radius, residual = spectral_radius(linear(J), x, x)
+    eigenvalues = torch.linalg.eigvals(J)
+    largest = eigenvalues[eigenvalues.abs().argmax()]
+    torch.testing.assert_close(radius, largest.abs().expand(2), rtol=1e-3, atol=0)
+    assert largest.imag != 0 and (residual < 1e-2 * radius).all()
 
 
 def test_jacobian_norm_is_at_least_the_spectral_radius_which_two_maps_share(solved):
@@ -100,25 +87,6 @@ def test_parameter_jacobian_gives_jfbs_gradient(solved):
     torch.testing.assert_close(g @ M, parameter_gradient(T, x_star, d, x, jfb), rtol=1e-6,
                                atol=1e-12)
     assert all(p.grad is None for p in T.parameters())
-
-
-def test_rescaled_channels_leave_the_parameter_jacobian_short_of_full_column_rank():
-    """More into a ReLU, less out of it: a direction in Theta that changes nothing."""
-    torch.manual_seed(0)
-    D = Denoiser(DnCNN(2, 3), 0.03)
-    torch.nn.init.normal_(D.network.layers[-1].weight, std=0.1)
-    T = SplittingMap(Blur(8, 5, 2.0), D, 0.1).double()
-    d, z = torch.rand(2, 1, 3, 8, 8, dtype=torch.float64)
-    M = parameter_jacobian(T, z, d)
-    into, out = T.D.network.layers[0], T.D.network.layers[2]
-    for channel in range(3):
-        change = {name: torch.zeros_like(p) for name, p in T.named_parameters()}
-        change["D.network.layers.0.weight"][channel] = into.weight[channel]
-        change["D.network.layers.0.bias"][channel] = into.bias[channel]
-        change["D.network.layers.2.weight"][:, channel] = -out.weight[:, channel]
-        direction = torch.cat([v.flatten() for v in change.values()]).detach()
-        assert (M @ direction).norm() < 1e-12 * M.norm() * direction.norm()
-    assert torch.linalg.matrix_rank(M) <= M.shape[1] - 3
 
 
 def test_step_cost_counts_the_peak():

@@ -54,8 +54,7 @@ def dncnn(**arguments) -> dict:
 
 
 def unet(**arguments) -> dict:
-    return {"class": "UNet",
-            "arguments": {"depth": 2, "width": 4, "channels": 3} | arguments}
+    return dncnn(**arguments) | {"class": "UNet"}
 
 
 def scatter(network: torch.nn.Module) -> torch.nn.Module:
@@ -70,9 +69,6 @@ def refusal(file, match: str, load=load_denoiser, **more) -> None:
     with pytest.raises(UserError, match=match) as caught:
         load(file, **more)
     assert "\n" not in str(caught.value)
-
-
-# --- the networks -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("network", [DnCNN(3, 8), UNet(1, 4), UNet(3, 4)])
@@ -125,18 +121,6 @@ def test_unet_is_its_formula_on_any_size(depth):
         torch.testing.assert_close(network(x, torch.full((2, 1, 1, 1), 0.05)), expected)
 
 
-def test_unet_sees_a_crop_as_it_sees_the_whole():
-    """Far from the border, for an offset by multiples of the coarsest step; by others not quite."""
-    network, x = scatter(UNet(3, 4)).double(), torch.rand(1, 3, 96, 104, dtype=torch.float64)
-    inner = (..., slice(36, 44), slice(36, 44))  # it sees 36 pixels at most
-    whole = network(x, 0.1)
-    for top, left in ((8, 12), (4, 0), (16, 24)):
-        part = network(x[..., top:top + 80, left:left + 80], 0.1)
-        torch.testing.assert_close(part[inner], whole[..., top:, left:][inner])
-    other = network(x[..., 1:81, 1:81], 0.1)
-    assert not torch.allclose(other[inner], whole[..., 1:, 1:][inner])
-
-
 def test_a_network_is_made_by_its_name():
     network = make_network("UNet", 3, 4)
     assert isinstance(network, UNet) and (network.depth, network.width) == (3, 4)
@@ -149,9 +133,6 @@ def test_a_network_is_made_by_its_name():
             (("UNet", 17, 64), "UNet of depth 17 and width 64: .*over 4096 channels")):
         with pytest.raises(UserError, match=message):
             make_network(*arguments)
-
-
-# --- weights ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("network", "own"), [
