@@ -84,8 +84,6 @@ def test_motion_along_a_row_is_a_mean_and_turns_and_mirrors_exactly():
     torch.testing.assert_close(kernels.motion(9, -30), kernels.motion(9, 30).flip(0))
 
 
-# --- files ----------------------------------------------------------------------------------------
-
 TABLE = np.array([[1, 0, 2, 3], [0, 4, 0, 1], [5, 0, 250, 0]])  # not separable, not symmetric
 
 

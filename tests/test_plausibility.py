@@ -162,13 +162,6 @@ def test_a_mismatch_is_one_warning(mismatch, photo):
         assert "frame (12 pixels at the top, 12 at" in warning.text
 
 
-def test_a_warning_is_written_for_its_reader():
-    warning = model_check.Warning("kernel", "the picture is odd", {"kernel": "disk:4"})
-    assert str(warning) == "the picture is odd: try kernel='disk:4'"
-    assert warning.line("--{} {}".format) == "the picture is odd: try --kernel disk:4"
-    assert str(model_check.Warning("jpeg", "it has blocks")) == "it has blocks"
-
-
 @pytest.mark.parametrize(("blur", "noise_std"), [
     ("gaussian", 0.003), ("gaussian", 0.02), ("motion", 0.01), ("disk", 0.005), ("wide", 0.03)])
 @pytest.mark.parametrize("photo", ["coffee", "rocket", "camera"])
@@ -224,14 +217,6 @@ def test_black_beyond_the_border(blur):
     assert warning.suggestion == {"border": "black"}
     warning, = contradictions(unknown, KERNELS[blur], 0.01, border="black")
     assert warning.suggestion == {"border": "unknown"}
-
-
-def test_restored_values_far_out_of_range():
-    d = camera("coffee", GAUSSIAN)
-    assert model_check.doubt(d) is None
-    d[:, :20, :20] = 1.2
-    warning = model_check.doubt(d)
-    assert warning.kind == "range" and warning.text.startswith("1.1% of the restored values")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (6, 9), (7, 7), (32, 32), (40, 200)])
@@ -314,9 +299,6 @@ def test_a_dim_picture_is_brightened_for_the_network():
     assert result.noise_std == pytest.approx(0.04 * 0.01, rel=0.2)
     assert noise_std == pytest.approx(result.noise_std * (bright / d).nanmedian().item(), rel=1e-3)
     assert torch.allclose(result.image, d)
-
-
-# --- the kernel's likelihood --------------------------------------------------------------------
 
 
 def test_misfit_is_the_least_that_scipy_finds():
