@@ -1,10 +1,10 @@
 """The static site: all pages, links that lead somewhere, and nothing asked of the outside."""
 
 import importlib
-import importlib.util
 import operator
 import re
 
+import book
 import pytest
 
 from jfbnb.core.denoisers import Denoiser, DnCNN
@@ -15,18 +15,14 @@ from jfbnb.run.checkout import ROOT
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory):
-    spec = importlib.util.spec_from_file_location("book", ROOT / "tools" / "book.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def site(tmp_path_factory):
     target = tmp_path_factory.mktemp("book")
-    module.main(target)
-    return module, target
+    book.main(target)
+    return target
 
 
-def test_pages_are_complete_and_offline(book):
-    _, target = book
-    pages = list(target.rglob("*.html"))
+def test_pages_are_complete_and_offline(site):
+    pages = list(site.rglob("*.html"))
     assert len(pages) == 1 + 6 + 6 + len(list((ROOT / "docs").glob("*.md")))
     for page in pages:
         text = page.read_text(encoding="utf-8")
@@ -38,17 +34,15 @@ def test_pages_are_complete_and_offline(book):
         assert "$" not in outside_code, page
 
 
-def test_formulas_become_mathml(book):
-    module, _ = book
-    made = module.with_mathml("so $x^2$ and `$no$`\n\n$$\\frac{1}{2}$$")
+def test_formulas_become_mathml():
+    made = book.with_mathml("so $x^2$ and `$no$`\n\n$$\\frac{1}{2}$$")
     assert made.count("<math") == 2 and "<msup>" in made and "<mfrac>" in made
     assert "`$no$`" in made
 
 
-def test_the_way_through_the_course_is_clickable(book):
+def test_the_way_through_the_course_is_clickable(site):
     """The notebooks before and after, at both ends of a page, and all in *Where we are*."""
-    _, target = book
-    pages = sorted((target / "notebooks").glob("0*.html"))
+    pages = sorted((site / "notebooks").glob("0*.html"))
     for i, page in enumerate(pages):
         text = page.read_text(encoding="utf-8")
         ways = re.findall(r"<nav>.*?</nav>", text)
@@ -60,18 +54,16 @@ def test_the_way_through_the_course_is_clickable(book):
         assert "prefers-color-scheme: dark" in text
 
 
-def test_pictures_come_along_and_reports_are_apart(book):
-    _, target = book
-    text = (target / "docs" / "results.html").read_text(encoding="utf-8")
+def test_pictures_come_along_and_reports_are_apart(site):
+    text = (site / "docs" / "results.html").read_text(encoding="utf-8")
     pictures = (ROOT / "docs" / "results.md").read_text(encoding="utf-8").count("![")
     assert text.count('src="data:image/png;base64,') == pictures > 0
-    parts = (target / "index.html").read_text(encoding="utf-8").split("<h2")
+    parts = (site / "index.html").read_text(encoding="utf-8").split("<h2")
     assert "glossary" in parts[3] and "results" in parts[4] and "results" not in parts[3]
 
 
-def test_comparison_is_in_its_page(book):
-    _, target = book
-    text = (target / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
+def test_comparison_is_in_its_page(site):
+    text = (site / "notebooks" / "05_evaluation_and_figures.html").read_text(encoding="utf-8")
     assert "jfbnb-compare" in text and "function mount(" in text
 
 

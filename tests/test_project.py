@@ -1,6 +1,5 @@
 """What surrounds the code: dependencies, the lock, README's numbers, what may not be committed."""
 
-import importlib.util
 import io
 import json
 import re
@@ -9,7 +8,9 @@ import tomllib
 
 import nbformat
 import pandas as pd
+import publish
 import pytest
+import rates
 import yaml
 from packaging.requirements import Requirement
 
@@ -102,15 +103,7 @@ def committed(path: str) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def publish():
-    spec = importlib.util.spec_from_file_location("publish", ROOT / "tools" / "publish.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_numbers_on_pages_are_those_of_the_stored_runs(publish):
+def test_numbers_on_pages_are_those_of_the_stored_runs():
     for path, text in publish.filled(committed).items():
         assert text == committed(path), path
 
@@ -124,7 +117,7 @@ def test_readme_is_a_page_whose_links_lead_somewhere():
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
-def test_a_block_is_a_table_of_the_files_it_names(publish, monkeypatch):
+def test_a_block_is_a_table_of_the_files_it_names(monkeypatch):
     page = ("<!-- runs/a.md -->\nold\n<!-- end runs/a.md -->\nprose\n"
             "<!-- pairs mine -->\n<!-- end pairs mine -->\n")
     metrics = pd.DataFrame({"method": ["jfb", "deq"] * 2, "image": ["a", "a", "b", "b"],
@@ -148,10 +141,14 @@ def test_no_absolute_path_of_a_machine_is_in_git():
             assert not re.search(r"(?<![\w.~-])/(home|root|Users|work|tmp)/\w", text), name
 
 
-def test_a_release_has_one_version():
+def test_a_release_has_one_version_and_cites_both_papers_and_the_authors_repository():
     version = pyproject()["version"]
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert "/lliu58b/" in citation["preferred-citation"]["url"]
+    assert "d8e6ada" in citation["preferred-citation"]["notes"]
+    assert "2402.02065" in citation["references"][0]["url"]
 
 
 def test_all_that_is_shown_was_made_by_this_version():
@@ -175,19 +172,10 @@ def test_all_that_is_shown_was_made_by_this_version():
 
 @pytest.mark.parametrize("profile", ["quick", "cpu"])
 def test_learning_rates_are_the_best_of_the_stored_search(profile):
-    from rates import best_rates
-
-    found = best_rates(ROOT / "notebooks" / "profiles" / "rates" / f"{profile}.csv")
+    found = rates.best_rates(ROOT / "notebooks" / "profiles" / "rates" / f"{profile}.csv")
     own = known_parameters() | load_profile(profile)
-    rates = {name: own["learning_rates"].get(name, own["learning_rate"]) for name in found}
-    assert rates == found
-
-
-def test_authors_repository_and_both_papers_are_cited():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert "/lliu58b/" in citation["preferred-citation"]["url"]
-    assert "d8e6ada" in citation["preferred-citation"]["notes"]
-    assert "2402.02065" in citation["references"][0]["url"]
+    assert found == {name: own["learning_rates"].get(name, own["learning_rate"])
+                     for name in found}
 
 
 def test_stored_photographs_are_restored_by_decibels():
@@ -196,7 +184,7 @@ def test_stored_photographs_are_restored_by_decibels():
     assert len(of_jfb) == 12 and (of_jfb.PSNR - of_jfb.input > 2.5).all()
 
 
-def test_notebook_times_are_those_of_the_stored_run(publish):
+def test_notebook_times_are_those_of_the_stored_run():
     provenance = json.loads(committed("figures/published/quick/provenance.json"))
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         first = nbformat.read(path, as_version=4).cells[0].source
