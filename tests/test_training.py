@@ -29,12 +29,7 @@ from jfbnb.training import checkpoints, loop, losses
 from jfbnb.training.checkpoints import digest, load_checkpoint, previous, resume
 from jfbnb.training.degradations import RANDOM_DEGRADATIONS, Conditions
 from jfbnb.training.loop import TrainingConfig, train
-from jfbnb.training.losses import (
-    DenoiserLoss,
-    EquilibriumLoss,
-    ExplicitLoss,
-    LossSettings,
-)
+from jfbnb.training.losses import DenoiserLoss, EquilibriumLoss, ExplicitLoss, LossSettings
 from jfbnb.training.methods import METHODS
 from jfbnb.training.weights import load_denoiser
 

@@ -93,26 +93,6 @@ def test_the_data_step_is_the_splitting_maps_and_rounding_hurts_it_less():
             assert ours.norm() < better * theirs.norm()
 
 
-class Linear(nn.Module):
-    """R(x) = a x less the mean of its neighbours: an energy that is quadratic."""
-
-    def forward(self, x, sigma):
-        return 1.5 * x - nn.functional.avg_pool2d(x, 3, 1, 1)
-
-
-def test_with_a_linear_network_the_equilibrium_solves_the_normal_equations():
-    A, tau = Blur(8, 5, 1.0), 0.05
-    T = make(A, Linear(), tau).double()
-    d = torch.rand(1, 1, 8, 8, dtype=torch.float64)
-    z, info = solve(T, d, 1e-12, 500)
-    assert info.converged.all()
-    basis = torch.eye(64, dtype=torch.float64).view(64, 1, 8, 8)
-    K, R = A(basis).view(64, 64).mT, Linear()(basis, 0).view(64, 64).mT
-    x = torch.linalg.solve(K.mT @ K + T.tau.detach() * R.mT @ R, K.mT @ d.flatten())
-    torch.testing.assert_close(T.data_step(z, d).flatten(), x, rtol=0, atol=1e-9)
-    torch.testing.assert_close(z.flatten(), x - R.mT @ R @ x, rtol=0, atol=1e-9)
-
-
 # --- the descent --------------------------------------------------------------------------------
 
 

@@ -10,13 +10,7 @@ from torch.nn import functional as F
 from jfbnb.common import UserError
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet, make_network
 from jfbnb.training import weights as weights_module
-from jfbnb.training.weights import (
-    fill,
-    load_denoiser,
-    load_weights,
-    read_card,
-    save_weights,
-)
+from jfbnb.training.weights import fill, load_denoiser, load_weights, read_card, save_weights
 
 
 class Tent(torch.nn.Module):
