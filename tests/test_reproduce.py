@@ -16,13 +16,11 @@ from jfbnb.run import reproduce as runner
 from jfbnb.run.command import main
 
 NOTEBOOK = """
-import time
 from jfbnb.run.checkout import run_dirs
 runs, figures = run_dirs(profile)
 for folder in (runs, figures):
     folder.mkdir(parents=True, exist_ok=True)
 earlier = "".join(sorted(p.read_text() for p in runs.glob("*.txt") if p.name < "{name}"))
-time.sleep(delay if "{name}" == "02_b" else 0)
 (runs / "{name}.txt").write_text(f"{name} {{size}} after [{{earlier}}]")
 (figures / "{name}.png").write_text("png")
 """
@@ -33,7 +31,6 @@ PACKAGE = {
                  f"{inspect.getsource(check)}"}
 PARAMETERS = """profile = "quick"
 size = 1
-delay = 0.1
 data = "bundled"
 rate = 0.5
 seed = 0
@@ -162,7 +159,7 @@ def test_only_and_force(here):
     ("size", "write it as NAME=VALUE"),
     ("size=[1", "-p size: its value is no YAML"),
     ("size=" + "9" * 5000, "is no YAML"),
-    ("sise=3", "unknown parameter 'sise': the notebooks have data, delay, depth, "),
+    ("sise=3", "unknown parameter 'sise': the notebooks have data, depth, "),
     ("size=big", "parameter size takes a value like 1, not 'big'"),
     ("size=", "takes a value like 1, not ''"),
     ("size=1.5", "takes a value like 1"),

@@ -162,21 +162,21 @@ def test_conditions_are_drawn_from_the_whole_of_their_ranges():
     assert 0.4 < (noises < 0.01).float().mean() < 0.6  # sqrt(0.002 * 0.05): the middle of the axis
 
 
-def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(crops, monkeypatch):
+def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(images, monkeypatch):
     """The step over conditions is the plain step under the condition that was drawn."""
-    A, noise = Blur(16, 7, 1.0), 0.02
+    A, noise, x = Blur(16, 7, 1.0), 0.02, images[:8, :, :16, :16].float() / 255
     monkeypatch.setattr(Conditions, "draw", lambda self, size, generator: (A, noise))
     model, _ = make()
     wide = EquilibriumLoss(model, replace(LOSSES, conditions=Conditions(), noise_power=1.5,
                                           penalty=0.0))
     plain = EquilibriumLoss(model.on(A, (noise / LOSSES.noise_std) ** 1.5),
                             replace(LOSSES, noise_std=noise, penalty=0.0))
-    value, figures = wide(crops, (0, 1))
-    errors, expected = plain(crops, (0, 1))
+    value, figures = wide(x, (0, 1))
+    errors, expected = plain(x, (0, 1))
     torch.testing.assert_close(figures["mse"], expected["mse"], rtol=0, atol=0)
     weights = list(model.parameters())
     got = torch.autograd.grad(value.sum(), weights)
-    wanted = torch.autograd.grad(errors.mean().log() * len(crops) * losses.TYPICAL, weights)
+    wanted = torch.autograd.grad(errors.mean().log() * len(x) * losses.TYPICAL, weights)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -349,13 +349,6 @@ def test_the_command_trains_a_unet_over_random_degradations(image_folder, tmp_pa
     assert card["loss"]["conditions"]["motion_share"] == RANDOM_DEGRADATIONS.motion_share
     assert card["training"]["muon"] and card["loss"]["batch_reuse"] == 8
     assert {n["class"] for n in card["networks"]} == {"UNet"}
-
-
-@pytest.fixture
-def crops(images) -> torch.Tensor:
-    """Eight, with less and less of their mean, which converges first."""
-    x = images[:8, :, :16, :16].float() / 255
-    return x - torch.linspace(0, 1, 8).view(8, 1, 1, 1) * x.mean(dim=(1, 2, 3), keepdim=True)
 
 
 def key(loss, images, module=None) -> str:
