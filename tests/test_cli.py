@@ -181,14 +181,6 @@ def test_files_that_would_be_lost(capsys, tmp_path):
     assert target.exists() and len(list(tmp_path.iterdir())) == 3
 
 
-def test_results_that_cannot_be_written_are_refused_before_measuring(capsys, image_folder, weights,
-                                                                     monkeypatch):
-    monkeypatch.setattr("jfbnb.training.evaluation.evaluate", lambda *_: pytest.fail("measured"))
-    line = refused(capsys, "evaluate", "--data", image_folder, "--weights", weights, "--json",
-                   image_folder)
-    assert "cannot write" in line and "no file" in line
-
-
 @pytest.mark.parametrize(("error", "expected", "said"), [
     (MemoryError(), 2, "error: memory ran out"),
     (RuntimeError("DefaultCPUAllocator: can't"), 2, "error: memory ran out"),
@@ -213,9 +205,13 @@ def test_no_image_that_is_not_finite(capsys, image_folder, weights, tmp_path):
     assert "no finite picture" in line and not (tmp_path / "o").exists()
 
 
-def test_bad_names_and_numbers(capsys, image_folder, weights, tmp_path):
+def test_bad_names_and_numbers_are_refused_before_measuring(capsys, image_folder, weights, tmp_path,
+                                                            monkeypatch):
+    monkeypatch.setattr("jfbnb.training.evaluation.evaluate", lambda *_: pytest.fail("measured"))
     evaluate = ("evaluate", "--data", image_folder, "--weights", weights)
     assert "--limit 0" in refused(capsys, *evaluate, "--limit", "0")
+    line = refused(capsys, *evaluate, "--json", image_folder)
+    assert "cannot write" in line and "no file" in line
     blur = ("blur", image_folder / "000001.jpg", "--out", tmp_path / "o")
     assert "--range 5" in refused(capsys, *blur, "--range", "5")
     assert "seed -1" in refused(capsys, *blur, "--seed", "-1")
