@@ -127,6 +127,15 @@ def test_large_pictures_are_restored_by_tiles(tmp_path, monkeypatch):
     assert 0 < apart.square().mean().sqrt() < 3e-4 and apart.quantile(0.99) < 1e-3
 
 
+@pytest.mark.parametrize("n, most", [(1, 100), (100, 100), (101, 100), (555, 100), (90, 60)])
+def test_pieces_cover_a_side(n, most):
+    total = torch.zeros(n)
+    for where, weights in restore._cut(n, most, 16):
+        assert len(total[where]) == len(weights) <= most
+        total[where] += weights
+    assert total.min() > 0.1
+
+
 def test_nothing_of_a_picture_is_lost(capsys, weights, tmp_path):
     Image.new("L", (30, 40), 128).save(tmp_path / "grey.png")
     Image.new("RGBA", (30, 40), (9, 9, 9, 0)).save(tmp_path / "clear.png")
