@@ -198,6 +198,9 @@ GREY = np.full((20, 20), 0.5)
     ((GREY, KERNEL - KERNEL.mean()), r"a kernel of shape \(5, 5\) and sum"),
     ((GREY, np.inf * KERNEL), "and sum inf"),
     ((GREY, jfbnb.Inpainting(np.ones((20, 20)))), "a kernel of type Inpainting"),
+    ((GREY, KERNEL, "much"), "noise std much: give it on the scale"),
+    ((GREY, KERNEL, 0.01, "tikhonov", "mirror"), "border 'mirror'"),
+    ((GREY, KERNEL, 0.01, "tikhonov", "unknown", "loud"), "gamma loud: give auto, srgb"),
 ])
 def test_nonsense_is_one_line(arguments, message):
     with pytest.raises(UserError, match=message) as error:
@@ -205,9 +208,11 @@ def test_nonsense_is_one_line(arguments, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_device_that_there_is_not():
-    with pytest.raises(UserError, match="unknown device 'abacus'"):
-        jfbnb.load(device="abacus")
+def test_a_method_that_cannot_be_loaded(tmp_path):
+    for options, message in ((("magic",), "magic"), (("jfb", tmp_path), str(tmp_path)),
+                             (("jfb", None, "abacus"), "unknown device 'abacus'")):
+        with pytest.raises(UserError, match=message):
+            jfbnb.load(*options)
 
 
 # --- in other people's scripts ------------------------------------------------------------------

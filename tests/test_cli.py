@@ -218,6 +218,7 @@ def test_bad_names_and_numbers_are_refused_before_measuring(capsys, image_folder
                                                             monkeypatch):
     monkeypatch.setattr("jfbnb.training.evaluation.evaluate", lambda *_: pytest.fail("measured"))
     evaluate = ("evaluate", "--data", image_folder, "--weights", weights)
+    assert "unknown protocol 'nope'" in refused(capsys, *evaluate, "--protocol", "nope")
     assert "--limit 0" in refused(capsys, *evaluate, "--limit", "0")
     line = refused(capsys, *evaluate, "--json", image_folder)
     assert "cannot write" in line and "no file" in line

@@ -157,7 +157,8 @@ def test_a_mismatch_is_one_warning(mismatch, photo):
     spoilt, kind, suggestion = MISMATCHES[mismatch]
     warning, = contradictions(camera(photo, **spoilt), GAUSSIAN, 0.01)
     assert warning.kind == kind and warning.suggestion == suggestion
-    assert "\n" not in str(warning)
+    assert "\n" not in str(warning) and str(warning) == "".join([
+        warning.text, *(f": try {name}={value!r}" for name, value in warning.suggestion.items())])
     if kind == "frame":
         assert "frame (12 pixels at the top, 12 at" in warning.text
 
@@ -217,6 +218,14 @@ def test_black_beyond_the_border(blur):
     assert warning.suggestion == {"border": "black"}
     warning, = contradictions(unknown, KERNELS[blur], 0.01, border="black")
     assert warning.suggestion == {"border": "unknown"}
+
+
+def test_restored_values_far_out_of_range():
+    d = camera("coffee", GAUSSIAN)
+    assert model_check.doubt(d) is None
+    d[:, :20, :20] = 1.2
+    warning = model_check.doubt(d)
+    assert warning.kind == "range" and warning.text.startswith("1.1% of the restored values")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (6, 9), (7, 7), (32, 32), (40, 200)])
