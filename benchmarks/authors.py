@@ -99,7 +99,7 @@ def iterates(T: AuthorsMap, x: Tensor, d: Tensor, names: list[str]) -> pd.DataFr
 def measure_authors(bench: Bench) -> None:
     """Add the batches to authors.csv that it does not have yet."""
     T = AuthorsMap(bench.weights)
-    images = load_splits(bench.data, 128, 8000, 200, 2000).test[:bench.images]
+    images = load_splits(bench.data).test[:bench.images]
     rows = Rows(bench.out / "authors.csv")
     for start in range(0, len(images) - BATCH + 1, BATCH):
         part = images[start:start + BATCH]
@@ -138,10 +138,8 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = options(__doc__)
+    parser = options(__doc__, images=96)
     parser.add_argument("--weights", type=Path, required=True, help="trained_model.pth")
-    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
-    parser.add_argument("--images", type=int, default=96, help="the first so many test images")
     return run(parser.parse_args(arguments), {"authors": measure_authors}, report)
 
 

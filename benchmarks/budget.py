@@ -27,7 +27,7 @@ NO_CARD = {"protocol": "paper", "training": {"budget": 0, "learning_rate": 0, "s
 
 def measure_networks(bench: Bench) -> None:
     """Add the networks to budget.csv that it does not have yet."""
-    test = load_splits(bench.data, 128, 8000, 200, bench.images).test
+    test = load_splits(bench.data).test[:bench.images]
     rows, x = Rows(bench.out / "budget.csv"), test.as_float()
     for folder in bench.folders:
         names = [name for name in TRAINED if (folder / f"{name}.safetensors").is_file()]
@@ -49,7 +49,7 @@ def measure_networks(bench: Bench) -> None:
 
 
 def report(out: Path) -> None:
-    """A figure and a table of budget.csv alone: means over seeds, where there are several."""
+    """A table of budget.csv alone: means over seeds, where there are several."""
     rows = pd.read_csv(out / "budget.csv")
     groups = rows.groupby(["protocol", "budget", "method"])
     table = pd.DataFrame({
@@ -75,10 +75,8 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = options(__doc__)
+    parser = options(__doc__, images=100)
     parser.add_argument("folders", nargs="*", type=Path, help="folders with METHOD.safetensors")
-    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
-    parser.add_argument("--images", type=int, default=100, help="the first so many test images")
     return run(parser.parse_args(arguments), {"budget": measure_networks}, report)
 
 

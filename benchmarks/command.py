@@ -22,8 +22,9 @@ RESULTS = ROOT / "benchmarks/results"
 Bench = argparse.Namespace  # the options of a run
 
 
-def options(doc: str, sections: dict[str, Callable] | None = None) -> argparse.ArgumentParser:
-    """A parser with the options that all benchmarks have; the caller adds its own."""
+def options(doc: str, sections: dict[str, Callable] | None = None,
+            images: int = 0) -> argparse.ArgumentParser:
+    """A parser with what all benchmarks have; with `images`, so many by default, also --data."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     if sections:
         parser.add_argument("--sections", nargs="+", default=list(sections), choices=sections)
@@ -31,6 +32,9 @@ def options(doc: str, sections: dict[str, Callable] | None = None) -> argparse.A
     parser.add_argument("--threads", type=int, help="of PyTorch; its own default if left out")
     parser.add_argument("--report", action="store_true",
                         help="measure nothing; draw the figures and tables of stored results")
+    if images:
+        parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
+        parser.add_argument("--images", type=int, default=images, help="the first so many")
     return parser
 
 

@@ -14,10 +14,8 @@ from functools import cache, partial
 from typing import NamedTuple
 
 import torch
-from command import ROOT
 from torch import Tensor, nn
 
-from jfbnb.common import parse_yaml
 from jfbnb.core.denoisers import Denoiser
 from jfbnb.core.fixed_point import solve
 from jfbnb.core.maps import SplittingMap
@@ -25,7 +23,7 @@ from jfbnb.core.models import Equilibrium
 from jfbnb.core.operators import Convolution
 from jfbnb.core.protocols import get_protocol
 from jfbnb.data import bundled_photos
-from jfbnb.training.loop import TrainingConfig
+from jfbnb.run.train import network_parameters
 from jfbnb.training.losses import LossSettings, draw_measurement
 from jfbnb.training.methods import METHODS, Settings
 from jfbnb.training.muon import Muon
@@ -152,17 +150,14 @@ class Contender:
         return importlib.util.find_spec(self.library) is not None
 
 
-def training(profile: str, tolerance: float) -> tuple[TrainingConfig, LossSettings]:
+def training(profile: str, tolerance: float) -> tuple[LossSettings, type[torch.optim.Optimizer]]:
     """What a profile trains with, but at protocol paper: no blurs or noise levels are drawn."""
-    file = ROOT / f"notebooks/profiles/{profile}.yaml"
-    own = parse_yaml(file.read_bytes(), f"profile {profile}")
-    config = TrainingConfig(1, own["batch_size"], own["crop"], own["learning_rate"], own["seed"])
-    losses = LossSettings(PAPER.noise_std, tolerance, MAX_EVALUATIONS, own["power_iterations"],
-                          own.get("max_growth", LossSettings.max_growth))
-    if own.get("random_degradations"):
-        config = config.random_degradations()
-        losses = replace(losses.random_degradations(), conditions=None)
-    return config, losses
+    p = network_parameters(profile, {"data": "bundled", "device": "cpu"})
+    losses = LossSettings(PAPER.noise_std, tolerance, MAX_EVALUATIONS, p["power_iterations"],
+                          p["max_growth"])
+    if p["random_degradations"]:
+        return replace(losses.random_degradations(), conditions=None), Muon
+    return losses, torch.optim.Adam
 
 
 def our_step(profile: str, problem: Problem, solver: str, effort: float) -> Run:
@@ -171,7 +166,7 @@ def our_step(profile: str, problem: Problem, solver: str, effort: float) -> Run:
     Args:
         profile: which trains so; "" for a loss without penalty, as the peers have it.
     """
-    config, losses = training(profile or "cpu", effort)
+    losses, optimizer = training(profile or "cpu", effort)
     if not profile:
         losses = replace(losses, penalty=0.0)
     model, loss = prepare(JFB, problem.network, problem.settings, problem.A, losses)
@@ -182,7 +177,7 @@ def our_step(profile: str, problem: Problem, solver: str, effort: float) -> Run:
         return loss(problem.x, keys)[0].mean()
 
     return Run(lambda d: loss.restored(d)[0], value, model, model.T.D.network, losses.batch_reuse,
-               Muon if config.muon else torch.optim.Adam)
+               optimizer)
 
 
 def our_image(problem: Problem, solver: str, effort: float) -> Run:

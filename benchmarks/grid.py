@@ -98,7 +98,7 @@ def measure_grid(bench: Bench) -> None:
     for name, method in methods.items():
         if method.model is None or not isinstance(method.model(None, 1.0), Equilibrium):
             raise UserError(f"{name} has no equilibrium: choose jfb or jfb-energy")
-    faces = load_splits(bench.data, SIDE, 8000, 200, 2000).validation[:bench.images]
+    faces = load_splits(bench.data).validation[:bench.images]
     kinds = dict(zip(KINDS, (faces, photographs(bench.images)), strict=True))
     made_of = {name: digest(dict(method.model(None, 1.0).state_dict()), FURTHER,
                             [images.names for images in kinds.values()])[:16]
@@ -183,12 +183,10 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
+    parser = options(__doc__, images=50)
     parser.add_argument("--weights", type=Path, default=BEST,
                         help="a folder of trained networks, with tuning.json")
     parser.add_argument("--methods", nargs="+", default=["jfb"])
-    parser.add_argument("--images", type=int, default=50, help="of each kind")
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")
     return run(parser.parse_args(arguments), {"grid": measure_grid}, report)
 

@@ -27,7 +27,7 @@ from command import run as run_sections
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from PIL import Image
-from scenes import GAUSSIAN, MOTION, NOISE, blurred, middle, mirrored, noisy, photograph, read, rim
+from scenes import GAUSSIAN, MOTION, NOISE, blurred, middle, mirrored, noisy, photograph, read
 from skimage import restoration as skimage_restoration
 
 from jfbnb.common import UserError, atomic_write
@@ -40,7 +40,6 @@ from jfbnb.training.restorers import make_methods
 METHODS = ("jfb", "jfb-energy", "tikhonov", "total-variation")
 HELD_OUT = "chelsea"  # tunes the other operators' weights, which are measured on the others
 WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # of a prior, over the one tuned for the blur
-FRAME = 8  # pixels at the border that are judged apart
 MOTION_PIXELS = 1e6  # above it no motion is restored: its solves take long
 SAID = re.compile(r"(.+) \(noise ([^,)]+).*\)\n")  # the file and the noise level
 BLURS = {case.option: case.name for case in (GAUSSIAN, MOTION, scenes.DISK)}
@@ -61,11 +60,9 @@ def deblur(file: Path, kernel: str, *options: str) -> tuple[np.ndarray, Row]:
     `doubtful` is whether it took the picture for one that contradicts its model.
     """
     said, warned = io.StringIO(), io.StringIO()
-    clock = time.perf_counter()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(warned):
         status = jfbnb(["deblur", str(file), "--kernel", kernel, "--out",
                         str(file.parent / "restored"), *options])
-    seconds = time.perf_counter() - clock
     if status not in (0, 3):
         raise UserError(warned.getvalue().strip())
     target, noise_std = SAID.fullmatch(said.getvalue()).groups()
@@ -73,8 +70,7 @@ def deblur(file: Path, kernel: str, *options: str) -> tuple[np.ndarray, Row]:
              if line.startswith("warning: ")]
     others = [line for line in lines if "did not converge" not in line]
     return read(target), {"noise taken": float(noise_std), "warning": " | ".join(others),
-                          "converged": others == lines, "doubtful": status == 3,
-                          "seconds": seconds}
+                          "converged": others == lines, "doubtful": status == 3}
 
 
 def by_scikit_image(d: np.ndarray, kernel: np.ndarray) -> Iterator[tuple[str, float, np.ndarray]]:
@@ -95,16 +91,13 @@ def restoration(bench: Bench) -> Iterator[Row]:
             kernel = case.right(bench.scratch)
             found = [(m, np.nan, *deblur(file, kernel, "--method", m)) for m in METHODS]
             found += [(*result, {}) for result in by_scikit_image(d, case.kernel)]
-            near = rim(x, FRAME)
             restored = {method: image for method, _, image, _ in found}
             if name == bench.photographs[0] and case is scenes.DISK:
                 draw({"Blurred": d, "Tikhonov": restored.get("tikhonov", d),
                       "JFB": restored.get("jfb", d), "Original": x}, bench.out)
             for method, setting, image, said in found:
                 yield {"blur": case.name, "photograph": name, "method": method, "setting": setting,
-                       "input": psnr(d, x), "PSNR": psnr(image, x),
-                       "input frame": psnr(d[near], x[near]), "frame": psnr(image[near], x[near]),
-                       **said}
+                       "input": psnr(d, x), "PSNR": psnr(image, x), **said}
 
 
 def draw(pictures: dict[str, np.ndarray], out: Path) -> None:

@@ -36,7 +36,7 @@ def weights_of(folder: Path, method: str) -> str | None:
 
 def measure_released(bench: Bench) -> None:
     """Add the images to released_images.csv that it does not have yet."""
-    images = load_splits(bench.data, 128, 8000, 200, 2000).test[:bench.images]
+    images = load_splits(bench.data).test[:bench.images]
     rows, device = Rows(bench.out / "released_images.csv"), pick_device(bench.device)
     for name, folder in SETS.items():
         for method in bench.methods:
@@ -81,9 +81,7 @@ def report(out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = options(__doc__)
-    parser.add_argument("--data", default="data/celeba", help="folder or zip of CelebA JPEGs")
-    parser.add_argument("--images", type=int, default=2000, help="the first so many test images")
+    parser = options(__doc__, images=2000)
     parser.add_argument("--methods", nargs="+", default=list(SHOWN), choices=SHOWN)
     parser.add_argument("--protocols", nargs="+", default=["paper", "code"])
     parser.add_argument("--device", default="cpu", help="auto, cpu or cuda")

@@ -80,8 +80,21 @@ def make_tuning() -> Tuning:
 class Contractive(DnCNN):
     """R(x) = x / 2 + a small DnCNN: nonlinear, and D = I - R contracts."""
 
+    taken = 0.5
+
     def forward(self, x, sigma):
-        return 0.5 * x + super().forward(x, sigma)
+        return self.taken * x + super().forward(x, sigma)
+
+
+class Scale(torch.nn.Module):
+    """R(x) = (1 - factor) x, so that D(x) = factor x and everything has a closed form."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x, sigma):
+        return (1 - self.factor) * x
 
 
 @pytest.fixture

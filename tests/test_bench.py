@@ -36,12 +36,8 @@ TINY = Size(1, 32)
 
 
 def gradient(run) -> torch.Tensor:
-    """Of a step's loss, with respect to the denoiser's network."""
     run.loss().backward()
     return torch.cat([p.grad.flatten() for p in run.network.parameters()])
-
-
-# --- speed --------------------------------------------------------------------------------------
 
 
 def test_a_quick_run_compares_and_writes(tmp_path, monkeypatch):
@@ -107,7 +103,6 @@ def test_the_steps_as_shipped_are_those_of_trainings():
 
 
 def test_the_least_effort_is_found():
-    """It arrives, and one iteration less does not."""
     pytest.importorskip("torchdeq")
     problem, peer = make_problem(TINY), NAMED["torchdeq jfb, our map"]
     effort = measurements.least_effort(problem, peer, "Picard", 0.01)
@@ -138,9 +133,6 @@ def test_targets_are_met_or_missed(tmp_path):
     assert table.met.tolist() == ["yes", "no", "yes", "no", "yes"]
 
 
-# --- the grid, released networks, learning rates ------------------------------------------------
-
-
 @pytest.fixture
 def images(monkeypatch):
     """Four smooth images of 32 x 32 in the place of all data sets."""
@@ -150,7 +142,7 @@ def images(monkeypatch):
                      [0, 1, 2, 3])
     splits = Splits(whole, whole[:2], whole, "noise")
     for module in (budget, grid, released):
-        monkeypatch.setattr(module, "load_splits", lambda *_: splits)
+        monkeypatch.setattr(module, "load_splits", lambda _: splits)
     return whole
 
 

@@ -98,8 +98,8 @@ def test_sections_write_what_pages_read(tmp_path, few, capfd):
     tables = {name: pd.read_csv(tmp_path / f"photographs_{name}.csv") for name in bench.SECTIONS}
     # The columns that tools/publish.py reads.
     for name, columns in {
-            "restoration": ["blur", "photograph", "method", "setting", "input", "input frame",
-                            "PSNR", "frame", "converged"],
+            "restoration": ["blur", "photograph", "method", "setting", "input", "PSNR",
+                            "converged"],
             "operators": ["operator", "photograph", "method", "PSNR", "converged"],
             "mismatches": ["model", "case", "photograph", "warning"],
             "stored": ["stored", "noise", "input", "PSNR", "noise taken", "doubtful"],

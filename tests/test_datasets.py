@@ -28,7 +28,6 @@ def test_bundled_photos_are_split_by_photograph():
 
 
 def pack(folder, path):
-    """The files of a folder as a zip."""
     with zipfile.ZipFile(path, "w") as archive:
         for file in sorted(folder.iterdir(), reverse=True):  # the order in it must not matter
             archive.write(file, file.name)
@@ -152,9 +151,6 @@ def test_names_in_a_zip_are_never_used_as_paths(image_folder, tmp_path):
     last = images.images[images.names.index("once.jpg")]
     assert torch.equal(last, decode(image_folder / "000004.jpg", 128))
     assert sorted(tmp_path.rglob("*")) == before
-
-
-# --- one image ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("mode", "colour", "expected"), [

@@ -48,9 +48,6 @@ LOSSES = LossSettings(0.01, tolerance=1e-3, max_iterations=12)
 MOST = 15  # lines
 
 
-# --- what is added ------------------------------------------------------------------------------
-
-
 class Means(LinearOperator):
     """The mean of every 2 x 2 pixels: (B, C, H, W) -> (B, C, H / 2, W / 2)."""
 
@@ -106,9 +103,6 @@ register(Method(
                                   METHOD])
 def test_none_of_it_is_long(text):
     assert len(text.strip().splitlines()) <= MOST
-
-
-# --- and what becomes of it ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +186,6 @@ def test_what_is_known_at_some_pixels_is_restored_as_by_the_class_for_it(mask):
 
 
 def test_a_network(splits, tmp_path):
-    """Trained, saved, loaded in a fresh process, its equilibrium checked."""
     (tmp_path / "shrinking.py").write_text(NETWORK)
     spec = importlib.util.spec_from_file_location("shrinking", tmp_path / "shrinking.py")
     sys.modules["shrinking"] = module = importlib.util.module_from_spec(spec)
@@ -223,7 +216,6 @@ def test_a_network(splits, tmp_path):
 
 
 def test_a_map_and_a_gradient(splits):
-    """A method made of both is trained, and the trained map is solved and checked."""
     method = replace(METHODS["jfb"], name="relaxed", colour="#123456",
                      model=lambda A, D, s: Equilibrium(Relaxed(A, D, s["tau"])),
                      loss=lambda model, s: EquilibriumLoss(model, s, gradient=two_terms))
@@ -243,14 +235,12 @@ def test_a_map_and_a_gradient(splits):
 
 @pytest.fixture
 def mine():
-    """The method above, registered."""
     exec(METHOD, {})
     yield METHODS["mine"]
     del METHODS["mine"]
 
 
 def test_a_method(splits, mine, tmp_path):
-    """Tuned, trained, stored, evaluated and drawn as notebook 5 does it."""
     protocol = Protocol("blur", 32, partial(Blur, kernel_size=5, kernel_std=2.0), 0.01)
     problem = validation_problem(protocol, splits, 2, 0, CPU)
     network, tuning = load_denoiser(RELEASED / "denoiser.safetensors").network, Tuning(0.01, 2)
@@ -287,9 +277,3 @@ def test_a_method_of_an_installed_package(tmp_path):
         listed = subprocess.run([sys.executable, *words], capture_output=True, text=True,
                                 check=True, env=environment)
         assert "mine" in listed.stdout and "cannot be loaded" not in listed.stderr
-
-
-def test_measurements_have_the_operators_shape():
-    x = torch.rand(2, 3, 8, 8)
-    d = measure(Means(), x, 0.1, 0, [0, 1])
-    assert d.shape == (2, 3, 4, 4) and (d - Means()(x)).std() == pytest.approx(0.1, rel=0.3)

@@ -121,7 +121,6 @@ class Job:
         assert status == 0, f"status {status}: {self.said}"
 
     def begin(self) -> subprocess.Popen:
-        """Start it, and wait until its work begins."""
         process, end = self.start(), time.monotonic() + LIMIT
         while self.begun not in self.said:
             assert time.monotonic() < end and process.poll() is None, self.said
@@ -141,7 +140,6 @@ class Job:
         assert not list(self.work.rglob(f"{UNFINISHED}*")), "left over"
 
     def refused(self, process: subprocess.Popen, says: str) -> None:
-        """It ends by itself, and says why in few words."""
         assert process.wait(LIMIT) == 2 and says in self.said, self.said
         assert "Traceback" not in self.said, self.said
 

@@ -21,6 +21,7 @@ RGB8 = skimage.data.coffee()[100:123, 200:231]
 RGB16 = RGB8.astype(np.uint16) * 257 + np.arange(31, dtype=np.uint16)[:, None]
 GREY8, GREY16 = RGB8[..., 0].copy(), RGB16[..., 0].copy()
 RGB32 = RGB16.astype(np.float32) / 65535 / 3
+RGBA8 = Image.fromarray(np.dstack([RGB8, GREY8]))
 RGBA16 = np.dstack([RGB16, GREY16])
 STACK = np.stack([GREY16 >> 9, GREY16 >> 4, GREY16 >> 5])
 EXIF, GPS, ORIENTATION, COPYRIGHT = 0x8769, 0x8825, 0x0112, 0x8298
@@ -63,6 +64,13 @@ def heic(pixels, **options):
         path, quality=-1, chroma=444, **options)
 
 
+def mode(name):
+    """In one of Pillow's modes."""
+    image = RGBA8 if name.endswith("A") else RGBA8.convert("RGB")
+    return lambda path: image.convert(name).save(path)
+
+
+LOSS = {"8.heic": 3, "16.heic": 400, "avif.heic": 4}  # of 16 bits a HEIC keeps 10
 BLACK_OR_WHITE = (GREY8 > 90) * np.uint8(255)
 
 
@@ -87,26 +95,22 @@ BLACK_OR_WHITE = (GREY8 > 90) * np.uint8(255)
     ("float-to-255.tif", tiff(RGB32[..., 0] * 700), RGB32[..., 0] * 700, ".tif"),
     ("float-alpha.tif", tiff(np.dstack([RGB32, RGB32[..., 0]]), extrasamples=["unassalpha"]),
      np.dstack([RGB32, RGB32[..., 0]]), ".tif"),
+    ("grey-alpha.png", mode("LA"), np.array(RGBA8.convert("LA")), ".png"),
+    ("rgb-alpha.png", mode("RGBA"), np.array(RGBA8), ".png"),
+    *((name, mode(name[:-4]), np.array(RGBA8.convert("RGB").convert(name[:-4]).convert("RGB")),
+       ".png") for name in ("P.png", "P.tif", "YCbCr.tif")),
+    ("8.heic", heic(RGB8), RGB8, ".png"), ("16.heic", heic(RGB16), RGB16, ".png"),
+    ("avif.heic", pillow(RGB8, format="AVIF", quality=100, subsampling="4:4:4"), RGB8, ".png"),
 ])
 def test_what_is_read_is_written_bit_for_bit(tmp_path, name, make, pixels, suffix):
     make(tmp_path / name)
     (picture,), target = rewrite(tmp_path / name)
     written, kept = stored(target), np.float32 if pixels.dtype.kind == "f" else pixels.dtype
     assert target.suffix == suffix
-    assert written.dtype == kept and np.array_equal(written, pixels)
+    assert written.dtype == kept and written.shape == pixels.shape
+    assert np.abs(written.astype(float) - pixels).max() <= LOSS.get(name, 0)
     assert picture.pixels.shape == (3 if pixels.ndim > 2 and pixels.shape[2] > 2 else 1,
                                     *pixels.shape[:2])
-
-
-@pytest.mark.parametrize(("make", "pixels", "within"), [
-    (heic(RGB8), RGB8, 3), (heic(RGB16), RGB16, 400),  # of whose 16 bits a HEIC keeps 10
-    (pillow(RGB8, format="AVIF", quality=100, subsampling="4:4:4"), RGB8, 4)])
-def test_phones_formats(tmp_path, make, pixels, within):
-    make(tmp_path / "a.heic")
-    _, target = rewrite(tmp_path / "a.heic")
-    written = stored(target)
-    assert target.suffix == ".png" and written.dtype == pixels.dtype
-    assert np.abs(written.astype(int) - pixels).max() <= within
 
 
 # --- scale --------------------------------------------------------------------------------------
@@ -225,19 +229,6 @@ def test_damaged_exif_is_left_out(tmp_path, exif):
     pillow(RGB8, exif=b"Exif\0\0" + exif)(tmp_path / "a.jpg")
     (picture,), _ = rewrite(tmp_path / "a.jpg")
     assert not picture.exif
-
-
-@pytest.mark.parametrize(("mode", "name", "channels", "alpha"), [
-    ("RGBA", "a.png", 3, True), ("LA", "a.png", 1, True), ("P", "a.png", 3, False),
-    ("P", "a.tif", 3, False), ("YCbCr", "a.tif", 3, False)])
-def test_pillows_modes(tmp_path, mode, name, channels, alpha):
-    image = Image.fromarray(np.dstack([RGB8, GREY8] if alpha else [RGB8])).convert(mode)
-    image.save(tmp_path / name)
-    (picture,), target = rewrite(tmp_path / name)
-    assert len(picture.pixels) == channels and (picture.alpha is not None) == alpha
-    with Image.open(tmp_path / name) as image:
-        expected = image.convert(mode if alpha else "RGB")
-    assert np.array_equal(stored(target), np.array(expected))
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png", "a.avif"])

@@ -1,7 +1,6 @@
 """Every method by its name: what it restores, what trains it, how it is tuned."""
 
 import json
-import pickle
 import shutil
 from functools import partial
 
@@ -27,7 +26,7 @@ from jfbnb.training.loop import TrainingConfig, train
 from jfbnb.training.losses import EquilibriumLoss, ImplicitLoss, LossSettings
 from jfbnb.training.methods import JFB, METHODS, Method, register
 from jfbnb.training.recipes import prepare
-from jfbnb.training.restorers import BEST, load_model, make_methods
+from jfbnb.training.restorers import BEST, make_methods
 from jfbnb.training.tuning import Tuning, tune
 from jfbnb.training.weights import read_card
 
@@ -118,16 +117,6 @@ def test_explicit_networks(problem):
     torch.testing.assert_close(model(d)[0], T(T(d, d), d), rtol=0, atol=1e-12)
 
 
-def test_a_model_on_another_operator_has_the_same_weights(problem):
-    A, D, d = problem
-    wide = Blur(16, 5, 3.0)
-    for model in (Equilibrium(make_map(SplittingMap, A, D)), Feedforward(A, D, 0.01)):
-        other = model.on(wide, 2.0)
-        assert other.T.A is wide and model.T.A is A
-        assert {id(p) for p in other.parameters()} == {id(p) for p in model.parameters()}
-    assert torch.equal(other(d)[0], D(tikhonov(wide, d, 0.02)))
-
-
 def test_matched_sigma_is_half_quadratic_splittings():
     # argmin |z - y|^2 / (2 noise^2) + |z - x|^2 / (2 sigma^2) is (y + tau x) / (1 + tau).
     noise, tau = 0.01, 0.04
@@ -139,7 +128,6 @@ def test_matched_sigma_is_half_quadratic_splittings():
 
 @pytest.mark.parametrize("method", TRAINABLE, ids=named)
 def test_every_learned_method_can_be_trained_and_used(weights, method):
-    """A few steps lower its loss; the trained weights restore an image."""
     torch.manual_seed(0)
     images = (torch.rand(12, 3, 4, 4).repeat_interleave(5, 2).repeat_interleave(5, 3) * 255).byte()
     settings = read_card(weights / f"{method.name}.safetensors")["settings"]
@@ -178,7 +166,6 @@ def test_annealed_splitting_is_its_steps_written_out(problem):
     ids=["jfb", "neumann", "implicit"])
 @pytest.mark.parametrize("kind", MAPS)
 def test_a_loss_has_its_gradients_gradient(problem, kind, make, method):
-    """Each map by each gradient: what backward leaves is what `gradients` says at x*."""
     A, D, x = problem
     T = make_map(kind, A, D)
     loss = make(Equilibrium(T), EXACTLY)
@@ -290,38 +277,6 @@ def test_a_folder_that_lacks_what_a_method_needs(weights, tmp_path):
             make_methods([name], weights, CPU)
     with pytest.raises(UserError, match=r"no model card .*jfb\.json"):
         make_methods(["jfb"], tmp_path, CPU)
-
-
-def test_methods_can_be_pickled(weights, problem):
-    """As pools of processes do. Applying one leaves it as it was."""
-    A, _, d = problem
-    d = d.float()
-    for method in make_methods(["tikhonov", "plug-and-play", "jfb"], weights, CPU).values():
-        copy = pickle.loads(pickle.dumps(method))
-        copy(A, d, 0.1)
-        assert torch.equal(copy(A, d, 0.02)[0], method(A, d, 0.02)[0])
-        assert (copy.model is None) == (method.model is None)
-
-
-def test_methods_are_made_without_a_draw_from_the_global_generator(weights):
-    torch.manual_seed(0)
-    wanted = torch.rand(3)
-    torch.manual_seed(0)
-    make_methods(["plug-and-play", "jfb", "unrolled"], weights, CPU)
-    assert torch.equal(torch.rand(3), wanted)
-
-
-def test_methods_are_of_float32_in_a_program_of_float64(weights):
-    wanted = load_model(JFB, weights).state_dict()
-    torch.set_default_dtype(torch.float64)
-    try:
-        found = load_model(JFB, weights).state_dict()
-        assert load_model(METHODS["plug-and-play"], weights).T.tau.dtype == torch.float32
-        assert torch.get_default_dtype() == torch.float64
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for name, value in wanted.items():
-        assert value.dtype == found[name].dtype == torch.float32 and torch.equal(value, found[name])
 
 
 def test_released_methods_are_the_best_there_are():

@@ -46,9 +46,18 @@ def outputs(notebook):
     return [output for cell in code_cells(notebook) for output in cell.outputs]
 
 
-def test_valid_and_of_reasonable_length(notebook):
+def test_a_notebook_has_all_its_parts(notebook):
+    """The first cell says what and how long; the last ones lead on to the next notebook."""
     nbformat.validate(notebook)
     assert 15 <= len(notebook.cells) <= 42
+    first = notebook.cells[0].source
+    for part in ("# ", "**Covers**", "**You will**", "**Running time**", "**Where we are**"):
+        assert part in first
+    assert re.search(r"<!-- time -->\d+ s .*<!-- end time -->", first)
+    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
+    for part in ("## Check against the paper", "## Takeaways", "## Exercises", "*Hint:"):
+        assert part in text
+    assert ".ipynb)" in last_words(notebook)
 
 
 @pytest.mark.parametrize("path", [*PATHS, *sorted(PATHS[0].parent.glob("solutions/*.ipynb"))],
@@ -80,28 +89,14 @@ def test_a_parameter_of_several_notebooks_has_one_default():
         assert [stem for stem, own in given.items() if name in own] == places.split()
 
 
-def test_first_cell_says_what_and_how_long(notebook):
-    first = notebook.cells[0].source
-    for part in ("# ", "**Covers**", "**You will**", "**Running time**", "**Where we are**"):
-        assert part in first
-    assert re.search(r"<!-- time -->\d+ s .*<!-- end time -->", first)
-
-
-def test_ends_with_check_takeaways_exercises(notebook):
-    text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
-    for part in ("## Check against the paper", "## Takeaways", "## Exercises", "*Hint:"):
-        assert part in text
-    assert ".ipynb)" in last_words(notebook)  # the way to the next one
-
-
-def test_no_stored_errors_and_no_warnings(notebook):
-    assert not [o for o in outputs(notebook) if o.output_type == "error"]
-    assert not [o for o in outputs(notebook) if o.get("name") == "stderr"]
-
-
-def test_tagged_cells_have_stored_output(notebook):
-    tagged = [c for c in code_cells(notebook)
-              if "nbval-check-output" in c.metadata.get("tags", [])]
+def test_stored_outputs_are_those_of_one_clean_run(notebook):
+    """All in order, no errors or warnings; checks are met, and what nbval compares is printed."""
+    code, stored = code_cells(notebook), outputs(notebook)
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
+    assert not [o for o in stored if o.output_type == "error" or o.get("name") == "stderr"]
+    text = "".join(o.get("text", "") for o in stored)
+    assert "ok:" in text and "NOT MET" not in text
+    tagged = [c for c in code if "nbval-check-output" in c.metadata.get("tags", [])]
     assert len(tagged) >= 2
     for cell in tagged:
         assert "".join(o.get("text", "") for o in cell.outputs).strip(), cell.source
@@ -114,16 +109,6 @@ def test_pictures_say_what_they_show(notebook):
     assert shown
     for output, kind in shown:
         assert len(output.metadata.get(kind, {}).get("alt", "")) > 10
-
-
-def test_stored_checks_are_met(notebook):
-    text = "".join(o.get("text", "") for o in outputs(notebook))
-    assert "ok:" in text and "NOT MET" not in text
-
-
-def test_committed_with_the_outputs_of_one_clean_run(notebook):
-    counts = [cell.execution_count for cell in code_cells(notebook)]
-    assert counts == list(range(1, len(counts) + 1))
 
 
 def test_small_and_without_paths_of_a_machine(path):

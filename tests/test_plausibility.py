@@ -157,16 +157,10 @@ def test_a_mismatch_is_one_warning(mismatch, photo):
     spoilt, kind, suggestion = MISMATCHES[mismatch]
     warning, = contradictions(camera(photo, **spoilt), GAUSSIAN, 0.01)
     assert warning.kind == kind and warning.suggestion == suggestion
-    assert "\n" not in str(warning)
+    assert "\n" not in str(warning) and str(warning) == "".join([
+        warning.text, *(f": try {name}={value!r}" for name, value in warning.suggestion.items())])
     if kind == "frame":
         assert "frame (12 pixels at the top, 12 at" in warning.text
-
-
-def test_a_warning_is_written_for_its_reader():
-    warning = model_check.Warning("kernel", "the picture is odd", {"kernel": "disk:4"})
-    assert str(warning) == "the picture is odd: try kernel='disk:4'"
-    assert warning.line("--{} {}".format) == "the picture is odd: try --kernel disk:4"
-    assert str(model_check.Warning("jpeg", "it has blocks")) == "it has blocks"
 
 
 @pytest.mark.parametrize(("blur", "noise_std"), [
@@ -314,9 +308,6 @@ def test_a_dim_picture_is_brightened_for_the_network():
     assert result.noise_std == pytest.approx(0.04 * 0.01, rel=0.2)
     assert noise_std == pytest.approx(result.noise_std * (bright / d).nanmedian().item(), rel=1e-3)
     assert torch.allclose(result.image, d)
-
-
-# --- the kernel's likelihood --------------------------------------------------------------------
 
 
 def test_misfit_is_the_least_that_scipy_finds():

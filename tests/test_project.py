@@ -11,6 +11,7 @@ import nbformat
 import pandas as pd
 import publish
 import pytest
+import rates
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -167,10 +168,14 @@ def test_no_absolute_path_of_a_machine_is_in_git():
             assert not re.search(r"(?<![\w.~-])/(home|root|Users|work|tmp)/\w", text), name
 
 
-def test_a_release_has_one_version():
+def test_a_release_has_one_version_and_cites_both_papers_and_the_authors_repository():
     version = pyproject()["version"]
-    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == version
     assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == version
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["version"] == version
+    assert "/lliu58b/" in citation["preferred-citation"]["url"]
+    assert "d8e6ada" in citation["preferred-citation"]["notes"]
+    assert "2402.02065" in citation["references"][0]["url"]
 
 
 def test_all_that_is_shown_was_made_by_this_version():
@@ -194,19 +199,10 @@ def test_all_that_is_shown_was_made_by_this_version():
 
 @pytest.mark.parametrize("profile", ["quick", "cpu"])
 def test_learning_rates_are_the_best_of_the_stored_search(profile):
-    from rates import best_rates
-
-    found = best_rates(ROOT / "notebooks" / "profiles" / "rates" / f"{profile}.csv")
+    found = rates.best_rates(ROOT / "notebooks" / "profiles" / "rates" / f"{profile}.csv")
     own = known_parameters() | load_profile(profile)
-    rates = {name: own["learning_rates"].get(name, own["learning_rate"]) for name in found}
-    assert rates == found
-
-
-def test_authors_repository_and_both_papers_are_cited():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
-    assert "/lliu58b/" in citation["preferred-citation"]["url"]
-    assert "d8e6ada" in citation["preferred-citation"]["notes"]
-    assert "2402.02065" in citation["references"][0]["url"]
+    assert found == {name: own["learning_rates"].get(name, own["learning_rate"])
+                     for name in found}
 
 
 def test_stored_photographs_are_restored_by_decibels():

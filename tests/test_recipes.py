@@ -128,7 +128,6 @@ def test_either_epochs_or_a_budget_is_given(epochs, budget):
 
 
 def test_a_folder_has_the_latest_training_and_repeats_none(problem, tmp_path):
-    """As when a notebook is run again, by hand, with the same parameters or with others."""
     torch.manual_seed(0)
     network, cards, lines = DnCNN(2, 4), [], []
     for rate in (1e-3, 2e-3, 1e-3):

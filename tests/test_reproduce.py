@@ -2,12 +2,6 @@
 
 import inspect
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,13 +16,11 @@ from jfbnb.run import reproduce as runner
 from jfbnb.run.command import main
 
 NOTEBOOK = """
-import time
 from jfbnb.run.checkout import run_dirs
 runs, figures = run_dirs(profile)
 for folder in (runs, figures):
     folder.mkdir(parents=True, exist_ok=True)
 earlier = "".join(sorted(p.read_text() for p in runs.glob("*.txt") if p.name < "{name}"))
-time.sleep(delay if "{name}" == "02_b" else 0)
 (runs / "{name}.txt").write_text(f"{name} {{size}} after [{{earlier}}]")
 (figures / "{name}.png").write_text("png")
 """
@@ -39,7 +31,6 @@ PACKAGE = {
                  f"{inspect.getsource(check)}"}
 PARAMETERS = """profile = "quick"
 size = 1
-delay = 0.1
 data = "bundled"
 rate = 0.5
 seed = 0
@@ -103,23 +94,22 @@ def go(**options) -> list[str]:
 
 
 def test_runs_then_skips_then_runs_what_changed(here):
-    suite = here
     size = {"size": 2}
     assert go() == ["ran", "ran", "ran"]
     assert go() == ["skipped", "skipped", "skipped"]
     # Another value of a parameter: all three depend on it.
     assert go(overrides=size) == ["ran", "ran", "ran"]
-    assert "01_a 2" in (suite / "runs/quick/03_c.txt").read_text()
+    assert "01_a 2" in (here / "runs/quick/03_c.txt").read_text()
     # Code of the second notebook: the first is untouched, the third sees the same artefact.
-    add_cell(suite, "02_b", nbformat.v4.new_code_cell("# a comment"))
+    add_cell(here, "02_b", nbformat.v4.new_code_cell("# a comment"))
     assert go(overrides=size) == ["skipped", "ran", "skipped"]
-    add_cell(suite, "02_b", nbformat.v4.new_markdown_cell("prose"))
+    add_cell(here, "02_b", nbformat.v4.new_markdown_cell("prose"))
     assert go(overrides=size) == ["skipped"] * 3
     # A damaged figure, marker or artefact: only its own notebook. The artefact comes out the same.
-    (suite / "figures/quick/03_c.png").write_text("damaged")
-    (suite / "runs/quick/markers/02_b.json").write_text("{")
+    (here / "figures/quick/03_c.png").write_text("damaged")
+    (here / "runs/quick/markers/02_b.json").write_text("{")
     assert go(overrides=size) == ["skipped", "ran", "ran"]
-    (suite / "runs/quick/01_a.txt").write_text("damaged")
+    (here / "runs/quick/01_a.txt").write_text("damaged")
     assert go(overrides=size) == ["ran", "skipped", "skipped"]
 
 
@@ -152,11 +142,10 @@ def test_a_notebook_depends_on_package_data_weights_and_methods_of_others(suite,
 
 
 def test_only_and_force(here):
-    suite = here
     with pytest.raises(UserError, match="notebook 02 needs the results of 01: run that one first"):
         go(only="02")
     go()
-    checkpoints = [suite / "runs/quick" / name for name in ("checkpoints", "trained/checkpoints")]
+    checkpoints = [here / "runs/quick" / name for name in ("checkpoints", "trained/checkpoints")]
     for folder in checkpoints:
         folder.mkdir(parents=True)
     assert go(only="02") == ["skipped"]
@@ -170,7 +159,7 @@ def test_only_and_force(here):
     ("size", "write it as NAME=VALUE"),
     ("size=[1", "-p size: its value is not YAML"),
     ("size=" + "9" * 5000, "is not YAML"),
-    ("sise=3", "unknown parameter 'sise': the notebooks have data, delay, depth, "),
+    ("sise=3", "unknown parameter 'sise': the notebooks have data, depth, "),
     ("size=big", "parameter size takes a value like 1, not 'big'"),
     ("size=", "takes a value like 1, not ''"),
     ("size=1.5", "takes a value like 1"),
@@ -245,8 +234,7 @@ def test_a_marker_that_is_none(tmp_path, text):
 
 
 def test_what_a_killed_run_left_unfinished_is_removed(here):
-    suite = here
-    left = suite / "runs" / "quick" / "checkpoints" / f"{UNFINISHED}abc.new"
+    left = here / "runs" / "quick" / "checkpoints" / f"{UNFINISHED}abc.new"
     left.parent.mkdir(parents=True)
     left.touch()
     go(only="01")
@@ -278,12 +266,11 @@ def test_failed_checks_are_shown(suite):
 
 
 def test_provenance(here, image_folder, tmp_path_factory):
-    suite = here
     outside = tmp_path_factory.mktemp("elsewhere")
     (outside / "jfb.safetensors").touch()
     go(overrides={"size": 2, "data": str(image_folder), "weights": str(outside)})
-    text = (suite / "figures/quick/provenance.json").read_text()
-    assert str(suite) not in text and str(outside) not in text  # no path of the machine
+    text = (here / "figures/quick/provenance.json").read_text()
+    assert str(here) not in text and str(outside) not in text  # no path of the machine
     record = json.loads(text)
     assert record["profile"] == "quick" and "torch" in record["packages"]
     step = record["steps"]["02_b"]
@@ -295,36 +282,7 @@ def test_provenance(here, image_folder, tmp_path_factory):
                                     "figures/quick/02_b.png"}
 
 
-def test_killed_anywhere_the_next_run_goes_on(suite):
-    """SIGKILL in the second notebook: the first is skipped, the second runs again, whole."""
-    script = textwrap.dedent(f"""
-        import sys
-        sys.path.insert(0, {str(Path(runner.__file__).parents[2])!r})
-        from pathlib import Path
-        from jfbnb.run import checkout, reproduce
-        checkout.ROOT = Path({str(suite)!r})
-        reproduce.reproduce("quick", {{"delay": 60.0}})
-    """)
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    marker = suite / "runs/quick/markers/01_a.json"
-    deadline = time.monotonic() + 120
-    while not (marker.exists() and (suite / "runs/quick/02_b.ipynb").exists()):
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    # Waiting 60 s again would be too long, and delay is among the marker's inputs.
-    (path, *_) = runner.notebooks()
-    quick = runner.complete([path], runner.load_profile("quick"))[path]
-    record = json.loads(marker.read_text())
-    marker.write_text(json.dumps(record | {"inputs": runner.input_hashes(path, quick)}))
-    assert go() == ["skipped", "ran", "ran"]
-    assert "02_b 1" in (suite / "runs/quick/02_b.txt").read_text()
-
-
 def test_two_runs_in_one_folder(suite):
-    """The second says so and touches nothing."""
     runs = suite / "runs" / "quick"
     runs.mkdir(parents=True)
     with FileLock(runs / ".lock"), pytest.raises(UserError, match="another run is writing"):
@@ -348,9 +306,6 @@ def test_a_users_kernel_of_another_environment_is_not_taken(suite, tmp_path, mon
     monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path))
     monkeypatch.setenv("JUPYTER_PREFER_ENV_PATH", "0")
     assert go(only="01") == ["ran"]
-
-
-# --- where things are ---------------------------------------------------------------------------
 
 
 def test_a_path_is_below_the_current_folder_or_the_checkout(suite, monkeypatch):

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import torch
-from conftest import Contractive, make_map
 
 from jfbnb.common import UserError
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet
@@ -109,33 +108,32 @@ def test_parts_change_no_weight(images, records, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(weights_of(model), weights_of(other), strict=True))
 
 
-@pytest.mark.parametrize("warmup", [0, 3])
-def test_the_learning_rate_falls_to_0_at_the_end_of_every_schedule(images, warmup, monkeypatch):
-    """Seven steps, by the cosine's closed form; in the first three it may rise before."""
+@pytest.fixture
+def steps(monkeypatch) -> list[tuple[float, float]]:
+    """Adam's learning rate and the gradient's length, of each step."""
     seen = []
 
     class Adam(torch.optim.Adam):
         def step(self, *arguments):
-            seen.append(self.param_groups[0]["lr"])
+            group = self.param_groups[0]
+            length = torch.cat([p.grad.flatten() for p in group["params"]]).norm()
+            seen.append((group["lr"], length.item()))
             return super().step(*arguments)
 
     monkeypatch.setattr(torch.optim, "Adam", Adam)
+    return seen
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_the_learning_rate_falls_to_0_at_the_end_of_every_schedule(images, warmup, steps):
+    """Seven steps, by the cosine's closed form; in the first three it may rise before."""
     model, loss = make("denoiser")
     train(model, loss, images, replace(CONFIG, epochs=7 / 3, warmup=warmup), CPU)
-    assert seen == pytest.approx([5e-4 * (1 + math.cos(math.pi * k / 7))
+    assert [rate for rate, _ in steps] == pytest.approx([5e-4 * (1 + math.cos(math.pi * k / 7))
                                   * min(1, (k + 1) / (warmup + 1)) for k in range(7)])
 
 
-def test_a_gradient_is_cut_to_its_length_and_left_alone_by_0(images, monkeypatch):
-    lengths = []
-
-    class Adam(torch.optim.Adam):
-        def step(self, *arguments):
-            lengths.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]
-                                      ]).norm().item())
-            return super().step(*arguments)
-
-    monkeypatch.setattr(torch.optim, "Adam", Adam)
+def test_a_gradient_is_cut_to_its_length_and_left_alone_by_0(images, steps):
     weights, found = {}, {}
     for clip in (0.0, 1e9, 1e-6):
         model, loss = make("denoiser")
@@ -143,12 +141,10 @@ def test_a_gradient_is_cut_to_its_length_and_left_alone_by_0(images, monkeypatch
         weights[clip], found[clip] = weights_of(model), history[0]["gradient"]
     assert all(torch.equal(a, b) for a, b in zip(weights[0.0], weights[1e9], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(weights[0.0], weights[1e-6], strict=True))
+    lengths = [length for _, length in steps]
     assert found[0.0] == pytest.approx(sum(lengths[:3]) / 3)  # what is reported is uncut
     assert min(lengths[:3]) > 1e-5 and found[1e-6] > 1e-5
     assert lengths[6:] == pytest.approx(3 * [1e-6], rel=1e-2)
-
-
-# --- model cards --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("conditions", [None, Conditions(), RANDOM_DEGRADATIONS])
@@ -163,9 +159,6 @@ def test_a_card_gives_back_its_losses(conditions):
         assert draws[0][1] == draws[1][1] and type(draws[0][0]) is type(draws[1][0])
 
 
-# --- over conditions ----------------------------------------------------------------------------
-
-
 def test_conditions_are_drawn_from_the_whole_of_their_ranges():
     conditions = Conditions((3, 13), (0.6, 5.0), (0.002, 0.05))
     drawn = [conditions.draw(16, torch.Generator().manual_seed(k)) for k in range(200)]
@@ -175,43 +168,23 @@ def test_conditions_are_drawn_from_the_whole_of_their_ranges():
     assert 0.4 < (noises < 0.01).float().mean() < 0.6  # sqrt(0.002 * 0.05): the middle of the axis
 
 
-def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(crops, monkeypatch):
+def test_every_drawn_condition_is_met_with_its_own_operator_and_weight(images, monkeypatch):
     """The step over conditions is the plain step under the condition that was drawn."""
-    A, noise = Blur(16, 7, 1.0), 0.02
+    A, noise, x = Blur(16, 7, 1.0), 0.02, images[:8, :, :16, :16].float() / 255
     monkeypatch.setattr(Conditions, "draw", lambda self, size, generator: (A, noise))
     model, _ = make()
     wide = EquilibriumLoss(model, replace(LOSSES, conditions=Conditions(), noise_power=1.5,
                                           penalty=0.0))
     plain = EquilibriumLoss(model.on(A, (noise / LOSSES.noise_std) ** 1.5),
                             replace(LOSSES, noise_std=noise, penalty=0.0))
-    value, figures = wide(crops, (0, 1))
-    errors, expected = plain(crops, (0, 1))
+    value, figures = wide(x, (0, 1))
+    errors, expected = plain(x, (0, 1))
     torch.testing.assert_close(figures["mse"], expected["mse"], rtol=0, atol=0)
     weights = list(model.parameters())
     got = torch.autograd.grad(value.sum(), weights)
-    wanted = torch.autograd.grad(errors.mean().log() * len(crops) * losses.TYPICAL, weights)
+    wanted = torch.autograd.grad(errors.mean().log() * len(x) * losses.TYPICAL, weights)
     for a, b in zip(got, wanted, strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_other_settings_do_not_take_up_a_checkpoint(images, tmp_path):
-    model, loss = make()
-    train(model, loss, images, CONFIG, CPU, tmp_path)
-    model, loss = make()
-    other = replace(loss, settings=replace(LOSSES, max_iterations=9))
-    lines = []
-    train(model, other, images, CONFIG, CPU, tmp_path, log=lines.append)
-    assert not any("resumed" in line for line in lines)
-    assert len([f for f in tmp_path.iterdir() if "previous" not in f.name]) == 2
-
-
-def test_training_lowers_the_loss_and_reports_the_solves(images):
-    model, loss = make()
-    history = train(model, loss, images, TrainingConfig(20, 4, 16, 3e-3, 0, 1.0), CPU)
-    assert history[-1]["loss"] < history[0]["loss"]
-    assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "growth",
-            "gradient", "seconds", "steps", "applications"} == set(history[0])
-    assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
 
 
 def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
@@ -223,22 +196,6 @@ def test_loss_per_image_weighs_the_last_small_batch_rightly(images):
 
     assert train(model, size_as_loss, images, TrainingConfig(1, 4, 16, 1e-3, 0), CPU
                  )[0]["loss"] == pytest.approx(3.6)
-
-
-def test_growth_estimate_finds_the_slowest_mode():
-    torch.manual_seed(0)
-    Q, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
-    J = Q @ torch.diag(torch.linspace(0.1, 0.8, 20, dtype=torch.float64)) @ Q.T
-    T = lambda x: x @ J + 1  # noqa: E731
-    x = torch.zeros(3, 20, dtype=torch.float64)
-    for _ in range(10):
-        x = T(x)
-    estimate, direction = growth_estimate(T, x, power_iterations=60)
-    torch.testing.assert_close(estimate, torch.full((3,), 0.8, dtype=torch.float64),
-                               rtol=1e-2, atol=0)
-    x = torch.randn(3, 20, dtype=torch.float64)  # the direction, not the residual, is gone on from
-    again, _ = growth_estimate(T, x, 0, direction)
-    torch.testing.assert_close(again, estimate, rtol=1e-3, atol=0)
 
 
 def test_penalty_lowers_the_growth():
@@ -290,13 +247,34 @@ def test_solves_that_do_not_converge_warn_and_then_stop(images):
         train(model, converging(0.2), images, config, CPU)
 
 
-def flip_a_bit(content: bytes) -> bytes:
-    """In the last weight: still a readable file, but for its hash."""
-    return content[:-1] + bytes([content[-1] ^ 1])
+def test_training_lowers_the_loss_and_reports_the_solves(images):
+    model, loss = make()
+    history = train(model, loss, images, TrainingConfig(20, 4, 16, 3e-3, 0, 1.0), CPU)
+    assert history[-1]["loss"] < history[0]["loss"]
+    assert {"epoch", "loss", "mse", "iterations", "residual", "converged", "growth",
+            "gradient", "seconds", "steps", "applications"} == set(history[0])
+    assert model.T.log_tau.item() != pytest.approx(math.log(0.1), abs=1e-4)  # tau is trained too
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:100], lambda b: b"", lambda b: b[:-50],
-                                    flip_a_bit])
+def test_growth_estimate_finds_the_slowest_mode():
+    torch.manual_seed(0)
+    Q, _ = torch.linalg.qr(torch.randn(20, 20, dtype=torch.float64))
+    J = Q @ torch.diag(torch.linspace(0.1, 0.8, 20, dtype=torch.float64)) @ Q.T
+    T = lambda x: x @ J + 1  # noqa: E731
+    x = torch.zeros(3, 20, dtype=torch.float64)
+    for _ in range(10):
+        x = T(x)
+    estimate, direction = growth_estimate(T, x, power_iterations=60)
+    torch.testing.assert_close(estimate, torch.full((3,), 0.8, dtype=torch.float64),
+                               rtol=1e-2, atol=0)
+    x = torch.randn(3, 20, dtype=torch.float64)  # the direction, not the residual, is gone on from
+    again, _ = growth_estimate(T, x, 0, direction)
+    torch.testing.assert_close(again, estimate, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda b: b[:100], lambda b: b"", lambda b: b[:-50],
+    lambda b: b[:-1] + bytes([b[-1] ^ 1])])  # in the last weight: still a readable file
 def test_damaged_checkpoint_is_refused_by_name_and_the_one_before_it_used(images, tmp_path,
                                                                           damage):
     model, loss = make("denoiser")
@@ -339,9 +317,6 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(images, tmp_path,
     with pytest.raises(OSError, match=r"cannot read the checkpoint .*safetensors \(no\)"):
         train(model, loss, images, CONFIG, CPU, tmp_path)
     assert sorted(tmp_path.iterdir()) == before
-
-
-# --- the command --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("profile", ["quick", "cpu", "paper", "best", "best-gpu"])
@@ -407,47 +382,6 @@ def test_the_command_trains_a_unet_over_random_degradations(image_folder, tmp_pa
     assert {n["class"] for n in card["networks"]} == {"UNet"}
 
 
-# --- what the loss of an equilibrium does -------------------------------------------------------
-
-
-class Counting(Contractive):
-    """Keeps how many images each evaluation had."""
-
-    def __init__(self, depth, width):
-        super().__init__(depth, width)
-        self.seen = []
-
-    def forward(self, x, sigma):
-        self.seen.append(len(x))
-        return super().forward(x, sigma)
-
-
-def counting_model(T=SplittingMap) -> tuple[Equilibrium, list]:
-    torch.manual_seed(0)
-    network = Counting(3, 6)
-    torch.nn.init.normal_(network.layers[-1].weight, std=0.02)
-    return Equilibrium(make_map(T, Blur(16, 5, 2.0), Denoiser(network, 0.03), 0.1)), network.seen
-
-
-@pytest.fixture
-def crops(images) -> torch.Tensor:
-    """Eight, with less and less of their mean, which converges first."""
-    x = images[:8, :, :16, :16].float() / 255
-    return x - torch.linspace(0, 1, 8).view(8, 1, 1, 1) * x.mean(dim=(1, 2, 3), keepdim=True)
-
-
-def test_images_that_converge_leave_the_batch(crops):
-    """The network sees each as often as its solve took, and once to be differentiated."""
-    model, seen = counting_model()
-    loss = EquilibriumLoss(model, replace(LOSSES, max_iterations=30, penalty=0.0))
-    _, figures = loss(crops, (0,))
-    assert sum(seen) == figures["iterations"].sum() + 8
-    assert figures["iterations"].min() < figures["iterations"].max()
-
-
-# --- what a training is named by ----------------------------------------------------------------
-
-
 def key(loss, images, module=None) -> str:
     return digest(train, module or loss.model, loss, images, CONFIG)
 
@@ -470,7 +404,6 @@ def test_the_key_of_a_training_changes_with_all_that_it_depends_on(images):
 
 
 def test_the_key_changes_with_what_a_model_and_a_loss_are_made_of(images):
-    """Numbers that are neither weights nor settings, and what functions have captured."""
     model, loss = make()
     T, A, D = model.T, model.T.A, model.T.D
     keys = [key(ExplicitLoss(m, LOSSES), images) for m in (
@@ -536,19 +469,11 @@ def test_the_key_is_the_same_in_every_process(tmp_path):
     """Also for a loss that is an object, or closes over some, whose address would be another."""
     (tmp_path / "outside.py").write_text(OUTSIDE.format(factor="0.1"))
     program = """
-import torch
 import outside
+from test_training import *
 
-from jfbnb.training.checkpoints import digest
-from jfbnb.core.denoisers import DnCNN
-from jfbnb.core.gradients import neumann
-from jfbnb.training import loop, losses
-from jfbnb.training.loop import train
-from jfbnb.training.methods import METHODS
 torch.manual_seed(0)
 images = torch.zeros(3, 3, 16, 16, dtype=torch.uint8)
-settings = losses.LossSettings(0.01)
-config = loop.TrainingConfig(1, 1, 16, 1e-3, 0)
 chosen = {"tau": 0.1, "sigma": 0.1, "lam": 0.1, "eta": 1.0, "iterations": 3}
 
 def noting(loss, names):
@@ -557,16 +482,17 @@ def noting(loss, names):
 for method in METHODS.values():
     if method.trainable:
         model = method.build(None, DnCNN(2, 4), chosen)
-        loss = method.loss(model, settings)
+        loss = method.loss(model, LOSSES)
         for given in (loss, outside.Loss(loss), noting(loss, {"b", "a", "c"})):
-            print(method.name, digest(train, model, given, images, config))
+            print(key(given, images, model))
 terms = 3
-loss = losses.EquilibriumLoss(model, settings, lambda T, x: neumann(T, x, terms))
-print(digest(train, model, loss, images, config))
+print(key(EquilibriumLoss(model, LOSSES, lambda T, x: neumann(T, x, terms)), images))
 """
     (tmp_path / "program.py").write_text(program)
-    found = [subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True,
-                            text=True, check=True, env={**os.environ, "PYTHONHASHSEED": seed}
-                            ).stdout.splitlines() for seed in ("1", "2")]
+    path = os.pathsep.join(filter(None, [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]))
+    found = [subprocess.run(
+        [sys.executable, tmp_path / "program.py"], capture_output=True, text=True, check=True,
+        env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": path}).stdout.splitlines()
+        for seed in ("1", "2")]
     assert found[0] == found[1]
     assert len(set(found[0])) == 3 * sum(m.trainable for m in METHODS.values()) + 1

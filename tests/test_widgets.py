@@ -16,7 +16,6 @@ from PIL import Image
 
 from jfbnb.common import UserError
 from jfbnb.core import kernels
-from jfbnb.core.baselines import gradient_descent_iterate, tikhonov_gradient_descent
 from jfbnb.core.maps import SplittingMap
 from jfbnb.core.metrics import psnr
 from jfbnb.core.operators import Blur
@@ -46,7 +45,6 @@ def x() -> torch.Tensor:
 
 
 def released_map() -> SplittingMap:
-    """JFB's, on a blur of 64 x 64 pixels."""
     return load_model(METHODS["jfb"], RELEASED).T.on(Blur(64, 5, 2.0))
 
 
@@ -93,7 +91,6 @@ def test_what_cannot_be_compared_is_said(images, truth, message):
 
 
 def pictures(explorer) -> list[bytes]:
-    """The PNG files of an explorer's panels."""
     return [base64.b64decode(found) for found in
             re.findall('src="data:image/png;base64,([^"]*)"', explorer.picture.value)]
 
@@ -121,14 +118,7 @@ def test_every_control_changes_the_picture_and_reset_restores_it(make, name):
         control.value = far[-1]
         assert explorer.picture.value != before, control.description
         control.value = value
-    explorer.reset()
-    assert explorer.picture.value == first and explorer.status.value == numbers
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_sliders_at_their_ends_do_not_break_an_explorer(make, name):
-    explorer = make[name]()
-    for end in (0, -1):
+    for end in (0, -1):  # which must not break it
         explorer.resetting = True  # all at once, then one drawing
         for control in explorer.controls.values():
             control.value = ends(control)[end]
@@ -136,6 +126,8 @@ def test_sliders_at_their_ends_do_not_break_an_explorer(make, name):
         explorer.refresh()
         assert "color:#b00020" not in explorer.status.value
         assert not re.search(r"\bnan\b|-inf", explorer.status.value)
+    explorer.reset()
+    assert explorer.picture.value == first and explorer.status.value == numbers
 
 
 def test_an_explorer_says_what_is_wrong_and_lives_on(make, monkeypatch):
@@ -236,14 +228,6 @@ def test_gradient_explorer_shows_where_jfb_goes_uphill():
     assert far[-1] < 0.01 < 0.3 < far[explorer.STEPS.index(40)]  # it ends at the goal all the same
 
 
-def test_closed_form_of_gradient_descent(x):
-    A = Blur(64, 5, 2.0)
-    d = A(x).double()
-    for k in (0, 1, 7):
-        expected = tikhonov_gradient_descent(A, d, 0.02, 0.8, k)
-        torch.testing.assert_close(gradient_descent_iterate(A, d, 0.02, 0.8, k), expected)
-
-
 def test_toy_gradients_are_those_of_the_paper():
     """Against finite differences of the loss at the solved fixed point."""
     explorer = GradientExplorer()
@@ -259,8 +243,6 @@ def test_toy_gradients_are_those_of_the_paper():
         assert torch.cosine_similarity(found[kind], found["exact"], dim=0) > cosine
 
 
-
-
 # --- any methods on any image -------------------------------------------------------------------
 
 
@@ -271,7 +253,6 @@ def png(width: int, height: int, colour: str = "red") -> bytes:
 
 
 def upload(control, name: str, content: bytes) -> None:
-    """Give a file to an upload button."""
     half = len(content) // 2  # as the browser sends it: in pieces
     for piece, first in ((content[:half], True), (content[half:], False)):
         control._take(control, {"name": name, "first": first, "last": not first},
@@ -348,7 +329,6 @@ def explorer(tmp_path) -> PhotographExplorer:
 
 
 def press(explorer: PhotographExplorer) -> None:
-    """The button, and wait for what it does."""
     explorer.button.click()
     explorer.worker.join()
 
@@ -542,11 +522,6 @@ def test_restoring_stops_within_a_tile(explorer, monkeypatch):
     assert offered(explorer)
 
 
-def test_a_browser_is_sent_no_more_than_it_can_do_with(explorer):
-    upload(explorer.upload, "mine.png", png(2000, 90))
-    assert {picture.shape for picture in sent(explorer.comparison).values()} == {(54, 1200, 3)}
-
-
 def test_a_large_result_is_written_not_linked(explorer, tmp_path, monkeypatch):
     _, content = offered(explorer)
     monkeypatch.setattr(your_photograph, "LINKED", 1000)
@@ -561,10 +536,11 @@ def test_a_large_result_is_written_not_linked(explorer, tmp_path, monkeypatch):
 
 
 def test_photographs_without_weights(tmp_path):
-    """The example is there, and so is a small picture of it for those without a kernel."""
+    """The picture is there, no larger than a browser can do with, and smaller without a kernel."""
     explorer = PhotographExplorer(weights=tmp_path)
     assert "no model card" in explorer.status.value
     upload(explorer.upload, "mine.png", png(3000, 2000))
+    assert {picture.shape for picture in sent(explorer.comparison).values()} == {(800, 1200, 3)}
     bundle, metadata = explorer._repr_mimebundle_()
     picture = Image.open(io.BytesIO(base64.b64decode(bundle["image/png"])))
     assert picture.size == (800, 267) and len(bundle["image/png"]) < 200_000

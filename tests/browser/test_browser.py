@@ -18,8 +18,7 @@ from urllib.parse import urlparse
 import nbformat
 import numpy as np
 import pytest
-import scipy.ndimage
-import skimage.data
+import scenes
 from PIL import Image
 
 from jfbnb.run.checkout import ROOT
@@ -209,7 +208,6 @@ def test_an_explorer_fits_the_page_and_answers(lab, page, name):
 
 
 def swipe(page) -> None:
-    """Drag the handle, and see the pixels change; then by the keyboard."""
     canvas = bring(page, ".jfbnb-swipe canvas")
     pixels = "c => c.toDataURL()"
     before = canvas.evaluate(pixels)
@@ -248,21 +246,8 @@ def test_methods_are_compared_on_another_image(lab, page):
     assert numbers.inner_text().count("Tikhonov") == 1
 
 
-@pytest.fixture
-def photograph(tmp_path) -> tuple[Path, np.ndarray]:
-    """A file with a picture out of focus, made by SciPy and cut, and the sharp picture."""
-    sharp = skimage.data.coffee()[100:280, 200:380]
-    y, x = np.mgrid[-3:4, -3:4]
-    disk = (x**2 + y**2 < 10).astype(float)
-    d = scipy.ndimage.convolve(sharp / 1.0, (disk / disk.sum())[..., None])
-    d += 255 * 0.01 * np.random.default_rng(0).standard_normal(d.shape)
-    file = tmp_path / "mine.png"
-    Image.fromarray(d.round().clip(0, 255).astype(np.uint8)[20:160, 20:160]).save(file)
-    return file, sharp[20:160, 20:160]
-
-
-def test_photograph_is_restored_and_downloaded(lab, page, photograph):
-    file, sharp = photograph
+def test_photograph_is_restored_and_downloaded(lab, page, tmp_path):
+    file, given, sharp = scenes.DISK.take("coffee", 140, tmp_path)
     run(page, lab, "photograph")
     bring(page, ".jfbnb-swipe canvas")
     large = file.with_name("large.jpg")  # of more than a message may have
@@ -276,17 +261,12 @@ def test_photograph_is_restored_and_downloaded(lab, page, photograph):
         page.get_by_text(f"{path.name}: {size} pixels").wait_for(timeout=60_000)
     page.get_by_label("kernel", exact=True).select_option("disk")
     page.get_by_role("button", name="Restore", exact=True).click()
-    link = page.get_by_role("link", name="download mine-jfb.png")
+    link = page.get_by_role("link", name="download coffee-jfb.png")
     link.wait_for(timeout=180_000)
     with page.expect_download() as download:
         link.click()
-    restored = np.asarray(Image.open(download.value.path())) / 255
-    given = np.asarray(Image.open(file)) / 255
-
-    def decibels(picture: np.ndarray) -> float:
-        return -10 * np.log10(np.square(picture - sharp / 255).mean())
-
-    assert decibels(restored) > decibels(given) + 3
+    restored = scenes.read(download.value.path())
+    assert 2 * np.square(restored - sharp).mean() < np.square(given - sharp).mean()  # 3 dB
     swipe(page)
     page.screenshot(path=str(SHOTS / "photograph.png"))
 
