@@ -25,7 +25,7 @@ def file(tmp_path):
     ("[1, 2]", "is not a sweep"), ("profile: quick", "is not a sweep"), (": :", "is not YAML"),
     ("profile: quick\nparameters: {seed: 3}", "list of values"),
     ("profile: quick\nparameters: {sede: [3]}", "unknown parameter 'sede'"),
-    ("profile: quick\nparameters: {profile: [a]}", "a folder of its own"),
+    ("profile: quick\nparameters: {profile: [a]}", "leave `profile` out"),
     ("profile: quick\nparameters: {budget: [1, 0]}", "budget must be positive, not 0")])
 def test_bad_sweeps_are_refused_in_one_line(tmp_path, capsys, text, message):
     path = tmp_path / "bad.yaml"
