@@ -10,13 +10,20 @@ import budget
 import command
 import contenders
 import grid
+import h5py
 import measurements
+import numpy as np
 import pandas as pd
+import published
 import pytest
 import rates
 import released
+import scipy.signal
+import skimage.data
+import skimage.metrics
 import torch
 from contenders import KEYS, RECONSTRUCTIONS, STEPS, Size, make_problem
+from PIL import Image
 from report import verdicts
 
 from jfbnb.core.denoisers import DnCNN
@@ -207,6 +214,30 @@ def test_networks_of_two_budgets_are_measured_once_each(images, weights, tmp_pat
     assert spent[budget.TRAINED].tolist() == [[100.0, 400.0]] * len(budget.TRAINED)
     assert spent[list(budget.UNTRAINED)].tolist() == [[0.0], [0.0]]
     assert (tmp_path / "budget.png").exists()
+
+
+def test_published_protocol_is_dpirs_and_continues(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(published, "SHOWN", ("total-variation",))
+    kernel = np.random.default_rng(0).random((17, 17))
+    kernel /= kernel.sum()
+    with h5py.File(tmp_path / "k.mat", "w") as file:
+        file["a"] = kernel.T  # as MATLAB stores it
+        file["kernels"] = np.array([[file["a"].ref]], dtype=h5py.ref_dtype)
+    sharp = skimage.data.coffee()[100:140, 100:148]
+    Image.fromarray(sharp).save(tmp_path / "a.png")
+    given = ["--pictures", str(tmp_path), "--out", str(tmp_path), "--kernels"]
+    for _ in range(2):
+        assert published.main([*given, str(tmp_path / "k.mat")]) == 0
+    rows = pd.read_csv(tmp_path / "published.csv")
+    assert rows.noise.tolist() == [2.55, 7.65, 12.75] and (rows.input < rows.PSNR).all()
+    d = np.stack([scipy.signal.convolve2d(sharp[..., c], kernel, "same", "wrap")
+                  for c in range(3)], axis=-1).astype(np.uint8)  # which cuts
+    d = d / 255 + np.random.RandomState(0).normal(0, 0.01, d.shape)
+    rounded = (255 * d).round().clip(0, 255).astype(np.uint8)
+    assert rows.input[0] == pytest.approx(
+        skimage.metrics.peak_signal_noise_ratio(sharp, rounded), abs=0.01)
+    assert published.main([*given, str(tmp_path / "a.png")]) == 1
+    assert "holds no kernels" in capsys.readouterr().out
 
 
 def test_stored_images_are_of_the_released_weights():

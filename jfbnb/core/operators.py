@@ -7,8 +7,9 @@
 - `Inpainting` and `MRI` are diagonal, one in the image and the other in k-space.
 
 `border` says what lies beyond the picture. With "black", the paper's model, the scene is as large
-as the picture and zero beyond it. With "unknown" the scene is larger than the picture by the
-kernel's reach, as for a camera, and nothing is assumed about what lies there.
+as the picture and zero beyond it; with "periodic" it repeats itself. With "unknown" the scene is
+larger than the picture by the kernel's reach, as for a camera, and nothing is assumed about what
+lies there.
 """
 
 import numpy as np
@@ -100,7 +101,7 @@ def toeplitz(kernel: Tensor, n: int, border: str = "black", stride: int = 1) -> 
 
 def _rows(kernel_size: int, n: int, border: str, stride: int) -> slice:
     """Which of the n values of a convolution are measured."""
-    if border == "black":
+    if border != "unknown":
         return slice(0, n, stride)
     return slice(kernel_size - 1 - kernel_size // 2, n - kernel_size // 2, stride)
 
@@ -108,7 +109,7 @@ def _rows(kernel_size: int, n: int, border: str, stride: int) -> slice:
 def scene_size(measured: tuple[int, int], kernel_shape: tuple[int, int],
                border: str = "unknown") -> tuple[int, int]:
     """(H, W) of the scene that a picture of (h, w) pixels shows, for a kernel of that shape."""
-    if border == "black":
+    if border != "unknown":
         return tuple(measured)
     return tuple(n + k - 1 for n, k in zip(measured, kernel_shape, strict=True))
 
@@ -123,7 +124,7 @@ class Convolution(LinearOperator):
     Args:
         image_size: of the scene, (H, W) or one side, in pixels.
         kernel: (kh, kw), a tensor or array, of sum 1; a filter may have a smaller sum, such as 0.
-        border: "unknown", which measures (H - kh + 1, W - kw + 1), or "black", (H, W).
+        border: "unknown", which measures (H - kh + 1, W - kw + 1); "black" or "periodic", (H, W).
         stride: every stride-th row and column of these is measured.
 
     Raises:
@@ -140,8 +141,8 @@ class Convolution(LinearOperator):
                  border: str = "unknown", stride: int = 1):
         super().__init__()
         kernel = torch.as_tensor(kernel, dtype=torch.float64, device="cpu")
-        if border not in ("unknown", "black"):
-            raise UserError(f"border {border!r}: choose unknown or black")
+        if border not in ("unknown", "black", "periodic"):
+            raise UserError(f"border {border!r}: choose unknown, black or periodic")
         if kernel.dim() != 2 or not kernel.numel():
             raise UserError(f"a kernel of shape {tuple(kernel.shape)}: give one with rows and "
                             "columns")
@@ -157,15 +158,15 @@ class Convolution(LinearOperator):
         self.border, self.stride = border, stride
         self.rows, self.columns = _rows(kh, H, border, stride), _rows(kw, W, border, stride)
         self.measured_size = len(range(H)[self.rows]), len(range(W)[self.columns])
-        factors = _factors(kernel)
-        if factors:
+        periodic = border == "periodic"
+        if not periodic and (factors := _factors(kernel)):
             self.factors = Separable(*(toeplitz(k, n, border, stride)
                                        for k, n in zip(factors, (H, W), strict=True)))
             return
         self.factors = None
         # Room for the whole convolution. An unknown border needs less, but with this room the
         # preconditioner is better: conjugate gradients take half the iterations.
-        self.grid = (_fast_length(H + kh - 1), _fast_length(W + kw - 1))
+        self.grid = (H, W) if periodic else (_fast_length(H + kh - 1), _fast_length(W + kw - 1))
         on_grid = torch.zeros(self.grid, dtype=torch.float64)
         on_grid[:kh, :kw] = kernel
         on_grid = on_grid.roll((-(kh // 2), -(kw // 2)), (0, 1))
@@ -226,6 +227,8 @@ class Convolution(LinearOperator):
         _require_size(r, self.image_size)
         if self.factors:
             return self.factors.solve_normal(r, tau)
+        if self.border == "periodic" and self.stride == 1:
+            return self.precondition(r, tau)  # the inverse itself
         return super().solve_normal(r, tau, start)
 
     def precondition(self, r: Tensor, tau: float | Tensor) -> Tensor:
@@ -278,7 +281,7 @@ class Blur(Convolution):
     def extra_repr(self) -> str:
         height, width = self.image_size
         return (f"{height} x {width}, kernel {self.kernel_size}, std {self.kernel_std:.6g}"
-                + ", border unknown" * (self.border == "unknown"))
+                + f", border {self.border}" * (self.border != "black"))
 
     @property
     def K_h(self) -> Tensor:

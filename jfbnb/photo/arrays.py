@@ -75,7 +75,8 @@ def deblur(
         method: its name, or the result of `load` on the image's device, which saves the loading. An
             array is restored on the CPU, a tensor on its device. By default "jfb", and
             "total-variation" if the result is `doubtful`, as by the command.
-        border: "unknown" if the scene continues beyond the image, as for a camera, or "black".
+        border: "unknown" if the scene continues beyond the image, as for a camera; "black"; or
+            "periodic", as in published benchmarks.
         gamma: how the image stores light: "linear", "srgb" or a power, e.g. 2.2. By default linear,
             and srgb if that explains the image better.
         progress: called with the number of finished tiles and of all tiles, for each image.

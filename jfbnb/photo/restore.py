@@ -78,7 +78,7 @@ def restore(
             channels.
         kernel: (kh, kw), of sum 1; see `kernels`.
         noise_std: of d; estimated if not given.
-        border: as in `Convolution`; "black" is restored in one tile, however large.
+        border: as in `Convolution`; all but "unknown" are restored in one tile, however large.
         progress: called with the number of finished tiles and of all tiles.
         safer: a method to use instead if the result is doubtful. Its noise level is doubled, to 16
             times at most, until its result is not: what the model does not explain is noise to it.
@@ -159,7 +159,7 @@ def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, b
     channels, *size = d.shape
     reach = max(kernel.shape) // 2
     tiles = list(itertools.product(*(
-        list(_cut(n, n if border == "black" else TILE + 2 * reach, THROWN + reach))
+        list(_cut(n, TILE + 2 * reach if border == "unknown" else n, THROWN + reach))
         for n in size)))
     tile_size = [len(weights) for _, weights in tiles[0]]  # all have the same
     A = Convolution(scene_size(tile_size, kernel.shape, border), kernel, border).to(d.device)

@@ -134,7 +134,7 @@ class PhotographExplorer(Alive):
         self.noise = log_slider("noise std", 0.01, -3, -0.5)
         self.estimated = w.Checkbox(True, description="estimate the noise")
         self.kernel = KernelControls()
-        self.border = w.Dropdown(options=["unknown", "black"], description="border")
+        self.border = w.Dropdown(options=["unknown", "black", "periodic"], description="border")
         self.method = w.Dropdown(options=[(METHODS[name].label, name)
                                           for name in expected_methods(weights)],
                                  value=method, description="method")

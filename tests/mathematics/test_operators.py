@@ -104,7 +104,7 @@ OPERATORS = {
     **{f"convolution, {shape}, {border}, stride {stride}":
        partial(Convolution, SIZE, kernel_of(*shape), border, stride)
        for shape, stride in [*((shape, 1) for shape in ODD_AND_EVEN[::2]), ((3, 2), 2), ((4, 5), 3)]
-       for border in ("black", "unknown")},
+       for border in ("black", "unknown", "periodic")},
     "kernel of sum 0": partial(Convolution, SIZE, kernel_of(3, 3) - 1 / 9),
     **{f"downsampling by {factor}": partial(Downsampling, SIZE, factor) for factor in (1, 2, 3)},
     "downsampling after a kernel": partial(Downsampling, SIZE, 2, kernel_of(3, 4)),
@@ -192,7 +192,7 @@ def test_an_operator_moves_with_its_digits(A):
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3])
-@pytest.mark.parametrize("border", ["black", "unknown"])
+@pytest.mark.parametrize("border", ["black", "unknown", "periodic"])
 @pytest.mark.parametrize("shape", [*ODD_AND_EVEN, (7, 9)])
 @pytest.mark.parametrize("separable", [False, True])
 def test_convolution_is_scipys(shape, border, stride, separable):
@@ -201,10 +201,11 @@ def test_convolution_is_scipys(shape, border, stride, separable):
         kernel = torch.outer(kernel.sum(1), kernel.sum(0))
     x = random(1, 2, 17, 22)
     A = Convolution((17, 22), kernel, border, stride)
-    assert bool(A.factors) is (separable or 1 in shape)
-    expected = [scipy.ndimage.convolve(channel, kernel.numpy(), mode="constant")
-                if border == "black" else
-                scipy.signal.convolve2d(channel, kernel.numpy(), mode="valid")
+    assert bool(A.factors) is (border != "periodic" and (separable or 1 in shape))
+    expected = [scipy.signal.convolve2d(channel, kernel.numpy(), mode="valid")
+                if border == "unknown" else
+                scipy.ndimage.convolve(channel, kernel.numpy(),
+                                       mode={"black": "constant", "periodic": "wrap"}[border])
                 for channel in x[0].numpy()]
     np.testing.assert_allclose(A(x)[0], np.stack(expected)[:, ::stride, ::stride], atol=1e-12)
     if stride == 1:
@@ -566,7 +567,7 @@ def test_an_operator_without_adjoint_or_inverse_says_so():
     (lambda: gaussian_kernel(-1, 2.0), "odd"),
     (lambda: gaussian_kernel(5, 0.0), "kernel std 0.0: choose a positive"),
     (lambda: gaussian_kernel(5, math.inf), "positive"),
-    (lambda: Blur(9, 5, 2.0, border="x"), "border 'x': choose unknown or black"),
+    (lambda: Blur(9, 5, 2.0, border="x"), "border 'x': choose unknown, black or periodic"),
     (lambda: Convolution(9, np.zeros((3, 3))), "a kernel of zeros"),
     (lambda: Convolution(9, torch.tensor([[1.0, math.nan]])), "not finite"),
     (lambda: Convolution(16, 255 * kernels.disk(1)), "a kernel of sum 255: give kernel"),
