@@ -25,7 +25,7 @@ from jfbnb.training.restorers import make_methods
 
 LEVELS = (2.55, 7.65, 12.75)  # of the noise, on values from 0 to 255
 SIDES = (17, 27)  # of the two kernels that DPIR's table has
-SHOWN = ("jfb", "total-variation", "plug-and-play-admm")
+SHOWN = ("jfb", "total-variation", "plug-and-play")
 
 
 def shakes(file: Path) -> dict[int, np.ndarray]:

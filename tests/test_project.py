@@ -12,9 +12,12 @@ import pandas as pd
 import publish
 import pytest
 import rates
+import skimage.data
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from PIL import Image
 
 from jfbnb.run.checkout import ROOT
 from jfbnb.run.command import main
@@ -25,6 +28,7 @@ from jfbnb.run.reproduce import (
     notebook_parameters,
     notebooks,
 )
+from jfbnb.teaching.figures import image_row, new_figure, save_figure
 
 CONDA_NAMES = {"torch": "pytorch", "matplotlib": "matplotlib-base"}
 PIP_ONLY = ("deepinv", "latex2mathml", "playwright", "torchdeq")  # by pip alone
@@ -176,6 +180,21 @@ def test_a_release_has_one_version_and_cites_both_papers_and_the_authors_reposit
     assert "/lliu58b/" in citation["preferred-citation"]["url"]
     assert "d8e6ada" in citation["preferred-citation"]["notes"]
     assert "2402.02065" in citation["references"][0]["url"]
+
+
+def test_no_image_of_celeba_is_published(tmp_path):
+    """Nor would one be: figures that show images go, and drawings stay."""
+    for path in (ROOT / "figures" / "published").glob("*/*.png"):
+        assert path.parent.name == publish.RUN or publish.is_drawing(Image.open(path)), path
+    picture = torch.from_numpy(skimage.data.astronaut()[:128, :128]).movedim(-1, 0) / 255
+    curve, (ax,) = new_figure()
+    ax.plot([1, 3, 2])
+    for name, figure in (("colour", image_row({"a": picture}, {})), ("curve", curve), (
+            "grey", image_row({"a": picture.mean(0).expand(3, -1, -1), "b": picture[:1].expand(
+                3, -1, -1)}, {"a": 30.0}))):
+        save_figure(figure, tmp_path / name)
+    publish.remove_photographs(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.pdf", "curve.png"]
 
 
 def test_all_that_is_shown_was_made_by_this_version():

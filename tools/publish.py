@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 from PIL import Image
 
@@ -46,6 +47,8 @@ def main(names: list[str]) -> int:
             sys.exit(f"no finished run in figures/{name}: start `jfbnb reproduce` first")
         shutil.rmtree(ROOT / PUBLISHED / name, ignore_errors=True)
         shutil.copytree(ROOT / "figures" / name, ROOT / PUBLISHED / name)
+        if name != RUN:  # pictures of CelebA's images may not be passed on
+            remove_photographs(ROOT / PUBLISHED / name)
     if RUN in names:
         provenance = json.loads(read(f"{PUBLISHED}/{RUN}/provenance.json"))
         for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
@@ -57,6 +60,20 @@ def main(names: list[str]) -> int:
     for path, text in filled(read).items():
         (ROOT / path).write_text(text, encoding="utf-8")
     return 0
+
+
+def remove_photographs(folder: Path) -> None:
+    """Delete all figures that show images, and their PDFs; drawings stay."""
+    for path in folder.rglob("*.png"):
+        if not is_drawing(Image.open(path)):
+            path.unlink()
+            path.with_suffix(".pdf").unlink()
+
+
+def is_drawing(image: Image.Image) -> bool:
+    """True if most pixels equal their right neighbour: 87% in drawings, 73% in grey images."""
+    pixels = np.asarray(image.convert("RGB"))
+    return (pixels[:, 1:] == pixels[:, :-1]).all(axis=-1).mean() > 0.8
 
 
 def filled(read: Read) -> dict[str, str]:
