@@ -1,7 +1,7 @@
 """Quality against the computation of training: python benchmarks/budget.py FOLDER ...
 
 Each folder has networks that `jfbnb train` stored; their cards say with which budget and seed. With
-tuning.json there, two methods without training come along, with a budget of 0. All restore the same
+tuning.json there, methods without training come along, with a budget of 0. All restore the same
 test images. budget.csv has a row for each method; a stopped run continues.
 """
 
@@ -21,7 +21,7 @@ from jfbnb.training.restorers import make_methods
 from jfbnb.training.weights import read_card
 
 CPU = torch.device("cpu")
-UNTRAINED = ("total-variation", "plug-and-play-admm")  # nothing trained, and a denoiser alone
+UNTRAINED = ("total-variation", "plug-and-play-admm", "annealed")  # at most a denoiser is trained
 NO_CARD = {"protocol": "paper", "training": {"budget": 0, "learning_rate": 0, "seed": 0}}
 
 
@@ -56,9 +56,11 @@ def report(out: Path) -> None:
         "networks": groups.size(), "images": groups.images.min(), "PSNR (dB)": groups.psnr.mean(),
         "± over trainings": groups.psnr.sem(), "converged": groups.converged.min()}).reset_index()
     figure, (ax,) = new_figure(width=6.5, height=4.5)
-    for name, line in table[table.protocol == "paper"].groupby("method"):
+    best = table[table.protocol == "paper"].sort_values("PSNR (dB)", ascending=False)
+    for name in dict.fromkeys(best.method):
+        line = best[best.method == name].sort_values("budget")
         if line.budget.max() > 0:
-            labelled_line(ax, line.budget, line["PSNR (dB)"], name, marker="o")
+            labelled_line(ax, line.budget, line["PSNR (dB)"], name, "o", "-" * (len(line) > 1))
         else:
             ax.axhline(line["PSNR (dB)"].item(), color=METHODS[name].colour, linestyle="--",
                        label=METHODS[name].label)

@@ -69,7 +69,9 @@ def T():
     ("1.1", "-13.2 dB", [-23.6, 13.2]), ("1.2", "\N{MINUS SIGN}4.7 dB", [4.7, -23.6]),
     ("1.3", 2.1e-5, [4.4e-10, 6.6e-7]), ("2.1", 28, [3, 300]),
     ("2.2", laplacian, [sharpest, lambda x: x]), ("2.3", (0.018, 0.036), [(0.018, 0.3)]),
-    ("4.3", lambda T, z: T(T(z)), [lambda T, z: T(z), lambda T, z: T(T(T(z)))]),
+    ("4.3", lambda T, z: T(T(z)), [lambda T, z: T(z), lambda T, z: T(T(T(z))), lambda T, z: z,
+                                   lambda T, z: T(z + T(z)), lambda T, z: T(T(z)) + 7,
+                                   lambda T, z: (T(z) + T(T(z))) / 2]),
     ("6.2", (1.0, 4.0), [(4.0, 1.0)]), ("6.3", ("0.5 dB", 1.0), [(1.0, 0.5)])])
 def test_right_and_wrong(exercise, right, wrong):
     assert judged(exercise, right) == ""
@@ -85,7 +87,7 @@ def test_right_by_an_experiment():
     B = code.operator()
     d = measure(B, x, code.noise_std, 0, range(2))
     assert not judged("1.1", psnr(direct_inverse(B, d), x).mean())
-    assert "sums 3" in judged("4.3", lambda T, z: T(T(T(z))))
+    assert "first 3" in judged("4.3", lambda T, z: T(T(T(z))))
 
 
 def test_denoisers_are_run(network):

@@ -182,6 +182,15 @@ def test_a_release_has_one_version_and_cites_both_papers_and_the_authors_reposit
     assert "2402.02065" in citation["references"][0]["url"]
 
 
+def test_budgets_and_table_2_are_of_the_same_networks():
+    rows = pd.read_csv(ROOT / "benchmarks/results/budget.csv").query("budget in (0, 60000)")
+    metrics = pd.read_csv(ROOT / "figures/published/cpu/metrics.csv")
+    means = metrics.groupby("method").psnr.mean()
+    assert set(rows.images) == {metrics.image.nunique()}
+    for row in rows.itertuples():
+        assert row.psnr == pytest.approx(means[row.method], abs=0.01), row.method
+
+
 def test_no_image_of_celeba_is_published(tmp_path):
     """Nor would one be: figures that show images go, and drawings stay."""
     for path in (ROOT / "figures" / "published").glob("*/*.png"):

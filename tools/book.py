@@ -31,7 +31,7 @@ STYLE = """@media (prefers-color-scheme: dark) { html { background: #fff; filter
 hue-rotate(180deg); } img, canvas { filter: invert(1) hue-rotate(180deg); } }
 nav, .find { font-family: sans-serif; padding: .5em 1em; line-height: 1.5; }
 .find input { font-size: 1em; width: 20em; max-width: 100%; box-sizing: border-box; }
-table { display: block; overflow-x: auto; }"""
+table, math[display="block"] { display: block; overflow-x: auto; }"""
 PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>body {{ max-width: 46em; margin: 2em auto; padding: 0 1em; font-family: sans-serif;

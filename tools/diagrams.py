@@ -63,7 +63,7 @@ def backward_passes() -> Figure:
     figure, ax = canvas(9, 3.4)
     for name, y, kept, words in (
             ("unrolled", 300, 5, "all $K$ are kept:\nmemory grows with $K$"),
-            ("exact", 185, 1, "one is kept, and\n$y = g + yJ$ is solved"),
+            ("exact", 185, 1, "one is kept for $J$, one for\n$\\Theta$; $y = g + yJ$ is solved"),
             ("JFB", 60, 1, "one is kept, and\npassed once")):
         colour = GRADIENT_COLOURS[name]
         ax.text(15, y, name, fontsize=13, color=colour, weight="bold", va="center")

@@ -5,7 +5,6 @@ import csv
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from jfbnb.common import seeded_generator
 from jfbnb.core.baselines import direct_inverse, tikhonov
-from jfbnb.core.fixed_point import picard, solve
+from jfbnb.core.fixed_point import anderson, picard, solve
 from jfbnb.core.gradients import neumann
 from jfbnb.core.maps import GradientMap, ImplicitMap
 from jfbnb.core.metrics import psnr
@@ -154,12 +153,22 @@ def other_half(step: Callable[[ImplicitMap, Tensor, Tensor], Tensor], T: Implici
 
 @torch.enable_grad()
 def two_terms(apply: Callable[[Callable, Tensor], Tensor]) -> str:
-    T = ToyMap(0.7, 40, torch.tensor([0.3, -0.5], dtype=torch.float64))
-    x_star = T.solution(T.theta.detach())[None]
-    own, *sums = (torch.autograd.grad(method(T, x_star)[0, 0], T.theta)[0] for method in
-                  (apply, *(partial(neumann, terms=terms) for terms in range(1, 9))))
+    toy = ToyMap(0.7, 40, torch.tensor([0.3, -0.5], dtype=torch.float64))
+
+    def T(x: Tensor) -> Tensor:  # not linear in x
+        return torch.sin(toy(x))
+
+    x_star, _ = anderson(T, torch.zeros(1, 2, dtype=torch.float64), 1e-13, 1000)
+    value = apply(T, x_star)
+    if not torch.allclose(value, x_star):
+        return "its value is not that of T at the solution"
+    if not value.requires_grad:
+        return "nothing in it is tracked: apply T"
+    own, *sums = (torch.autograd.grad(found[0, 0], toy.theta)[0] for found in
+                  (value, *(neumann(T, x_star, terms) for terms in range(1, 9))))
     kept = [k for k, found in enumerate(sums, 1) if torch.allclose(own, found)]
-    return "" if kept == [2] else f"it sums {kept[0] if kept else 'no'} terms of Eq. 7, not 2"
+    return "" if kept == [2] else (f"it sums the first {kept[0]} of Eq. 7's terms, not 2" if kept
+                                   else "its gradient is no partial sum of Eq. 7")
 
 
 @torch.enable_grad()
@@ -172,6 +181,8 @@ def least_terms(given: object, T: ImplicitMap, *measured_there: Tensor) -> str:
         return bool(torch.cat([part.flatten() for part in parts]) @ exact <= 0)
 
     terms = round(number(given))
+    if terms < 1:
+        return "at least the first term is needed"
     return (f"with {terms} it still goes uphill" if uphill(terms) else
             "fewer terms will do" if terms > 1 and not uphill(terms - 1) else "")
 

@@ -366,7 +366,7 @@ class GradientExplorer(Explorer):
 
     START = torch.tensor([-1.0, 0.9], dtype=torch.float64)
     GOAL = torch.tensor([0.7, -0.4], dtype=torch.float64)
-    STEPS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 40, 50, 70, 100, 150, 200)
+    STEPS = (0, 1, 2, 3, 5, 7, 10, 15, 20, 30, 35, 40, 45, 50, 70, 100, 150, 200)
     PANELS = 1
 
     def __init__(self) -> None:

@@ -227,8 +227,8 @@ def ways_to_equilibrium(distances: dict[tuple[type[ImplicitMap], str], list[floa
 def gradient_angles(terms: list[int], cosines: dict[str, list[float]]) -> Figure:
     """Notebook 4b: the cosine between Neumann-k and the exact gradient, for each map and k."""
     figure, (ax,) = new_figure()
-    for kind in MAPS:
-        ax.plot(terms, cosines[kind.name], "o-", color=kind.colour, label=kind.name)
+    for kind, marker in zip(MAPS, "osx", strict=True):
+        ax.plot(terms, cosines[kind.name], f"{marker}-", color=kind.colour, label=kind.name)
     ax.set(xlabel="terms $k$ (JFB has one)", ylabel="cosine to the exact gradient",
            title="Neumann-k after training", ylim=(None, 1.03))
     logarithmic(ax, terms)
@@ -249,7 +249,7 @@ def walks(lengths: list[float], losses: dict[str, dict[str, list[float]]]) -> Fi
             ax.plot([1e4 * length for length in lengths], values, "o-",
                     color=GRADIENT_COLOURS[gradient], label=gradient)
         ax.axhline(0, color="black", linewidth=0.8)
-        ax.set(title=title, xlabel="length of the step, in 1/10,000 of the weights'",
+        ax.set(title=title, xlabel="length of the step, in 1/10,000 of the weights' norm",
                ylabel="change of the loss")
         ax.ticklabel_format(axis="y", scilimits=(-2, 2))
     axes[0].legend()
@@ -269,6 +269,9 @@ def gradient_cost(cost: pd.DataFrame) -> Figure:
             ax.plot(part.K, part[column], "o-", color=GRADIENT_COLOURS[gradient], label=gradient)
         ax.set(xlabel="iterations $K$ of the solve", ylabel=label, title="One training step")
     axes[1].set_yscale("log")
+    axes[1].yaxis.set_major_formatter("{x:g}")
+    axes[1].yaxis.set_minor_formatter("{x:g}")
+    axes[1].yaxis.set_minor_locator(mpl.ticker.LogLocator(subs=(2, 5)))
     axes[0].legend()
     return figure
 
