@@ -1,6 +1,6 @@
 """Measurements at a map's fixed point: Jacobians, and gradients with respect to the weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -52,23 +52,26 @@ def exact_gradient(T: ImplicitMap, state: Tensor, d: Tensor, truth: Tensor,
 
 
 class Jacobian:
-    """J = dT/dx at x*, as products with vectors, J v and J' u, for each image of (B, ...)."""
+    """The derivative J of a tracked output with respect to some inputs, as products with vectors.
 
-    def __init__(self, T: Callable[[Tensor], Tensor], x_star: Tensor):
-        self.x = x_star.detach().requires_grad_()
+    Args:
+        inputs: tensors of the output's graph, e.g. (x*,) or all of Theta.
+    """
+
+    def __init__(self, output: Tensor, inputs: Sequence[Tensor]):
+        self.output, self.inputs = output, inputs
         with torch.enable_grad():
-            self.image = T(self.x)
             # u J is linear in u, and its derivative along v is J v.
-            self.u = torch.zeros_like(self.image, requires_grad=True)
-            (self.uJ,) = torch.autograd.grad(self.image, self.x, self.u, create_graph=True)
+            self.u = torch.zeros_like(output, requires_grad=True)
+            self.uJ = torch.autograd.grad(output, inputs, self.u, create_graph=True)
 
-    def times(self, v: Tensor) -> Tensor:
-        """J v."""
+    def times(self, *v: Tensor) -> Tensor:
+        """J v, with one part of v for each input."""
         return torch.autograd.grad(self.uJ, self.u, v, retain_graph=True)[0]
 
-    def transposed_times(self, u: Tensor) -> Tensor:
-        """J' u."""
-        return torch.autograd.grad(self.image, self.x, u, retain_graph=True)[0]
+    def transposed_times(self, u: Tensor) -> tuple[Tensor, ...]:
+        """J' u, one part for each input."""
+        return torch.autograd.grad(self.output, self.inputs, u, retain_graph=True)
 
 
 def spectral_radius(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float = 1e-2,
@@ -113,16 +116,27 @@ def jacobian_norm(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float = 
 
 
 def _operators(T: ImplicitMap, x_star: Tensor, d: Tensor) -> Iterator[LinearOperator]:
-    """Each image's Jacobian, for SciPy."""
+    """Each image's Jacobian dT/dx, for SciPy."""
     for x, own in zip(x_star.split(1), d.split(1), strict=True):
-        J = Jacobian(lambda z, own=own: T(z, own), x)
+        x, image = _tracked(T, x, own)
+        J = Jacobian(image, (x,))
+        yield LinearOperator((x.numel(),) * 2, _flat(J.times, x), dtype=np.float64,
+                             rmatvec=_flat(lambda u, J=J: J.transposed_times(u)[0], x))
 
-        def product(apply: Callable[[Tensor], Tensor], v: np.ndarray, x: Tensor = x) -> np.ndarray:
-            return apply(torch.from_numpy(v).to(x).view_as(x)).double().flatten().cpu().numpy()
 
-        yield LinearOperator((x.numel(), x.numel()), dtype=np.float64,
-                             matvec=partial(product, J.times),
-                             rmatvec=partial(product, J.transposed_times))
+def _tracked(T: ImplicitMap, x_star: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """x* as the beginning of a graph, and T(x*; d) as its end."""
+    x = x_star.detach().requires_grad_()
+    with torch.enable_grad():
+        return x, T(x, d)
+
+
+def _flat(apply: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[np.ndarray], np.ndarray]:
+    """A function of tensors like x, as one of SciPy's vectors."""
+    def product(v: np.ndarray) -> np.ndarray:
+        return apply(torch.from_numpy(v).to(x).view_as(x)).double().flatten().cpu().numpy()
+
+    return product
 
 
 def _start(J: LinearOperator, seed: int) -> np.ndarray:
@@ -161,25 +175,15 @@ def worst_loss(T: ImplicitMap, x_star: Tensor, d: Tensor, tolerance: float = 0.1
     Returns:
         v like x_star; JFB's gradient and the exact one, each one vector over all of Theta.
     """
-    J, parameters = Jacobian(lambda z: T(z, d), x_star), list(T.parameters())
-    image = T(x_star.detach(), d)
-    u = torch.zeros_like(image, requires_grad=True)
-    uM = torch.autograd.grad(image, parameters, u, create_graph=True)  # as in `Jacobian`
+    x, image = _tracked(T, x_star, d)
+    J, M = Jacobian(image, (x,)), Jacobian(image, tuple(T.parameters()))
 
-    def M_transposed(w: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(image, parameters, w, retain_graph=True)
+    def symmetric(w: Tensor) -> Tensor:  # (B + B')w
+        y, v = M.times(*M.transposed_times(w)), w - J.transposed_times(w)[0]
+        return y - J.times(y) + M.times(*M.transposed_times(v))
 
-    def MM(w: Tensor) -> Tensor:
-        return torch.autograd.grad(uM, u, M_transposed(w), retain_graph=True)[0]
-
-    def symmetric(values: np.ndarray) -> np.ndarray:  # (B + B')w
-        w = torch.from_numpy(values).to(x_star).view_as(x_star)
-        y = MM(w)
-        found = y - J.times(y) + MM(w - J.transposed_times(w))
-        return found.double().flatten().cpu().numpy()
-
-    B = LinearOperator((x_star.numel(),) * 2, symmetric, dtype=np.float64)
+    B = LinearOperator((x.numel(),) * 2, _flat(symmetric, x), dtype=np.float64)
     _, vectors = eigsh(B, 1, which="SA", v0=_start(B, seed), tol=tolerance)
-    w = torch.from_numpy(vectors).to(x_star).view_as(x_star)
-    v = w - J.transposed_times(w)
-    return v, *(torch.cat([part.flatten() for part in M_transposed(g)]) for g in (v, w))
+    w = torch.from_numpy(vectors).to(x).view_as(x)
+    v = w - J.transposed_times(w)[0]
+    return v, *(torch.cat([part.flatten() for part in M.transposed_times(g)]) for g in (v, w))
