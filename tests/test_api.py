@@ -139,6 +139,14 @@ def test_the_memory_layout_has_no_effect(photo, expected, tikhonov, change):
     np.testing.assert_allclose(image, expected, atol=1e-6)
 
 
+def test_restored_is_nearer_to_the_truth():
+    scene = skimage.data.coffee()[100:210, 200:320] / 255
+    d = scipy.ndimage.convolve(scene, KERNEL[..., None])[10:-10, 10:-10]
+    d = d + 0.01 * np.random.default_rng(0).standard_normal(d.shape)
+    image, truth = jfbnb.deblur(d, KERNEL).image, scene[10:-10, 10:-10]
+    assert ((image - truth) ** 2).mean() < 0.5 * ((d - truth) ** 2).mean()
+
+
 def test_a_kernel_in_every_form(photo, tikhonov):
     disk = kernels.disk(2)
     expected = jfbnb.deblur(photo, disk, 0.01, tikhonov).image

@@ -20,6 +20,7 @@ from PIL import ExifTags, Image
 from jfbnb.photo import restore
 from jfbnb.run import checkout, command
 from jfbnb.run.command import main
+from jfbnb.training.methods import METHODS
 from jfbnb.training.restorers import RELEASED, make_methods
 
 
@@ -72,6 +73,16 @@ def test_blur_then_deblur(capsys, image_folder, weights, tmp_path):
                          - np.asarray(Image.open(source), float)[2:-2, 2:-2]).mean()
 
     assert error(out / "000001-blurred-total-variation.png") < 0.8 * error(file)
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_deblur_by_every_method(capsys, weights, tmp_path, name):
+    file = tmp_path / "small.png"
+    Image.fromarray(np.full((20, 24, 3), 128, np.uint8)).save(file)
+    status, printed, _ = run(capsys, "deblur", file, "--out", tmp_path, "--method", name,
+                             "--weights", weights)
+    assert status == 0 and f"small-{name}.png" in printed
+    assert Image.open(tmp_path / f"small-{name}.png").size == (24, 20)
 
 
 def distance(path, sharp: np.ndarray) -> float:

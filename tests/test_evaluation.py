@@ -17,7 +17,7 @@ from jfbnb.data import bundled_photos, load_images
 from jfbnb.teaching import conditions as under
 from jfbnb.teaching.conditions import Condition
 from jfbnb.teaching.figures import other_conditions, save_table
-from jfbnb.teaching.tables import table2
+from jfbnb.teaching.tables import on_published_scale, table2
 from jfbnb.training import equilibria, evaluation
 from jfbnb.training.evaluation import summarise
 from jfbnb.training.methods import METHODS
@@ -80,6 +80,12 @@ def test_an_equilibrium_is_told_from_an_iteration_stopped_early(pair, factor, co
     assert (found.drift.abs() < 0.02).all() == contracts
     assert (found.residual_later <= equilibria.ROUNDING).all() == contracts
     assert (found.radius < 1).all() == contracts
+
+
+def test_published_scale_is_6_db_lower(pair):
+    x, truth = pair
+    np.testing.assert_allclose(psnr(x, truth) - on_published_scale(x, truth),
+                               20 * np.log10(2), atol=1e-4)
 
 
 class Towards(ImplicitMap):

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 import torch
+from conftest import Contractive, make_map
 
 from jfbnb.common import UserError
 from jfbnb.core.denoisers import Denoiser, DnCNN, UNet
@@ -27,6 +28,7 @@ from jfbnb.run.command import main
 from jfbnb.run.reproduce import notebooks
 from jfbnb.training import checkpoints, loop, losses
 from jfbnb.training.checkpoints import digest, load_checkpoint, previous, resume
+from jfbnb.training.computation import metered
 from jfbnb.training.degradations import RANDOM_DEGRADATIONS, Conditions
 from jfbnb.training.loop import TrainingConfig, train
 from jfbnb.training.losses import (
@@ -380,6 +382,21 @@ def test_the_command_trains_a_unet_over_random_degradations(image_folder, tmp_pa
     assert card["loss"]["conditions"]["motion_share"] == RANDOM_DEGRADATIONS.motion_share
     assert card["training"]["muon"] and card["loss"]["batch_reuse"] == 8
     assert {n["class"] for n in card["networks"]} == {"UNet"}
+
+
+def test_images_that_converge_leave_the_batch(images):
+    """The network sees each as often as its solve took, and once to be differentiated."""
+    x = images[:8, :, :16, :16].float() / 255  # with less and less of their mean to restore
+    x = x - torch.linspace(0, 1, 8).view(8, 1, 1, 1) * x.mean(dim=(1, 2, 3), keepdim=True)
+    torch.manual_seed(0)
+    network = Contractive(3, 6)
+    torch.nn.init.normal_(network.layers[-1].weight, std=0.02)
+    model = Equilibrium(make_map(SplittingMap, Blur(16, 5, 2.0), Denoiser(network, 0.03), 0.1))
+    loss = EquilibriumLoss(model, replace(LOSSES, max_iterations=30, penalty=0.0))
+    with metered(model) as meter:
+        _, figures = loss(x, (0,))
+    assert meter.applications == figures["iterations"].sum() + 8
+    assert figures["iterations"].min() < figures["iterations"].max()
 
 
 def key(loss, images, module=None) -> str:

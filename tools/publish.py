@@ -33,7 +33,6 @@ RESULTS = "benchmarks/results"
 LABELS = {"measurement": "First guess", "jfb": "JFB", "jfb-energy": "JFB, energy",
           "total-variation": "Total variation", "tikhonov": "Tikhonov",
           "skimage": "scikit-image's best"}
-DRAWING = 8192  # colours, antialiasing included; a photograph has more
 Read = Callable[[str], str]  # a project file's text, by its path
 
 
@@ -127,7 +126,7 @@ def packed(png: str) -> tuple[str, str]:
     """A picture's type and content: a drawing as a PNG of 256 colours, a photograph as a JPEG."""
     image = Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
     kind, options = "jpeg", {"quality": 90}
-    if image.getcolors(DRAWING) is not None:
+    if is_drawing(image):
         image, kind, options = image.quantize(256, dither=Image.Dither.NONE), "png", {}
     file = io.BytesIO()
     image.save(file, kind, optimize=True, **options)

@@ -21,6 +21,8 @@ from jfbnb.common import UserError
 from jfbnb.core.kernels import gaussian_kernel
 from jfbnb.core.linear_operator import LinearOperator, require_floats
 
+BORDERS = ("unknown", "black", "periodic")
+
 
 def _require_size(x: Tensor, size: tuple[int, ...], kind: str = "an image") -> None:
     require_floats(x)
@@ -141,8 +143,8 @@ class Convolution(LinearOperator):
                  border: str = "unknown", stride: int = 1):
         super().__init__()
         kernel = torch.as_tensor(kernel, dtype=torch.float64, device="cpu")
-        if border not in ("unknown", "black", "periodic"):
-            raise UserError(f"border {border!r}: choose unknown, black or periodic")
+        if border not in BORDERS:
+            raise UserError(f"border {border!r}: choose {', '.join(BORDERS)}")
         if kernel.dim() != 2 or not kernel.numel():
             raise UserError(f"a kernel of shape {tuple(kernel.shape)}: give one with rows and "
                             "columns")

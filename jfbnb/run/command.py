@@ -153,7 +153,7 @@ def _add_pictures(option: Callable) -> None:
     option("--kernel", default=f"gaussian:{paper['kernel_std']},{paper['kernel_size']}",
            help=f"{kernel_option.FORMS}; or a file: a picture, .npy, .npz, .mat, .txt, .csv or "
                 ".tsv; by default the paper's, %(default)s")
-    option("--border", choices=["unknown", "black", "periodic"], default="unknown",
+    option("--border", choices=operators.BORDERS, default="unknown",
            help="beyond the picture: by default unknown, for a scene that continues")
     option("--range", metavar="LOW,HIGH",
            help="the file's numbers for black and white; by default by its type and values")

@@ -28,9 +28,8 @@ TRAINED = [name for name, method in METHODS.items() if method.trainable and not 
 
 
 def network_parameters(profile: str, overrides: Parameters) -> Parameters:
-    """The parameters of notebooks 3 to 5 in a profile. Raises UserError for unknown ones."""
-    training = [path for path in notebooks() if path.stem[:2] in ("03", "04", "05")]
-    found = complete(training, load_profile(profile) | overrides)
+    """The notebooks' parameters in a profile. Raises UserError for unknown ones."""
+    found = complete(notebooks(), load_profile(profile) | overrides)
     return {name: value for own in found.values() for name, value in own.items()}
 
 

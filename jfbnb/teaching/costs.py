@@ -49,18 +49,18 @@ def gradient_costs(T: ImplicitMap, d: Tensor, truth: Tensor, iterations: list[in
     return records
 
 
-def step_cost(step: Callable[[], object], runs: int = 3) -> tuple[float, int]:
+def step_cost(step: Callable[[], object]) -> tuple[float, int]:
     """Measure one call: seconds, and the peak of the memory that it allocates, in bytes.
 
     On a CPU the peak is computed from PyTorch's record of allocated and freed tensors. The first
-    call warms up. The seconds are the least of `runs` more, which a busy machine disturbs least.
+    call warms up. The seconds are the least of three more, which a busy machine disturbs least.
     """
     step()
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    seconds = min(_seconds(step, cuda) for _ in range(runs))
+    seconds = min(_seconds(step, cuda) for _ in range(3))
     if cuda:
         return seconds, torch.cuda.max_memory_allocated() - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler writes to stderr

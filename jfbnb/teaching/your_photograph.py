@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 from jfbnb.common import UserError, atomic_path, pick_device
 from jfbnb.core.models import Restorer
+from jfbnb.core.operators import BORDERS
 from jfbnb.photo import kernel_option
 from jfbnb.photo.files import Picture, read_pictures, write_pictures
 from jfbnb.photo.restore import Restored, restore
@@ -134,7 +135,7 @@ class PhotographExplorer(Alive):
         self.noise = log_slider("noise std", 0.01, -3, -0.5)
         self.estimated = w.Checkbox(True, description="estimate the noise")
         self.kernel = KernelControls()
-        self.border = w.Dropdown(options=["unknown", "black", "periodic"], description="border")
+        self.border = w.Dropdown(options=BORDERS, description="border")
         self.method = w.Dropdown(options=[(METHODS[name].label, name)
                                           for name in expected_methods(weights)],
                                  value=method, description="method")

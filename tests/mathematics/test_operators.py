@@ -567,7 +567,7 @@ def test_an_operator_without_adjoint_or_inverse_says_so():
     (lambda: gaussian_kernel(-1, 2.0), "odd"),
     (lambda: gaussian_kernel(5, 0.0), "kernel std 0.0: choose a positive"),
     (lambda: gaussian_kernel(5, math.inf), "positive"),
-    (lambda: Blur(9, 5, 2.0, border="x"), "border 'x': choose unknown, black or periodic"),
+    (lambda: Blur(9, 5, 2.0, border="x"), "border 'x': choose unknown, black, periodic"),
     (lambda: Convolution(9, np.zeros((3, 3))), "a kernel of zeros"),
     (lambda: Convolution(9, torch.tensor([[1.0, math.nan]])), "not finite"),
     (lambda: Convolution(16, 255 * kernels.disk(1)), "a kernel of sum 255: give kernel"),
