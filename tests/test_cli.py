@@ -111,7 +111,7 @@ def test_a_photograph_from_a_camera_gets_better(capsys, tmp_path):
 
 
 def test_a_wrong_kernel_is_doubted(capsys, tmp_path):
-    file, *_ = scenes.Case("", np.ones((1, 1))).take("astronaut", 168, tmp_path)
+    file, *_ = scenes.Case("", np.ones((1, 1))).take("astronaut", 112, tmp_path)
     deblur = ("deblur", file, "--out", tmp_path, "--noise-std")
     status, _, err = run(capsys, *deblur, "0.01")
     assert status == 3 and "far out of [0, 1]" in err.splitlines()[0]
@@ -278,6 +278,7 @@ def test_a_wheel_restores_pictures_and_needs_nothing_of_the_notebooks(tmp_path, 
     project = tomllib.loads((checkout.ROOT / "pyproject.toml").read_text())["project"]
     hidden = [re.match(r"[\w-]+", text)[0] for text in
               project["optional-dependencies"]["notebooks"]]
+    Image.open(image_folder / "000001.jpg").crop((0, 0, 64, 64)).save(tmp_path / "small.png")
     script = tmp_path / "script.py"
     script.write_text(f"""
 import sys
@@ -297,7 +298,7 @@ assert jfbnb.__path__ == [{str(wheel / "jfbnb")!r}], jfbnb.__path__
 for words in ("reproduce", "train jfb", "sweep seeds.yaml", "lab"):
     assert main(words.split()) == 2, words
 for words in ("doctor", "blur images/000001.jpg --out out",
-              "deblur images/000001.jpg --out out --method jfb",
+              "deblur small.png --out out --method jfb",
               "evaluate --data images --limit 1 --method jfb --method tikhonov"):
     assert main(words.split()) == 0, words
 """)
@@ -308,7 +309,7 @@ for words in ("doctor", "blur images/000001.jpg --out out",
     refused = [line for line in done.stderr.splitlines() if "need the notebooks" in line]
     assert len(refused) == 4 and all("git clone" in line for line in refused)
     assert "TROUBLE" not in done.stdout and not (tmp_path / "runs").exists()
-    assert (tmp_path / "out" / "000001-jfb.png").is_file()
+    assert (tmp_path / "out" / "small-jfb.png").is_file()
 
 
 def test_what_the_notebooks_need_is_named_where_it_is_missing(capsys, monkeypatch):

@@ -105,7 +105,10 @@ def test_denoisers_are_run(network):
 
 
 @torch.no_grad()
-def test_maps_are_run(T):
+def test_maps_are_run(monkeypatch, T):
+    x = measured()[1][:1, :, 40:88, 40:88]
+    A = get_protocol("paper").operator(48)
+    monkeypatch.setattr(exercises, "measured", lambda: (A, x, measure(A, x, 0.01, 0, [0])))
     assert "300" in judged("4.1", T)
     (wild := load_model(METHODS["jfb"], RELEASED).T).D.network.layers[-1].weight.mul_(-3)
     assert not judged("4.1", wild)
