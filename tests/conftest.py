@@ -27,7 +27,6 @@ MAPS = (GradientMap, PreconditionedMap, SplittingMap, ProximalMap, ADMMMap)
 
 # The tensors here are too small to share out, and those of the processes that tests start: where
 # two tests run at a time, twice as many threads as cores would take several times as long.
-# JupyterLab's kernels in tests/browser keep all: with fewer the notebooks would train anew.
 torch.set_num_threads(1)
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
