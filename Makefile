@@ -41,13 +41,13 @@ test-fast: lint
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
-# On a copy, with runs/ and figures/ of its own, trained networks, and few images for figures.
+# On a copy, with runs/ and figures/ of its own, trained networks, and few images.
 	rm -rf build/nbval
 	mkdir -p build/nbval
 	cp -r notebooks docs build/nbval/
-	for notebook in build/nbval/notebooks/0[345]_*.ipynb; do $(BIN)/papermill --prepare-only \
+	for notebook in build/nbval/notebooks/0[3456]_*.ipynb; do $(BIN)/papermill --prepare-only \
 	  --log-level ERROR -p weights data/weights/quick -p condition_images 1 -p released_images 2 \
-	  "$$notebook" "$$notebook" || exit 1; done
+	  -p own_epochs 1 -p problem_images 2 "$$notebook" "$$notebook" || exit 1; done
 	JFBNB_WORK=build/nbval OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 \
 	  --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 900 build/nbval
 	$(BIN)/python -m pytest tests/tables
