@@ -21,6 +21,7 @@ import released
 import scipy.signal
 import skimage.data
 import skimage.metrics
+import spectral
 import torch
 from contenders import KEYS, RECONSTRUCTIONS, STEPS, Size, make_problem
 from PIL import Image
@@ -214,6 +215,15 @@ def test_networks_of_two_budgets_are_measured_once_each(images, weights, tmp_pat
     assert spent[budget.TRAINED].tolist() == [[100.0, 400.0]] * len(budget.TRAINED)
     assert spent[list(budget.UNTRAINED)].tolist() == [[0.0]] * 3
     assert (tmp_path / "budget.png").exists()
+
+
+def test_spectral_normalisation_leaves_matrices_of_norm_1():
+    torch.manual_seed(0)
+    R = spectral.SpectralDnCNN(3, 8)
+    for _ in range(100):  # each application refines the norms
+        R(torch.rand(1, 3, 8, 8), 0.05)
+    norms = [torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() for layer in R.layers[::2]]
+    assert norms == pytest.approx(3 * [1], abs=1e-4)
 
 
 def test_published_protocol_is_dpirs_and_continues(tmp_path, monkeypatch, capsys):
