@@ -1,11 +1,11 @@
 """Estimate the kernel of a blurred picture from the picture alone.
 
-A Gaussian, a disk and a straight motion compete, each with its best parameters. The judge is the
-spectral likelihood of `model_check.fit` (Whittle 1953): of all kernels, the one wins with which a
-natural scene and noise explain the picture's power spectrum best. This maximises the likelihood of
-the picture over the kernel alone, which Levin et al. (2011) advise; maximising it over the image
-too would favour no blur. A spectrum has no phases, so a kernel and its mirror image look alike:
-the kernels that are offered here are their own mirror images.
+Gaussians, disks and straight motions compete. The judge is the likelihood of the picture's power
+spectrum (Whittle 1953), computed by `model_check.fit`: the kernel wins with which a natural scene
+and noise explain the spectrum best. No image is estimated with it: Levin et al. (2011) show that
+the likelihood of the kernel alone finds the kernel, where that of image and kernel together favours
+no blur. A spectrum has no phases, so it cannot tell a kernel from its mirror image; each of these
+kernels is its own.
 """
 
 import itertools
@@ -21,11 +21,10 @@ from jfbnb.common import UserError
 from jfbnb.core import kernels
 from jfbnb.photo import model_check
 
-SURE = 0.0125  # the largest misfit of an estimate that is sure
-BLURRED = 0.6  # the largest share of the misfit without a blur
-SMALLEST = 192  # pixels: a smaller picture has too few blocks
-FLOOR, FINEST = 2, 0.35  # noise that is added, over that at the finest scales, cycles per pixel
-ROUNDS = 4  # of the search around the best of a grid, each with half the step
+SURE = 0.0125  # the largest misfit that noise, JPEG and the scene leave to a right kernel
+SMALLEST, FLAT = 128, 0.01  # pixels a side and standard deviation below which nothing is estimated
+FLOOR, FINE = 2, 0.35  # white noise that is added, relative to that beyond FINE cycles per pixel
+ROUNDS = 4  # of the search around the grid's best points, each with half the step
 
 
 @dataclass(frozen=True)
@@ -33,91 +32,100 @@ class Family:
     """Kernels of one shape.
 
     Args:
-        make: the kernel of a size in pixels, and of an angle in degrees where it has one.
-        sizes: the smallest, the largest, and the step of their logarithm in the grid.
-        angles: the grid's step in degrees; None for a round kernel.
+        name: as in `--kernel`.
+        make: a kernel from its size in pixels and, if `turn` is given, its angle in degrees.
+        smallest, largest, ratio: the sizes in the grid, and what each is times the one before.
+        turn: the step of the angles in the grid.
     """
 
     name: str
     make: Callable[..., Tensor]
-    sizes: tuple[float, float, float]
-    angles: float | None = None
+    smallest: float
+    largest: float
+    ratio: float
+    turn: float | None = None
 
-    def grid(self) -> list[np.ndarray]:
-        """Points of log size and, where the kernel has one, angle."""
-        low, high, step = self.sizes
-        sizes = np.arange(math.log(low), math.log(high) + step / 2, step)
-        angles = [np.arange(0, 180, self.angles)] if self.angles else []
-        return [np.array(point) for point in itertools.product(sizes, *angles)]
-
+    @property
     def steps(self) -> np.ndarray:
-        return np.array([self.sizes[2], self.angles][: 2 if self.angles else 1])
+        """The grid's step in log size and, if there is one, angle."""
+        return np.array([math.log(self.ratio), *([self.turn] if self.turn else [])])
+
+    def grid(self) -> np.ndarray:
+        """Points (n, 1 or 2) of log size and angle."""
+        axes = [np.arange(math.log(self.smallest), math.log(self.largest), self.steps[0]),
+                *([np.arange(0, 180, self.turn)] if self.turn else [])]
+        return np.array(list(itertools.product(*axes)))
 
     def option(self, point: np.ndarray) -> str:
         """The kernel at a point, as `--kernel` takes it."""
-        size, *angle = point
-        numbers = [math.exp(size), *(turn % 180 for turn in angle)]
+        numbers = [math.exp(point[0]), *(angle.round() % 180 for angle in point[1:])]
         return f"{self.name}:{','.join(f'{number:.3g}' for number in numbers)}"
 
-    def kernels(self, points: list[np.ndarray]) -> list[Tensor]:
-        return [self.make(math.exp(size), *angle) for size, *angle in points]
 
-
-FAMILIES = (Family("gaussian", kernels.gaussian, (0.4, 6, 0.2)),
-            Family("disk", kernels.disk, (1, 12, 0.12)),
-            Family("motion", kernels.motion, (3, 30, 0.18), 10))
+FAMILIES = (Family("gaussian", kernels.gaussian, 0.4, 6, 1.22),
+            Family("disk", kernels.disk, 1, 12, 1.125),
+            Family("motion", kernels.motion, 3, 30, 1.18, 10))
+Judge = Callable[[list[Tensor]], np.ndarray]  # the misfits of kernels
 
 
 def estimate(d: Tensor) -> str:
-    """The kernel of a blurred picture, as `--kernel` takes it, e.g. motion:9,30.
+    """Estimate a blurred picture's kernel: a Gaussian, a disk or a straight motion.
 
     Args:
         d: (C, h, w), in [0, 1].
 
+    Returns:
+        The kernel as `--kernel` takes it, e.g. motion:9,30, in pixels and degrees.
+
     Raises:
-        UserError: if the picture is too small, or smooth, or sharp, or no kernel explains it.
+        UserError: if the picture is too small or smooth, or hardly blurred; if no kernel explains
+            its spectrum, as after a shake or a motion of over 30 pixels.
     """
-    if min(d.shape[1:]) < SMALLEST or d.std() < 0.01:
+    if min(d.shape[1:]) < SMALLEST or d.std() < FLAT:
         raise UserError("the picture is too small or too smooth to show its blur: give --kernel")
-    misfit = _judge(d)
-    sharp = misfit([torch.ones(1, 1)]).item()
-    best, option = min(_best(misfit, family) for family in FAMILIES)
-    if best > BLURRED * sharp and sharp < SURE:
-        raise UserError("the picture looks sharp: if it is blurred, give --kernel")
-    if best > min(SURE, BLURRED * sharp):
-        raise UserError("no Gaussian, disk or straight motion explains the picture's blur: give "
-                        "--kernel")
-    return option
+    judge = _judge(d)
+    if judge([torch.ones(1, 1)]) < SURE:
+        raise UserError("the picture looks sharp, or too noisy to show its blur: give --kernel")
+    found = [(*_best(judge, family), family) for family in FAMILIES]
+    misfit, point, family = min(found, key=lambda guess: guess[0])
+    if misfit > SURE or math.exp(point[0]) > family.largest:
+        raise UserError("no Gaussian, disk or straight motion of up to 30 pixels explains the "
+                        "picture's blur well enough: give --kernel")
+    return family.option(point)
 
 
-def _judge(d: Tensor) -> Callable[[list[Tensor]], Tensor]:
-    """A function of kernels, which returns their misfits.
+def _judge(d: Tensor) -> Judge:
+    """The judge of kernels for a picture d (C, h, w).
 
-    White noise is added to the expected power: JPEG removes much of what is as weak as its own
-    errors, in patterns that no scene or noise explains.
+    White noise is added to the measured power. JPEG erases what is weaker than its own errors, in
+    patterns that neither a scene nor noise explains; the addition drowns them.
     """
-    blocks = model_check.usable_blocks(d.mean(0, keepdim=True), torch.ones(1, 1))[:, 0][None]
-    power, _, scene, noise = model_check.spectra(blocks, [torch.ones(1, 1)])
-    power = power + FLOOR * power[:, scene[:, 1] > math.log(FINEST)].quantile(0.95)
+    no_blur = torch.ones(1, 1)
+    blocks = model_check.usable_blocks(d.mean(0, keepdim=True), no_blur)[None, :, 0]
+    power, _, scene, noise = model_check.spectra(blocks, [no_blur])
+    power = power + FLOOR * power[:, scene[:, 1] > math.log(FINE)].quantile(0.95)
 
-    def misfit(blurs: list[Tensor]) -> Tensor:
-        gains = model_check.spectra(blocks[:, :1], blurs)[1]
-        return model_check.fit(power, gains, scene, noise)[0]
+    def judge(blurs: list[Tensor]) -> np.ndarray:
+        gains = model_check.spectra(blocks[:, :1], blurs)[1]  # the same for all blocks
+        return model_check.fit(power, gains, scene, noise)[0].numpy()
 
-    return misfit
+    return judge
 
 
-def _best(misfit: Callable[[list[Tensor]], Tensor], family: Family) -> tuple[float, str]:
-    """The smallest misfit in a family, and its kernel as `--kernel` takes it."""
-    points = family.grid()
-    found = sorted(zip(misfit(family.kernels(points)).tolist(), map(tuple, points), strict=True))
-    near, step = found[:2], family.steps()  # two: neighbours may change places
-    for _ in range(ROUNDS):
-        step = step / 2
-        for i, (least, point) in enumerate(near):
-            moves = [np.array(move) for move in itertools.product((-1, 0, 1), repeat=len(step))]
-            around = [tuple(point + move * step) for move in moves if move.any()]
-            values = misfit(family.kernels(around)).tolist()
-            near[i] = min((least, point), *zip(values, around, strict=True))
-    least, point = min(near)
-    return least, family.option(point)
+def _best(judge: Judge, family: Family) -> tuple[float, np.ndarray]:
+    """The smallest misfit in a family, and its point: that of a grid, then closer and closer."""
+
+    def misfits(points: np.ndarray) -> np.ndarray:
+        return judge([family.make(math.exp(size), *angle) for size, *angle in points])
+
+    points, steps = family.grid(), family.steps
+    moves = np.array(list(itertools.product((-1, 0, 1), repeat=len(steps))))
+    starts = points[misfits(points).argsort()[:2]]  # the second may become the best
+    found = []
+    for point in starts:
+        for halvings in range(1, ROUNDS + 1):
+            around = point + moves * steps / 2**halvings
+            values = misfits(around)
+            point = around[values.argmin()]
+        found.append((values.min(), point))
+    return min(found, key=lambda guess: guess[0])
