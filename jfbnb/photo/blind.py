@@ -24,6 +24,7 @@ from jfbnb.photo import model_check
 SURE = 0.0125  # the largest misfit that noise, JPEG and the scene leave to a right kernel
 SMALLEST, FLAT = 128, 0.01  # pixels a side and standard deviation below which nothing is estimated
 FLOOR, FINE = 2, 0.35  # white noise that is added, relative to that beyond FINE cycles per pixel
+BATCH = 16  # kernels that are judged at once: a processor's cache holds no more
 ROUNDS = 4  # of the search around the grid's best points, each with half the step
 
 
@@ -107,7 +108,8 @@ def _judge(d: Tensor) -> Judge:
 
     def judge(blurs: list[Tensor]) -> np.ndarray:
         gains = model_check.spectra(blocks[:, :1], blurs)[1]  # the same for all blocks
-        return model_check.fit(power, gains, scene, noise)[0].numpy()
+        parts = [model_check.fit(power, part, scene, noise)[0] for part in gains.split(BATCH)]
+        return torch.cat(parts).numpy()
 
     return judge
 
