@@ -22,6 +22,7 @@ from jfbnb.core import kernels
 from jfbnb.photo import model_check
 
 SURE = 0.0125  # the largest misfit that noise, JPEG and the scene leave to a right kernel
+RIVAL = 1.15  # a kernel whose misfit is at most so many times the least may be right, too
 SMALLEST, FLAT = 128, 0.01  # pixels a side and standard deviation below which nothing is estimated
 FLOOR, FINE = 2, 0.35  # white noise that is added, relative to that beyond FINE cycles per pixel
 BATCH = 16  # kernels that are judged at once: a processor's cache holds no more
@@ -69,14 +70,15 @@ FAMILIES = (Family("gaussian", kernels.gaussian, 0.4, 6, 1.22),
 Judge = Callable[[list[Tensor]], np.ndarray]  # the misfits of kernels
 
 
-def estimate(d: Tensor) -> str:
+def estimate(d: Tensor) -> tuple[str, str | None]:
     """Estimate a blurred picture's kernel: a Gaussian, a disk or a straight motion.
 
     Args:
         d: (C, h, w), in [0, 1].
 
     Returns:
-        The kernel as `--kernel` takes it, e.g. motion:9,30, in pixels and degrees.
+        The kernel as `--kernel` takes it, e.g. motion:9,30, in pixels and degrees; and that of
+        another family which explains the picture nearly as well, or None.
 
     Raises:
         UserError: if the picture is too small or smooth, or hardly blurred; if no kernel explains
@@ -88,11 +90,11 @@ def estimate(d: Tensor) -> str:
     if judge([torch.ones(1, 1)]) < SURE:
         raise UserError("the picture looks sharp, or too noisy to show its blur: give --kernel")
     found = [(*_best(judge, family), family) for family in FAMILIES]
-    misfit, point, family = min(found, key=lambda guess: guess[0])
+    (misfit, point, family), (other, *rival), *_ = sorted(found, key=lambda guess: guess[0])
     if misfit > SURE or math.exp(point[0]) > family.largest:
         raise UserError("no Gaussian, disk or straight motion of up to 30 pixels explains the "
                         "picture's blur well enough: give --kernel")
-    return family.option(point)
+    return family.option(point), rival[1].option(rival[0]) if other < RIVAL * misfit else None
 
 
 def _judge(d: Tensor) -> Judge:

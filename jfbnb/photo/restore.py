@@ -93,10 +93,12 @@ def restore(
             result is not finite.
     """
     if kernel is None:
-        option = blind.estimate(light.decode(d, 1.0 if gamma is None else gamma))
+        option, rival = blind.estimate(light.decode(d, 1.0 if gamma is None else gamma))
         found = restore(restorer, d, kernel_option.parse(option), noise_std, border, progress,
                         safer, gamma)
-        return replace(found, kernel=option)
+        doubts = [Warning("kernel", "another kernel explains the blur nearly as well",
+                          {"kernel": rival})] if rival else []
+        return replace(found, kernel=option, warnings=[*found.warnings, *doubts])
     (_, h, w), (kh, kw) = d.shape, kernel.shape
     if kh > h or kw > w:
         raise UserError(f"a picture of {w} x {h} pixels is smaller than the {kw} x {kh} blur "
