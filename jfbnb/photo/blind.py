@@ -12,6 +12,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from jfbnb.core import kernels
 from jfbnb.photo import model_check
 
 SURE = 0.0125  # the largest misfit that noise, JPEG and the scene leave to a right kernel
-RIVAL = 1.15  # a kernel whose misfit is at most so many times the least may be right, too
+RIVAL = 1.15  # times the least misfit: another kernel that has less may be right, too
 SMALLEST, FLAT = 128, 0.01  # pixels a side and standard deviation below which nothing is estimated
 FLOOR, FINE = 2, 0.35  # white noise that is added, relative to that beyond FINE cycles per pixel
 BATCH = 16  # kernels that are judged at once: a processor's cache holds no more
@@ -82,7 +83,7 @@ def estimate(d: Tensor) -> tuple[str, str | None]:
 
     Raises:
         UserError: if the picture is too small or smooth, or hardly blurred; if no kernel explains
-            its spectrum, as after a shake or a motion of over 30 pixels.
+            its spectrum, as after a shake, or a motion of over 30 pixels.
     """
     if min(d.shape[1:]) < SMALLEST or d.std() < FLAT:
         raise UserError("the picture is too small or too smooth to show its blur: give --kernel")
@@ -90,11 +91,11 @@ def estimate(d: Tensor) -> tuple[str, str | None]:
     if judge([torch.ones(1, 1)]) < SURE:
         raise UserError("the picture looks sharp, or too noisy to show its blur: give --kernel")
     found = [(*_best(judge, family), family) for family in FAMILIES]
-    (misfit, point, family), (other, *rival), *_ = sorted(found, key=lambda guess: guess[0])
+    (misfit, point, family), (second, other, rival), *_ = sorted(found, key=itemgetter(0))
     if misfit > SURE or math.exp(point[0]) > family.largest:
         raise UserError("no Gaussian, disk or straight motion of up to 30 pixels explains the "
                         "picture's blur well enough: give --kernel")
-    return family.option(point), rival[1].option(rival[0]) if other < RIVAL * misfit else None
+    return family.option(point), rival.option(other) if second < RIVAL * misfit else None
 
 
 def _judge(d: Tensor) -> Judge:
@@ -132,4 +133,4 @@ def _best(judge: Judge, family: Family) -> tuple[float, np.ndarray]:
             values = misfits(around)
             point = around[values.argmin()]
         found.append((values.min(), point))
-    return min(found, key=lambda guess: guess[0])
+    return min(found, key=itemgetter(0))
