@@ -27,6 +27,8 @@ RIVAL = 1.15  # times the least misfit: another kernel that has less may be righ
 SMALLEST, FLAT = 128, 0.01  # pixels a side and standard deviation below which nothing is estimated
 FLOOR, FINE = 2, 0.35  # white noise that is added, relative to that beyond FINE cycles per pixel
 BATCH = 16  # kernels that are judged at once: a processor's cache holds no more
+CLOSE = 20  # kernels of each family, the best of the grid, among which halves of the picture choose
+ALIKE = 0.85  # the least correlation of their choices with the picture's kernel
 ROUNDS = 4  # of the search around the grid's best points, each with half the step
 
 
@@ -59,6 +61,9 @@ class Family:
                 *([np.arange(0, 180, self.turn)] if self.turn else [])]
         return np.array(list(itertools.product(*axes)))
 
+    def kernels(self, points: np.ndarray) -> list[Tensor]:
+        return [self.make(math.exp(size), *angle) for size, *angle in points]
+
     def option(self, point: np.ndarray) -> str:
         """The kernel at a point, as `--kernel` takes it."""
         numbers = [math.exp(point[0]), *(angle.round() % 180 for angle in point[1:])]
@@ -83,7 +88,7 @@ def estimate(d: Tensor) -> tuple[str, str | None]:
 
     Raises:
         UserError: if the picture is too small or smooth, or hardly blurred; if no kernel explains
-            its spectrum, as after a shake, or a motion of over 30 pixels.
+            its spectrum, as after a shake, or a motion of over 30 pixels; if its parts disagree.
     """
     if min(d.shape[1:]) < SMALLEST or d.std() < FLAT:
         raise UserError("the picture is too small or too smooth to show its blur: give --kernel")
@@ -91,10 +96,14 @@ def estimate(d: Tensor) -> tuple[str, str | None]:
     if judge([torch.ones(1, 1)]) < SURE:
         raise UserError("the picture looks sharp, or too noisy to show its blur: give --kernel")
     found = [(*_best(judge, family), family) for family in FAMILIES]
-    (misfit, point, family), (second, other, rival), *_ = sorted(found, key=itemgetter(0))
+    (misfit, point, _, family), (second, other, _, rival), *_ = sorted(found, key=itemgetter(0))
     if misfit > SURE or math.exp(point[0]) > family.largest:
         raise UserError("no Gaussian, disk or straight motion of up to 30 pixels explains the "
                         "picture's blur well enough: give --kernel")
+    others = [kernel for _, _, close, _ in found for kernel in close]
+    if _agreement(d, *family.kernels([point]), others) < ALIKE:
+        raise UserError("lines of the scene may pass for a blur, because parts of the picture "
+                        "show different ones: give --kernel")
     return family.option(point), rival.option(other) if second < RIVAL * misfit else None
 
 
@@ -117,20 +126,32 @@ def _judge(d: Tensor) -> Judge:
     return judge
 
 
-def _best(judge: Judge, family: Family) -> tuple[float, np.ndarray]:
-    """The smallest misfit in a family, and its point: that of a grid, then closer and closer."""
+def _best(judge: Judge, family: Family) -> tuple[float, np.ndarray, list[Tensor]]:
+    """The smallest misfit in a family, its point, and the kernels of the grid's best points.
 
-    def misfits(points: np.ndarray) -> np.ndarray:
-        return judge([family.make(math.exp(size), *angle) for size, *angle in points])
-
+    The point is the best of the grid, then of closer and closer ones.
+    """
     points, steps = family.grid(), family.steps
     moves = np.array(list(itertools.product((-1, 0, 1), repeat=len(steps))))
-    starts = points[misfits(points).argsort()[:2]]  # the second may become the best
+    points = points[judge(family.kernels(points)).argsort()[:CLOSE]]
     found = []
-    for point in starts:
+    for point in points[:2]:  # the second may become the best
         for halvings in range(1, ROUNDS + 1):
             around = point + moves * steps / 2**halvings
-            values = misfits(around)
+            values = judge(family.kernels(around))
             point = around[values.argmin()]
         found.append((values.min(), point))
-    return min(found, key=itemgetter(0))
+    return *min(found, key=itemgetter(0)), family.kernels(points)
+
+
+def _agreement(d: Tensor, kernel: Tensor, others: list[Tensor]) -> float:
+    """How much a picture's halves agree on its kernel, from 0 to 1.
+
+    Each half chooses the kernel or another one, by its own spectrum. The result is the least
+    correlation of a choice with the kernel.
+    """
+    choices = [kernel, *others]
+    gains = torch.stack([torch.fft.fft2(k, s=(64, 64)).abs().flatten() for k in choices])
+    halves = [*d.chunk(2, dim=1), *d.chunk(2, dim=2)]
+    chosen = gains[[_judge(half)(choices).argmin() for half in halves]]
+    return torch.cosine_similarity(chosen, gains[:1]).min().item()
