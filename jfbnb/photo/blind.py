@@ -28,7 +28,7 @@ SMALLEST, FLAT = 128, 0.01  # pixels a side and standard deviation below which n
 FLOOR, FINE = 2, 0.35  # white noise that is added, relative to that beyond FINE cycles per pixel
 BATCH = 16  # kernels that are judged at once: a processor's cache holds no more
 CLOSE = 20  # kernels of each family, the best of the grid, among which halves of the picture choose
-ALIKE = 0.85  # the least correlation of their choices with the picture's kernel
+ALIKE = 0.9  # a choice that correlates less with the picture's kernel is another one
 ROUNDS = 4  # of the search around the grid's best points, each with half the step
 
 
@@ -101,9 +101,10 @@ def estimate(d: Tensor) -> tuple[str, str | None]:
         raise UserError("no Gaussian, disk or straight motion of up to 30 pixels explains the "
                         "picture's blur well enough: give --kernel")
     others = [kernel for _, _, close, _ in found for kernel in close]
-    if _agreement(d, *family.kernels([point]), others) < ALIKE:
-        raise UserError("lines of the scene may pass for a blur, because parts of the picture "
-                        "show different ones: give --kernel")
+    if any(_disagrees(half, *family.kernels([point]), others)
+           for half in (*d.chunk(2, dim=1), *d.chunk(2, dim=2))):
+        raise UserError("parts of the picture show different blurs, or lines of the scene pass for "
+                        "one: give --kernel")
     return family.option(point), rival.option(other) if second < RIVAL * misfit else None
 
 
@@ -144,14 +145,14 @@ def _best(judge: Judge, family: Family) -> tuple[float, np.ndarray, list[Tensor]
     return *min(found, key=itemgetter(0)), family.kernels(points)
 
 
-def _agreement(d: Tensor, kernel: Tensor, others: list[Tensor]) -> float:
-    """How much a picture's halves agree on its kernel, from 0 to 1.
+def _disagrees(half: Tensor, kernel: Tensor, others: list[Tensor]) -> bool:
+    """Whether half of a picture excludes the kernel, because quite another one explains it better.
 
-    Each half chooses the kernel or another one, by its own spectrum. The result is the least
-    correlation of a choice with the kernel.
+    All parts share a blur, but not the lines of the scene that pass for one.
     """
-    choices = [kernel, *others]
-    gains = torch.stack([torch.fft.fft2(k, s=(64, 64)).abs().flatten() for k in choices])
-    halves = [*d.chunk(2, dim=1), *d.chunk(2, dim=2)]
-    chosen = gains[[_judge(half)(choices).argmin() for half in halves]]
-    return torch.cosine_similarity(chosen, gains[:1]).min().item()
+    kernels = [kernel, *others]
+    misfits = _judge(half)(kernels)
+    own, best = (torch.fft.fft2(kernels[i], s=(64, 64)).abs().flatten()
+                 for i in (0, misfits.argmin()))
+    alike = torch.cosine_similarity(own, best, dim=0).item()
+    return bool(misfits[0] > RIVAL * misfits.min()) and alike < ALIKE
