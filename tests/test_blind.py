@@ -27,13 +27,16 @@ def numbers(option: str, family: str) -> list[float]:
     return [float(number) for number in option.removeprefix(f"{family}:").split(",")]
 
 
-def test_a_gaussian_is_found_without_doubt():
+def test_a_gaussian_is_found_without_doubt(monkeypatch):
+    monkeypatch.setattr(blind, "FAMILIES", FEW)
     d = torch.from_numpy(picture(scenes.blurred(SHARP, scenes.gaussian(17, 2))) / 255)
     found, rival = blind.estimate(d.permute(2, 0, 1))
     assert numbers(found, "gaussian") == pytest.approx([2], rel=0.1) and rival is None
 
 
-def test_the_command_finds_a_disk_and_names_the_gaussian_it_can_hardly_exclude(capsys, tmp_path):
+def test_the_command_finds_a_disk_and_names_the_gaussian_it_can_hardly_exclude(
+        capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(blind, "FAMILIES", FEW)
     d = scenes.noisy(scenes.blurred(SHARP, scenes.disk(3)), 0.03)
     Image.fromarray(d).save(file := tmp_path / "photo.png")
     assert main(["deblur", str(file), "--kernel", "auto", "--method", "tikhonov",
