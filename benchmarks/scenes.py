@@ -40,8 +40,9 @@ def disk(radius: int, fine: int = 41) -> np.ndarray:
 
 
 def photograph(name: str) -> np.ndarray:
-    """A whole scene of scikit-image's, in colour."""
-    return getattr(skimage.data, name)() / 255
+    """A whole scene of scikit-image's; of a stereo pair, the left one."""
+    found = getattr(skimage.data, name)()
+    return (found[0] if isinstance(found, tuple) else found) / 255
 
 
 def middle(image: np.ndarray, side: int) -> np.ndarray:

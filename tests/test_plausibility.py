@@ -337,5 +337,5 @@ def test_misfit_is_the_least_that_scipy_finds():
             return np.mean(ratio - 1 - np.log(ratio)) + prior
 
         best = scipy.optimize.minimize(misfit, [-8, -3, 0, 0, 0, 0, -9, 0])
-        ours = model_check._fit(*model_check._spectra(blocks[None], [blur]))[0].item()
+        ours = model_check.fit(*model_check.spectra(blocks[None], [blur]))[0].item()
         assert ours == pytest.approx(best.fun, abs=1e-4)

@@ -61,7 +61,7 @@ def deblur(
     gamma: str | float = "auto",
     progress: Callable[[int, int], None] = lambda done, tiles: None,
 ) -> Restored:
-    """Restore an image of any size, grey or colour, that was convolved with a known kernel.
+    """Restore an image of any size, grey or colour, that was convolved with a kernel.
 
     Args:
         image: a NumPy array or a tensor of shape (H, W), (H, W, C), (C, H, W), (B, C, H, W) or
@@ -69,7 +69,8 @@ def deblur(
             the last axis of an array and the first of a tensor. White is 255 for uint8 and 65535
             for uint16; floats must be in about [0, 1].
         kernel: (kh, kw), which is divided by its sum; or a text, as for the command:
-            "gaussian:STD", "motion:LENGTH,ANGLE", "disk:RADIUS" in pixels and degrees, or a file.
+            "gaussian:STD", "motion:LENGTH,ANGLE", "disk:RADIUS" in pixels and degrees, a file, or
+            "auto", which estimates one of these three: the result's `kernel` says which.
         noise_std: of the noise in the image, on the scale from 0 for black to 1 for white;
             estimated if not given.
         method: its name, or the result of `load` on the image's device, which saves the loading. An
@@ -88,7 +89,7 @@ def deblur(
 
     Raises:
         UserError: for an invalid image, kernel, method, border or gamma; for a kernel larger than
-            the image.
+            the image; if "auto" is not sure of a kernel.
 
     >>> import jfbnb
     >>> from scipy.ndimage import gaussian_filter
@@ -153,10 +154,10 @@ def _as_given(y: Tensor, image: Image, channels: int | None, white: int) -> Imag
     return np.ascontiguousarray(y.cpu().numpy().astype(image.dtype))
 
 
-def _kernel(kernel: Image | str | Path) -> Tensor:
-    """A kernel (kh, kw) of sum 1, in float64 on the CPU."""
+def _kernel(kernel: Image | str | Path) -> Tensor | None:
+    """A kernel (kh, kw) of sum 1, in float64 on the CPU; None for "auto"."""
     if isinstance(kernel, str | os.PathLike):
-        return kernel_option.parse(os.fspath(kernel))
+        return None if kernel == "auto" else kernel_option.parse(os.fspath(kernel))
     try:
         values = torch.as_tensor(kernel, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:

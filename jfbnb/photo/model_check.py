@@ -93,7 +93,7 @@ def estimate_noise(d: Tensor, kernel: Tensor) -> float:
         The estimate, on the scale of d's values: the noise of each value if all channels are equal,
         else the `level`. NaN for a picture of less than 16 pixels a side.
     """
-    blocks = _usable_blocks(d, kernel)
+    blocks = usable_blocks(d, kernel)
     if blocks.shape[-1] < 16:
         return math.nan
     if level(d, 1.0) > 1:
@@ -102,8 +102,8 @@ def estimate_noise(d: Tensor, kernel: Tensor) -> float:
         directions = d.new_tensor([[1, 1, 1], [1, 0, -1], [1, -2, 1]])
         directions = directions / directions.norm(dim=1, keepdim=True)
     components = torch.einsum("kc,nchw->knhw", directions.to(blocks), blocks)
-    power, gains, scene, noise = _spectra(components, [kernel])
-    beta = _fit(power, gains, scene, noise)[1]
+    power, gains, scene, noise = spectra(components, [kernel])
+    beta = fit(power, gains, scene, noise)[1]
     near = (scene[:, 1] - math.log(0.2)).abs() < 0.2
     middle = (beta[:, 6] + beta[:, 7] * math.log(0.2 / 0.5)).exp()
     finest, middle = (max(variance[0], variance.mean()).sqrt().item() for variance in (
@@ -111,7 +111,7 @@ def estimate_noise(d: Tensor, kernel: Tensor) -> float:
     return finest if finest / 1.5 < middle < finest * 1.5 else middle
 
 
-def _usable_blocks(d: Tensor, kernel: Tensor) -> Tensor:
+def usable_blocks(d: Tensor, kernel: Tensor) -> Tensor:
     """The blocks with few pixels clipped at black or white, if there are any."""
     side = BLOCK if max(kernel.shape) <= BLOCK // 2 else 2 * BLOCK
     blocks = _blocks(d, min(side, *d.shape[1:])).double()
@@ -306,11 +306,11 @@ def _check_border(d: Tensor, kernel: Tensor, border: str) -> Warning | None:
 
 def _check_kernel(d: Tensor, kernel: Tensor) -> Warning | None:
     """Check whether another kernel explains the picture's spectrum far better."""
-    grey = _usable_blocks(d.mean(dim=0, keepdim=True), kernel)[:, 0]
+    grey = usable_blocks(d.mean(dim=0, keepdim=True), kernel)[:, 0]
     if max(kernel.shape) > grey.shape[-1] // 2 or grey.shape[-1] < BLOCK:
         return None
     blurs = [kernel, *map(kernel_option.parse, OTHERS)]
-    given, *others = _fit(*_spectra(grey[None], blurs))[0].tolist()
+    given, *others = fit(*spectra(grey[None], blurs))[0].tolist()
     best = min(others)
     if given - best < 0.01 or given < 1.25 * best:
         return None
@@ -335,7 +335,7 @@ def _widths(kernel: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(torch.einsum("hw,ihw,jhw->ij", kernel, at, at)).clamp_min(0).sqrt()
 
 
-def _fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+def fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Fit a scene and noise to the power spectrum of blocks, for each blur; return the misfits.
 
     The misfit is Whittle's likelihood (1953): power P is compared with the expected
@@ -348,7 +348,7 @@ def _fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Te
     The minimiser is Fisher scoring, damped as by Levenberg and Marquardt.
 
     Args:
-        power, gains, scene, noise: of `_spectra`.
+        power, gains, scene, noise: of `spectra`.
 
     Returns:
         The misfits, prior included, (b,), and the coefficients of log S and log N, (b, 8).
@@ -356,7 +356,7 @@ def _fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Te
     centre = scene.new_tensor([0, -3, 0, 0, 0, 0, 0, 0])
     weight = scene.new_tensor([0, 4, 4, 4, 4, 4, 0, 1]) / 200
 
-    def fit(beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def at(beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Misfits, their gradients and Fisher information for coefficients (b, 8)."""
         S, N = (gains + beta[:, :6] @ scene.T).exp(), (beta[:, 6:] @ noise.T).exp()
         ratio = power / (S + N)
@@ -370,12 +370,12 @@ def _fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Te
     beta[:, 0] = (power.sum(dim=1) / (gains + beta[:, :6] @ scene.T).exp().sum(dim=1)).log()
     beta[:, 6] = power.quantile(0.1, dim=1).log()
     damping = beta.new_full((len(beta), 1), 0.01)
-    now = fit(beta)
+    now = at(beta)
     for _ in range(20):
         misfit, gradient, H = now
         H = H + torch.diag_embed(damping * H.diagonal(dim1=1, dim2=2) + 1e-9)
         trial = beta - torch.linalg.solve(H, gradient)
-        then = fit(trial)
+        then = at(trial)
         better = then[0] < misfit
         now = tuple(torch.where(better.view(-1, *(1,) * (new.dim() - 1)), new, old)
                     for new, old in zip(then, now, strict=True))
@@ -384,7 +384,7 @@ def _fit(power: Tensor, gains: Tensor, scene: Tensor, noise: Tensor) -> tuple[Te
     return now[0], beta
 
 
-def _spectra(blocks: Tensor, blurs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def spectra(blocks: Tensor, blurs: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of blocks (b, n, side, side), at f frequencies: their power (b, f), each blur's log gain, and
     the terms of log S (f, 6) and of log N (f, 2).
 

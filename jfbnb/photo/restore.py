@@ -16,7 +16,7 @@ from jfbnb.common import UserError
 from jfbnb.core.fixed_point import SolveInfo
 from jfbnb.core.models import Restorer
 from jfbnb.core.operators import Convolution, scene_size
-from jfbnb.photo import light
+from jfbnb.photo import blind, kernel_option, light
 from jfbnb.photo.model_check import (
     ROUNDING,
     Warning,
@@ -48,6 +48,7 @@ class Restored:
         converged: whether every tile converged; None without a solver.
         doubtful: whether the method's image contradicts the model; the first warning says how. If
             `restore` was given a safer method, `image` is that method's.
+        kernel: the estimated one, e.g. "motion:9,30"; None if it was given.
     """
 
     image: Tensor = field(repr=False)
@@ -58,12 +59,13 @@ class Restored:
     residual: float | None = None
     converged: bool | None = None
     doubtful: bool = False
+    kernel: str | None = None
 
 
 def restore(
     restorer: Restorer,
     d: Tensor,
-    kernel: Tensor,
+    kernel: Tensor | None,
     noise_std: float | None = None,
     border: str = "unknown",
     progress: Callable[[int, int], None] = lambda done, tiles: None,
@@ -76,7 +78,7 @@ def restore(
         restorer: of `restorers.make_methods`.
         d: (C, h, w) with C 1 or 3, in [0, 1], on the device to use. Grey is restored as three equal
             channels.
-        kernel: (kh, kw), of sum 1; see `kernels`.
+        kernel: (kh, kw), of sum 1; see `kernels`. None estimates it: see `blind.estimate`.
         noise_std: of d; estimated if not given.
         border: as in `Convolution`; all but "unknown" are restored in one tile, however large.
         progress: called with the number of finished tiles and of all tiles.
@@ -86,9 +88,17 @@ def restore(
             the stored values are restored, and if that is doubtful the light, by sRGB's curve.
 
     Raises:
-        UserError: if the kernel is larger than the picture, the picture has only two values, the
-            noise level is invalid, the method cannot use the kernel, or the result is not finite.
+        UserError: if the kernel is larger than the picture or cannot be estimated, the picture has
+            only two values, the noise level is invalid, the method cannot use the kernel, or the
+            result is not finite.
     """
+    if kernel is None:
+        option, rival = blind.estimate(light.decode(d, 1.0 if gamma is None else gamma))
+        found = restore(restorer, d, kernel_option.parse(option), noise_std, border, progress,
+                        safer, gamma)
+        doubts = [Warning("kernel", "another kernel explains the blur nearly as well",
+                          {"kernel": rival})] if rival else []
+        return replace(found, kernel=option, warnings=[*found.warnings, *doubts])
     (_, h, w), (kh, kw) = d.shape, kernel.shape
     if kh > h or kw > w:
         raise UserError(f"a picture of {w} x {h} pixels is smaller than the {kw} x {kh} blur "

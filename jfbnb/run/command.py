@@ -152,7 +152,8 @@ def _add_pictures(option: Callable) -> None:
     option("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     option("--kernel", default=f"gaussian:{paper['kernel_std']},{paper['kernel_size']}",
            help=f"{kernel_option.FORMS}; or a file: a picture, .npy, .npz, .mat, .txt, .csv or "
-                ".tsv; by default the paper's, %(default)s")
+                ".tsv; deblur also takes auto, which estimates a Gaussian, disk or motion; by "
+                "default the paper's, %(default)s")
     option("--border", choices=operators.BORDERS, default="unknown",
            help="beyond the picture: by default unknown, for a scene that continues")
     option("--range", metavar="LOW,HIGH",
@@ -243,7 +244,8 @@ def _evaluate(args: argparse.Namespace, device: torch.device) -> dict:
 def run_deblur(args: argparse.Namespace) -> int:
     name, safer = args.method or restore.METHOD, restore.SAFER
     keep_freed_memory()
-    kernel, gamma = _kernel(args.kernel), light.parse(args.gamma)
+    kernel = None if args.kernel == "auto" else _kernel(args.kernel)
+    gamma = light.parse(args.gamma)
     noise_std = None if args.noise_std == "auto" else args.noise_std
     if noise_std is not None:
         restore.check_noise(noise_std)
@@ -264,6 +266,8 @@ def run_deblur(args: argparse.Namespace) -> int:
             found = restore.restore(method, picture.pixels.to(device), kernel, noise_std,
                                     args.border, progress, *(other or [None]),
                                     gamma or picture.gamma)
+        if found.kernel:
+            _warn(f"note: {path}: kernel estimated: {found.kernel}")
         for warning in found.warnings:
             _warn(f"warning: {path}: {warning.line(_as_option)}")
         said = f"noise {found.noise_std:.2g}"

@@ -52,10 +52,10 @@ EXAMPLE = "motion:9,30"
 
 
 class KernelControls(w.HBox):
-    """Controls for a kernel, by shape and sliders or from a file, with its picture."""
+    """Controls for a kernel, by shape and sliders, from a file or estimated, with its picture."""
 
     def __init__(self) -> None:
-        self.kind = w.Dropdown(options=["motion", "gaussian", "disk", "a file"],
+        self.kind = w.Dropdown(options=["motion", "gaussian", "disk", "a file", "estimated"],
                                description="kernel")
         self.file = Upload(accept=f"{ACCEPTED},.npy,.txt,.csv", description="kernel file",
                            tooltip="a picture of the kernel, or its numbers")
@@ -63,7 +63,7 @@ class KernelControls(w.HBox):
         self.shapes = {
             "motion": [slider("length", 9, 1, 60, 0.5), slider("angle (°)", 30, -90, 90, 1)],
             "gaussian": [std, size], "disk": [slider("radius", 3, 0.5, 20, 0.1)],
-            "a file": [self.file]}
+            "a file": [self.file], "estimated": []}
         self.outline = w.Image(format="png", layout=w.Layout(width=f"{OUTLINE}px"))
         self.about = w.HTML(layout=w.Layout(width="200px"))
         self.controls = [self.kind, *itertools.chain(*self.shapes.values())]
@@ -73,12 +73,14 @@ class KernelControls(w.HBox):
                          layout=w.Layout(flex_flow="row wrap"))
         self.adapt()
 
-    def kernel(self) -> tuple[str, Tensor]:
-        """The kernel as the command writes it, and the kernel.
+    def kernel(self) -> tuple[str, Tensor | None]:
+        """The kernel as the command writes it, and the kernel; None if it is to be estimated.
 
         Raises:
             UserError: if no file is given, or it is not a kernel.
         """
+        if self.kind.value == "estimated":
+            return "", None
         if self.kind.value != "a file":
             numbers = ",".join(f"{control.value:g}" for control in self.shapes[self.kind.value])
             text = f"{self.kind.value}:{numbers}"
@@ -104,6 +106,9 @@ class KernelControls(w.HBox):
             _, kernel = self.kernel()
         except UserError as error:
             self.about.value = message(str(error), wrong=True)
+            return
+        if kernel is None:
+            self.about.value = "a Gaussian, disk or motion, from the picture"
             return
         self.about.value = f"{kernel.shape[1]} x {kernel.shape[0]} pixels"
         grey = (kernel / kernel.max()).expand(1, 3, -1, -1)
@@ -260,7 +265,7 @@ class PhotographExplorer(Alive):
         if noise_std is None:
             self.noise.value = first.noise_std
         self.show()
-        line = f"{METHODS[name].label}, kernel {text}, noise {first.noise_std:.2g}"
+        line = f"{METHODS[name].label}, kernel {first.kernel or text}, noise {first.noise_std:.2g}"
         line += ", restored in light" * bool(self.pages[0].gamma)
         if first.iterations is not None:
             line += f", {first.iterations} iterations, residual {first.residual:.1e}"
