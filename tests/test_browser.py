@@ -196,6 +196,9 @@ def test_an_explorer_fits_the_page_and_answers(lab, page, name):
     while sources() == before:
         assert time.monotonic() < deadline, "no picture changed"
         page.wait_for_timeout(100)
+    while before != (now := sources()):  # a change still on its way would follow the reset
+        before = now
+        page.wait_for_timeout(2000)
     page.get_by_role("button", name="Reset").click()
     page.locator(".widget-html-content", has_text=words).wait_for(timeout=30_000)
     SHOTS.mkdir(parents=True, exist_ok=True)
