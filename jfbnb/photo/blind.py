@@ -99,7 +99,7 @@ def estimate(d: Tensor) -> tuple[str, str | None]:
     (misfit, point, _, family), (second, other, _, rival), *_ = sorted(found, key=itemgetter(0))
     if misfit > SURE or math.exp(point[0]) > family.largest:
         raise UserError("no Gaussian, disk or straight motion of up to 30 pixels explains the "
-                        "picture's blur well enough: give --kernel")
+                        "picture well enough: give --kernel")
     others = [kernel for _, _, close, _ in found for kernel in close]
     if any(_disagrees(half, *family.kernels([point]), others)
            for half in (*d.chunk(2, dim=1), *d.chunk(2, dim=2))):
