@@ -72,8 +72,8 @@ def report(out: Path) -> None:
         table = counts.join(kept.dropna(subset=PSNR).groupby(by)[PSNR].mean()).reset_index()
         save_table(table, out / f"blind_{by}", "Numbers of pictures of 256 x 256 pixels: the right "
                    "family, within 10% and 5 degrees or not; another one, with the right one named "
-                   "second or not; refused. The PSNR is the mean over the PNGs with a Gaussian, a disk "
-                   "or the shorter motion that were not refused, restored by total variation.")
+                   "second or not; refused. The PSNR is the mean over the PNGs with a Gaussian, a "
+                   "disk or the shorter motion that were not refused, restored by total variation.")
 
 
 if __name__ == "__main__":
