@@ -66,4 +66,4 @@ def test_without_evidence_the_command_says_what_to_do(capsys, monkeypatch, tmp_p
     assert main(["deblur", str(tmp_path / "photo.png"), "--kernel", "auto",
                  "--method", "tikhonov", "--out", str(tmp_path / "out")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert why in line and line.endswith("give --kernel") and not (tmp_path / "out").exists()
+    assert why in line and line.endswith("give the kernel") and not (tmp_path / "out").exists()

@@ -37,7 +37,7 @@ class Family:
     """Kernels of one shape.
 
     Args:
-        name: as in `--kernel`.
+        name: as in `kernel_option.parse`.
         make: a kernel from its size in pixels and, if `turn` is given, its angle in degrees.
         smallest, largest, ratio: the sizes in the grid, and what each is times the one before.
         turn: the step of the angles in the grid.
@@ -65,7 +65,7 @@ class Family:
         return [self.make(math.exp(size), *angle) for size, *angle in points]
 
     def option(self, point: np.ndarray) -> str:
-        """The kernel at a point, as `--kernel` takes it."""
+        """The kernel at a point, as `kernel_option.parse` takes it."""
         numbers = [math.exp(point[0]), *(angle.round() % 180 for angle in point[1:])]
         return f"{self.name}:{','.join(f'{number:.3g}' for number in numbers)}"
 
@@ -83,28 +83,28 @@ def estimate(d: Tensor) -> tuple[str, str | None]:
         d: (C, h, w), in [0, 1].
 
     Returns:
-        The kernel as `--kernel` takes it, e.g. motion:9,30, in pixels and degrees; and that of
-        another family which explains the picture nearly as well, or None.
+        The kernel as `kernel_option.parse` takes it, e.g. motion:9,30, in pixels and degrees; and
+        that of another family which explains the picture nearly as well, or None.
 
     Raises:
         UserError: if the picture is too small or smooth, or hardly blurred; if no kernel explains
             its spectrum, as after a shake, or a motion of over 30 pixels; if its parts disagree.
     """
     if min(d.shape[1:]) < SMALLEST or d.std() < FLAT:
-        raise UserError("the picture is too small or too smooth to show its blur: give --kernel")
+        raise UserError("the picture is too small or too smooth to show its blur: give the kernel")
     judge = _judge(d)
     if judge([torch.ones(1, 1)]) < SURE:
-        raise UserError("the picture looks sharp, or too noisy to show its blur: give --kernel")
+        raise UserError("the picture looks sharp, or too noisy to show its blur: give the kernel")
     found = [(*_best(judge, family), family) for family in FAMILIES]
     (misfit, point, _, family), (second, other, _, rival), *_ = sorted(found, key=itemgetter(0))
     if misfit > SURE or math.exp(point[0]) > family.largest:
         raise UserError("no Gaussian, disk or straight motion of up to 30 pixels explains the "
-                        "picture well enough: give --kernel")
+                        "picture well enough: give the kernel")
     others = [kernel for _, _, close, _ in found for kernel in close]
     if any(_disagrees(half, *family.kernels([point]), others)
            for half in (*d.chunk(2, dim=1), *d.chunk(2, dim=2))):
         raise UserError("parts of the picture show different blurs, or lines of the scene pass for "
-                        "one: give --kernel")
+                        "one: give the kernel")
     return family.option(point), rival.option(other) if second < RIVAL * misfit else None
 
 
