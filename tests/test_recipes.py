@@ -70,7 +70,7 @@ def test_a_budget_is_spent_alike_and_to_the_digit_on_a_busy_machine(problem):
     for busy in (False, True):
         torch.manual_seed(0)
         network = DnCNN(2, 4)
-        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
+        others = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2 * busy)]
         try:
             for name in ("jfb", "unrolled", "feedforward", "deq"):
                 model, card = train_method(METHODS[name], network, SETTINGS, problem, config,
