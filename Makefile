@@ -25,6 +25,9 @@ else
 BIN := $(VENV)/bin
 endif
 INSTALLED := $(VENV)/.installed
+# Libraries are compiled when first imported, and kept, even where the environment forbids it: the
+# tests start a hundred processes.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: reproduce test test-fast lint book slides fuzz faults lab bench address lock publish
 

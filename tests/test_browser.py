@@ -1,9 +1,10 @@
 """Widgets and stored outputs in JupyterLab, in Chromium, as a reader uses them.
 
-The notebooks are opened as they are committed, trusted, and not run. The explorers run in a
-notebook of their own. Screenshots: build/screenshots.
+The notebooks are opened as they are committed, trusted, and not run. Each explorer runs in a
+notebook of its own, all in one kernel. Screenshots: build/screenshots.
 """
 
+import json
 import os
 import re
 import shutil
@@ -74,7 +75,7 @@ def lab(tmp_path_factory):
                    "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}",
                "--ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password=",
-               "--allow-root", f"--ServerApp.root_dir={suite}"]
+               "--allow-root", f"--ServerApp.root_dir={suite}", "--ServerApp.disable_check_xsrf=True"]
     subprocess.run([sys.executable, "-m", "jupyter", "trust", *(suite / "notebooks").glob(
         "*.ipynb")], env=environment, check=True)
     with open(home / "lab.log", "w") as log:
@@ -89,10 +90,20 @@ def lab(tmp_path_factory):
                 time.sleep(0.5)
         else:
             pytest.fail(f"JupyterLab did not start: {(home / 'lab.log').read_text()[-2000:]}")
+        kernel = ask(address, "kernels", name="python3")
+        for name in EXPLORERS:
+            ask(address, "sessions", path=f"notebooks/{name}.ipynb", name=name, type="notebook",
+                kernel={"id": kernel["id"]})
         yield address
     finally:
         server.terminate()
         server.wait(20)
+
+
+def ask(address: str, what: str, **values) -> dict:
+    """Make a kernel or a session of the Jupyter server."""
+    with urllib.request.urlopen(f"{address}/api/{what}", json.dumps(values).encode()) as answer:
+        return json.load(answer)
 
 
 @pytest.fixture(scope="session")
@@ -103,11 +114,17 @@ def browser():
         running.close()
 
 
+@pytest.fixture(scope="session")
+def context(browser):
+    """What the pages share: JupyterLab's scripts are read once."""
+    return browser.new_context()
+
+
 @pytest.fixture
-def page(browser):
+def page(context):
     """A page that notes what it asks of the outside."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
     opened = context.new_page()
+    opened.set_viewport_size({"width": 1280, "height": 900})
     outside: list[str] = []
 
     def note(request) -> None:
@@ -117,7 +134,7 @@ def page(browser):
 
     opened.on("request", note)
     yield opened
-    context.close()
+    opened.close()
     assert outside == []
 
 
@@ -132,7 +149,7 @@ def run(page, lab: str, name: str) -> None:
     page.get_by_text(re.compile("Python 3 .*Idle")).first.wait_for(timeout=60_000)
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    page.locator(".jp-InputPrompt", has_text="[1]").wait_for(timeout=120_000)
+    page.locator(".jp-InputPrompt", has_text=re.compile(r"\[\d+\]")).wait_for(timeout=120_000)
     errors = page.locator(".jp-OutputArea-output", has_text="Traceback")
     assert errors.count() == 0, errors.first.inner_text()[:1000]
 

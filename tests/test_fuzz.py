@@ -24,7 +24,6 @@ import psutil
 import pytest
 import skimage.data
 import torch
-import torchvision  # noqa: F401  as `doctor` does; importing it makes a folder
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

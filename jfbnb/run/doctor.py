@@ -15,8 +15,8 @@ from jfbnb.data import load_images
 from jfbnb.run import checkout
 from jfbnb.training.restorers import RELEASED, expected_methods, make_methods
 
-LIBRARIES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "safetensors", "matplotlib",
-             "jupyterlab", "ipywidgets", "anywidget", "papermill", "distributed")
+LIBRARIES = ("jfbnb", "torch", "numpy", "scikit-image", "safetensors", "matplotlib", "jupyterlab",
+             "ipywidgets", "anywidget", "papermill", "distributed")
 NEEDED_BYTES = 200_000_000  # for profile quick: executed notebooks, figures, checkpoints
 Finding = tuple[bool, str]  # whether it is ok, and a line that says so
 

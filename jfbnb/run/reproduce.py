@@ -41,8 +41,7 @@ from jfbnb.run import checkout
 
 Parameters = dict[str, Any]  # a notebook's, by name
 Log = Callable[[str], None]
-PACKAGES = ("jfbnb", "torch", "torchvision", "numpy", "scikit-image", "matplotlib", "papermill",
-            "jupyterlab")
+PACKAGES = ("jfbnb", "torch", "numpy", "scikit-image", "matplotlib", "papermill", "jupyterlab")
 CODE = (".py", ".js", ".csv", ".json", ".safetensors")  # package files that affect results
 NOT_RESULTS = ("checkpoints", "markers", "trained")  # folders in a run's folder
 # All numbers among the parameters are positive, except:

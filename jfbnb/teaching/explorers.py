@@ -18,7 +18,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import center_crop
 
 from jfbnb.common import UserError
 from jfbnb.core.baselines import direct_inverse, gradient_descent_iterate
@@ -526,6 +525,7 @@ def read_upload(content: bytes, size: int) -> Tensor:
     """
     pixels = read_pictures(io.BytesIO(content))[0].pixels.expand(3, -1, -1)
     side = min(pixels.shape[1:])
-    square = center_crop(pixels, [side, side])
+    top, left = ((n - side) // 2 for n in pixels.shape[1:])
+    square = pixels[:, top:top + side, left:left + side]
     return nn.functional.interpolate(square[None], size=(size, size), mode="bilinear",
                                      antialias=True).clamp(0, 1)
