@@ -285,8 +285,9 @@ def load_splits(
     """Load the training, validation and test images.
 
     Args:
-        data: "bundled" for scikit-image's photographs, else a folder or zip: its first
-            `n_train` files are for training, the next `n_test` for testing.
+        data: "bundled" for scikit-image's photographs, of which `n_test` limits the test images;
+            else a folder or zip: its first `n_train` files are for training, the next `n_test` for
+            testing.
         n_validation: images held out from the end of the training part.
         beside: whether to train on crops of scikit-image's photographs too, each `OFTEN` times
             because they are few.
@@ -295,7 +296,9 @@ def load_splits(
         UserError: if the data cannot be read, or a split would be empty.
     """
     if data == "bundled":
-        return Splits(*(bundled_photos(split, size) for split in ("train", "validation", "test")),
+        train, validation, test = (bundled_photos(split, size)
+                                   for split in ("train", "validation", "test"))
+        return Splits(train, validation, test[:n_test],
                       "photographs from scikit-image, not the paper's data")
     if not 0 < n_validation < n_train or n_test < 1:
         raise UserError(f"n_validation={n_validation} must be between 1 and n_train={n_train}, "
