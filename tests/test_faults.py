@@ -41,7 +41,7 @@ campaign = pytest.mark.skipif(not KILLS, reason="`make faults` tries it")
 
 LIMIT = 300.0  # seconds after which a run counts as hanging
 PARTS = 10  # of a training, each with a checkpoint
-SMALL = ("--data data -p budget=6000 -p pretrain_epochs=3 -p crop=16 -p pretrain_crop=16 "
+SMALL = ("--data data -p budget=3000 -p pretrain_epochs=3 -p crop=16 -p pretrain_crop=16 "
          "-p batch_size=4 -p pretrain_batch_size=4 -p depth=2 -p width=4 -p n_train=10 -p n_test=4 "
          "-p n_validation=2 -p search_images=1 -p candidates=1 -p unconverged_limit=1.0")
 ENDS = {".png": b"IEND\xae\x42\x60\x82", ".pdf": b"%%EOF"}  # of a whole file
@@ -147,7 +147,7 @@ class Job:
 @pytest.fixture(scope="module")
 def training(tmp_path_factory) -> Job:
     job = Job(tmp_path_factory.mktemp("training"), "train jfb --from start", "training images",
-              "of 6000 applications")
+              "of 3000 applications")
     torch.manual_seed(0)
     save_weights(job.base / "start/denoiser.safetensors", Denoiser(DnCNN(2, 4), 0.04), {})
     (job.work / "runs").mkdir(parents=True)
