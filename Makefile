@@ -49,9 +49,9 @@ test: lint
 	mkdir -p build/nbval
 	cp -r notebooks docs build/nbval/
 	for notebook in build/nbval/notebooks/0[3456]_*.ipynb; do $(BIN)/papermill --prepare-only \
-	  --log-level ERROR -p weights data/weights/quick -p n_test 4 -p search_images 1 \
-	  -p candidates 4 -p condition_images 1 -p own_epochs 1 -p problem_images 1 \
-	  "$$notebook" "$$notebook" || exit 1; done
+	  --log-level ERROR -p weights data/weights/quick -p n_test 4 -p condition_images 1 \
+	  -p own_epochs 1 -p problem_images 1 -p checked_images 1 "$$notebook" "$$notebook" || exit 1; \
+	done
 	JFBNB_WORK=build/nbval OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 \
 	  --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 900 build/nbval
 	$(BIN)/python -m pytest tests/tables
