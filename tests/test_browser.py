@@ -75,7 +75,8 @@ def lab(tmp_path_factory):
                    "JUPYTERLAB_WORKSPACES_DIR": str(home / "workspaces")}
     command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", f"--port={port}",
                "--ip=127.0.0.1", "--IdentityProvider.token=", "--ServerApp.password=",
-               "--allow-root", f"--ServerApp.root_dir={suite}", "--ServerApp.disable_check_xsrf=True"]
+               "--ServerApp.disable_check_xsrf=True", "--allow-root",
+               f"--ServerApp.root_dir={suite}"]
     subprocess.run([sys.executable, "-m", "jupyter", "trust", *(suite / "notebooks").glob(
         "*.ipynb")], env=environment, check=True)
     with open(home / "lab.log", "w") as log:
