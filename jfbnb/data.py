@@ -295,14 +295,15 @@ def load_splits(
     Raises:
         UserError: if the data cannot be read, or a split would be empty.
     """
+    if n_test < 1:
+        raise UserError(f"n_test={n_test}: give at least one test image")
     if data == "bundled":
         train, validation, test = (bundled_photos(split, size)
                                    for split in ("train", "validation", "test"))
         return Splits(train, validation, test[:n_test],
                       "photographs from scikit-image, not the paper's data")
-    if not 0 < n_validation < n_train or n_test < 1:
-        raise UserError(f"n_validation={n_validation} must be between 1 and n_train={n_train}, "
-                        f"and n_test={n_test} at least 1")
+    if not 0 < n_validation < n_train:
+        raise UserError(f"n_validation={n_validation} must be between 1 and n_train={n_train}")
     whole = load_images(data, size, n_train + n_test, warn)
     first, last = np.searchsorted(whole.indices, [n_train - n_validation, n_train])
     train, validation, test = whole[:first], whole[first:last], whole[last:]

@@ -201,6 +201,10 @@ def test_splits_follow_file_order_and_an_empty_one_is_refused(image_folder):
         load_splits(folder, n_train=6, n_validation=1, n_test=2)
     with pytest.raises(UserError, match="n_validation=6 must be between 1 and n_train=6"):
         load_splits(folder, n_train=6, n_validation=6, n_test=2)
+    assert load_splits("bundled", n_test=4).test.names == bundled_photos("test").names[:4]
+    for source in (folder, "bundled"):
+        with pytest.raises(UserError, match="n_test=0: give at least one test image"):
+            load_splits(source, n_train=4, n_validation=1, n_test=0)
 
 
 def test_random_crops_are_cut_and_mirrored_and_depend_on_their_keys_alone():

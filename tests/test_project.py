@@ -58,7 +58,7 @@ def test_environment_asks_for_what_pyproject_asks_for():
 
 def test_binder_has_pyprojects_torch_and_what_students_need():
     python, torch, pip = yaml.safe_load((ROOT / "binder/environment.yml").read_text()
-                                         )["dependencies"]
+                                        )["dependencies"]
     asked = {f"{r.name}{r.specifier}" for r in requirements()}
     assert torch.replace("pytorch-cpu", "torch") in asked
     assert python.split("=")[1] in SpecifierSet(pyproject()["requires-python"]) and pip == "pip"
