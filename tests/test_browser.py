@@ -118,7 +118,9 @@ def browser():
 @pytest.fixture(scope="session")
 def context(browser):
     """What the pages share: JupyterLab's scripts are read once."""
-    return browser.new_context()
+    shared = browser.new_context()
+    yield shared
+    shared.close()
 
 
 @pytest.fixture
