@@ -44,7 +44,7 @@ def measure_networks(bench: Bench) -> None:
             restorers = make_methods([name], folder, CPU)
             found = evaluate(restorers, A, x, d, setup.noise_std, test.names)
             mean = found.psnr.mean()
-            rows.add({**key, "psnr": round(mean, 4), "converged": found.converged.mean()})
+            rows.add({**key, "psnr": round(mean.item(), 4), "converged": found.converged.mean()})
             print(f"{name}, {done['budget']:g} applications: {mean:.3f} dB", flush=True)
 
 

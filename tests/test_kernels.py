@@ -181,6 +181,7 @@ BAD_FILES = {  # and what is said of them
     "ragged.txt": (b"1 2\n3\n", "cannot read"), "words.txt": (b"a b\nc d\n", "finite"),
     "no-text.txt": (b"\xff\xfe\x00", "cannot read"), "empty.npz": (b"", "cannot read"),
     "black-on-white.npy": (255 - DRAWN, "invert it"), "k.mat": (b"MATLAB", "cannot read"),
+    "7.3.mat": (b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM", "save -v7"),
     "page.png": (b"<html>\n</html>", "format is not"), "kernel": (b"1 2 1", "format is not"),
     "stack.tif": (tifffile.imwrite, "a stack of 2 planes"),
     "two.npz": (lambda path, k: np.savez(path, k, k), "2 arrays"),

@@ -19,6 +19,7 @@ from PIL import Image
 
 from jfbnb.common import UserError
 from jfbnb.core import kernels
+from jfbnb.core.fixed_point import anderson
 from jfbnb.core.models import Restorer
 from jfbnb.photo import light, model_check
 from jfbnb.photo.model_check import contradictions, estimate_noise
@@ -260,6 +261,17 @@ def test_a_doubtful_result_gives_way_to_a_safer_method():
     assert told == pytest.approx([0.01, 0.02, 0.04]) and safe.noise_std == pytest.approx(0.04)
     assert torch.equal(safe.image, d)
     assert not restore(Restorer(lambda A, d, s: (A.guess(d), None)), d, GAUSSIAN).doubtful
+
+
+def test_a_solve_that_fails_says_how():
+    def hesitates(A, d, noise_std):
+        x = A.guess(d)
+        return x, anderson(lambda z: -z, x, 1e-6, 1)[1]
+
+    result = restore(Restorer(hesitates), camera("coffee", GAUSSIAN), GAUSSIAN, 0.01)
+    assert result.ends == ["stalled"] and result.converged is False
+    warning = result.warnings[-1]
+    assert warning.kind == "unconverged" and "in 1 iterations (1 stalled; " in warning.text
 
 
 def test_light_is_restored_where_the_stored_values_contradict_their_model():

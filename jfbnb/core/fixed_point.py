@@ -4,6 +4,7 @@ Both return `(x, info)`. x is the last iterate whose residual was measured, so `
 itself. The residual is `|T(x) - x| / |x|`, one number per row.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,24 +24,31 @@ class SolveInfo:
     converged: Tensor
     residuals: Tensor
 
+    @property
+    def ends(self) -> list[str]:
+        """How each image's solve ended.
+
+        "converged"; "diverged", to a residual that is not finite; "stalled", at one that no longer
+        falls; or "out of iterations".
+        """
+        earlier = self.residuals[len(self.residuals) // 2].tolist()
+        return ["converged" if done else "diverged" if not math.isfinite(residual)
+                else "stalled" if residual > 0.9 * before else "out of iterations"
+                for done, residual, before in zip(self.converged.tolist(), self.residual.tolist(),
+                                                  earlier, strict=True)]
+
     def complaint(self) -> str:
         """One line on the images that did not converge, the first four by number; "" if all did."""
-        failed = (~self.converged).nonzero().flatten().tolist()
+        failed = [(i, end) for i, end in enumerate(self.ends) if end != "converged"]
         if not failed:
             return ""
-        lines = []
-        for i in failed[:4]:
-            trend = "still falling"
-            if not self.residual[i].isfinite():
-                trend = "diverged"
-            elif self.residual[i] > 0.9 * self.residuals[len(self.residuals) // 2, i]:
-                trend = "no longer falling"
-            lines.append(f"image {i} (relative residual {self.residual[i].item():.1e}, {trend})")
+        lines = [f"image {i} (relative residual {self.residual[i].item():.1e}, {end})"
+                 for i, end in failed[:4]]
         more = f" and {len(failed) - 4} more" if len(failed) > 4 else ""
         return (f"{len(failed)} of {len(self.converged)} did not converge in "
-                f"{self.iterations.max().item()} iterations: {', '.join(lines)}{more}; if the "
-                "residual still falls, allow more iterations; else the map is not stable: check "
-                "the blur and the noise level")
+                f"{self.iterations.max().item()} iterations: {', '.join(lines)}{more}; if they are "
+                "out of iterations, allow more; else the map is not stable: check the blur and the "
+                "noise level")
 
 
 # Of Anderson's small system, relative to its Gram matrix: an absolute one would dominate as soon

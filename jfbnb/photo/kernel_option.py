@@ -31,6 +31,9 @@ def read(path: Path) -> Tensor:
     notes = []
     try:
         kernel = np.asarray(_numbers(path, notes)).astype(np.float64, casting="same_kind")
+    except NotImplementedError as error:
+        raise UserError(f"the kernel {path} is in MATLAB's format 7.3: save the kernel alone, by "
+                        "save -v7") from error
     except UserError as error:
         raise UserError(f"{error}; a kernel may also be a .npy, .npz, .mat, .txt, .csv or .tsv"
                         ) from error

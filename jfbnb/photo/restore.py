@@ -6,6 +6,7 @@ some pixels inwards: these are discarded, and the next ones are blended with the
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -46,6 +47,7 @@ class Restored:
         tiles: the number of tiles.
         iterations, residual: the solver's, the largest of all tiles; None without a solver.
         converged: whether every tile converged; None without a solver.
+        ends: how each tile's solve ended, as in `SolveInfo.ends`; None without a solver.
         doubtful: whether the method's image contradicts the model; the first warning says how. If
             `restore` was given a safer method, `image` is that method's.
         kernel: the estimated one, e.g. "motion:9,30"; None if it was given.
@@ -60,6 +62,7 @@ class Restored:
     converged: bool | None = None
     doubtful: bool = False
     kernel: str | None = None
+    ends: list[str] | None = None
 
 
 def restore(
@@ -148,19 +151,21 @@ def _in_light(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float | 
     # The highlights of a dim picture may be of any brightness.
     if doubtful := doubt(x, 1.0 if gain == 1 else math.inf):
         warnings.insert(0, doubtful)
-    iterations = residual = converged = None
+    iterations = residual = converged = ends = None
     if infos[0] is not None:
         iterations = max(info.iterations.item() for info in infos)
         residual = max(info.residual.item() for info in infos)
-        failed = sum(not info.converged.all() for info in infos)
+        ends = [info.ends[0] for info in infos]
+        failed = Counter(end for end in ends if end != "converged")
         converged = not failed
         if failed:
+            how = ", ".join(f"{count} {end}" for end, count in failed.items())
             warnings.append(Warning(
-                "unconverged", f"{failed} of {len(infos)} tiles did not converge in {iterations} "
-                f"iterations (relative residual up to {residual:.1e}): the result is no "
-                "equilibrium there", {"method": "jfb-energy"}))
+                "unconverged", f"{failed.total()} of {len(infos)} tiles did not converge in "
+                f"{iterations} iterations ({how}; relative residual up to {residual:.1e}): the "
+                "result is no equilibrium there", {"method": "jfb-energy"}))
     return Restored(light.encode(x / gain, gamma), factor * noise_std / (gain * slope), warnings,
-                    len(infos), iterations, residual, converged, doubtful is not None)
+                    len(infos), iterations, residual, converged, doubtful is not None, ends=ends)
 
 
 def _by_tiles(restorer: Restorer, d: Tensor, kernel: Tensor, noise_std: float, border: str,

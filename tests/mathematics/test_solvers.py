@@ -175,13 +175,15 @@ def test_each_image_stops_on_its_own_and_leaves_the_batch(solver):
         assert info_alone.iterations.item() == info.iterations[i].item()
 
 
-def test_complaint_names_the_images_and_what_their_residuals_do():
+def test_complaint_names_the_images_and_how_their_solves_ended():
     rate = torch.tensor([[0.5], [0.95], [1.0], [1e5]])
     x, info = picard(lambda x: rate * x + 1, torch.ones(4, 2), 1e-6, 40)
     assert info.converged.tolist() == [True, False, False, False] and x.isfinite().all()
     text = info.complaint()
     assert text.startswith("3 of 4 did not converge in 40 iterations: image 1 (relative residual ")
-    assert "still falling), image 2 (" in text
+    assert info.ends == ["converged", "out of iterations", "out of iterations", "diverged"]
+    assert picard(lambda x: -x, torch.ones(1, 2), 1e-6, 9)[1].ends == ["stalled"]
+    assert "out of iterations), image 2 (" in text
     assert "image 3 (relative residual inf, diverged)" in text
     assert "check the blur and the noise level" in text
     _, info = picard(lambda x: x + 1, torch.ones(6, 2), 1e-6, 3)
