@@ -73,7 +73,8 @@ def report(out: Path) -> None:
     save_table(table, out / "budget_table",
                "The same test images restored by networks that were trained with one computation "
                "and with another. Budget: applications of the network to a training crop. With one "
-               "network there is no ± over trainings.")
+               "network there is no ± over trainings, a standard error. Converged: in the training "
+               "with the smallest share.")
 
 
 def main(arguments: list[str] | None = None) -> int:
