@@ -60,7 +60,9 @@ def report(out: Path) -> None:
     for name in dict.fromkeys(best.method):
         line = best[best.method == name].sort_values("budget")
         if line.budget.max() > 0:
-            labelled_line(ax, line.budget, line["PSNR (dB)"], name, "o", "-" * (len(line) > 1))
+            labelled_line(ax, line.budget, line["PSNR (dB)"], name, "o")
+            ax.errorbar(line.budget, line["PSNR (dB)"], line["± over trainings"], fmt="none",
+                        color=METHODS[name].colour, capsize=3)
         else:
             ax.axhline(line["PSNR (dB)"].item(), color=METHODS[name].colour, linestyle="--",
                        label=METHODS[name].label)
@@ -72,9 +74,9 @@ def report(out: Path) -> None:
     table["method"] = [METHODS[name].label for name in table.method]
     save_table(table, out / "budget_table",
                "The same test images restored by networks that were trained with one computation "
-               "and with another. Budget: applications of the network to a training crop. With one "
-               "network there is no ± over trainings, a standard error. Converged: in the training "
-               "with the smallest share.")
+               "and with another. Budget: applications of the network to a training crop. ± over "
+               "trainings is a standard error, where there are several. Converged: the smallest "
+               "share of these.")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -31,9 +31,6 @@ def read(path: Path) -> Tensor:
     notes = []
     try:
         kernel = np.asarray(_numbers(path, notes)).astype(np.float64, casting="same_kind")
-    except NotImplementedError as error:
-        raise UserError(f"the kernel {path} is in MATLAB's format 7.3: save the kernel alone, by "
-                        "save -v7") from error
     except UserError as error:
         raise UserError(f"{error}; a kernel may also be a .npy, .npz, .mat, .txt, .csv or .tsv"
                         ) from error
@@ -67,7 +64,12 @@ def _numbers(path: Path, notes: list[str]) -> np.ndarray:
     if suffix == ".npy":
         return np.load(path, allow_pickle=False)
     if suffix in (".npz", ".mat"):
-        stored = scipy.io.loadmat(path) if suffix == ".mat" else np.load(path, allow_pickle=False)
+        try:
+            stored = (scipy.io.loadmat(path) if suffix == ".mat"
+                      else np.load(path, allow_pickle=False))
+        except NotImplementedError as error:
+            raise ValueError("it is in MATLAB's format 7.3: save the kernel alone, by save -v7"
+                             ) from error
         found = [array for name, array in stored.items()
                  if not name.startswith("__") and array.ndim > 1 and array.size > 1]
         if len(found) != 1:
