@@ -52,7 +52,7 @@ T = load_model(METHODS["jfb"], RELEASED).T.on(A)
 LOCAL = ("localhost", "127.0.0.1", "")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     """JupyterLab on a copy of the notebooks, and one for each explorer; its address."""
     suite = tmp_path_factory.mktemp("suite")
@@ -107,7 +107,7 @@ def ask(address: str, what: str, **values) -> dict:
         return json.load(answer)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as engine:
         running = engine.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
@@ -115,7 +115,7 @@ def browser():
         running.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def context(browser):
     """What the pages share: JupyterLab's scripts are read once."""
     shared = browser.new_context()
