@@ -39,6 +39,15 @@ def disk(radius: int, fine: int = 41) -> np.ndarray:
     return inside.reshape(n, fine, n, fine).sum(axis=(1, 3)) / inside.sum()
 
 
+def shake(side: int, seed: int, points: int = 10_000) -> np.ndarray:
+    """The share of the time that a camera on a smooth random path spends in each pixel."""
+    path = np.random.default_rng(seed).standard_normal((points, 2)).cumsum(axis=0)
+    path = ndimage.gaussian_filter1d(path, points / 20, axis=0)
+    path -= path.min(axis=0)
+    path *= (side - 1) / path.max()
+    return np.histogram2d(*path.T, [np.arange(side + 1) - 0.5] * 2)[0] / points
+
+
 def photograph(name: str) -> np.ndarray:
     """A whole scene of scikit-image's; of a stereo pair, the left one."""
     found = getattr(skimage.data, name)()

@@ -221,7 +221,7 @@ def test_all_that_is_shown_was_made_by_this_version():
         owner = {"targets": "step", "grid_overview": "grid", "authors_table": "authors",
                  "budget_table": "budget", "released_images": "released",
                  "published_table": "published", "blind_blur": "blind",
-                 "blind_photograph": "blind"}.get(path.stem, path.stem)
+                 "blind_photograph": "blind", "blind_shakes": "blind"}.get(path.stem, path.stem)
         assert owner in made, path
     text = " ".join((ROOT / page).read_text() for page in ("README.md", "docs/speed.md",
                                                            "docs/results.md"))

@@ -70,7 +70,7 @@ def deblur(
             for uint16; floats must be in about [0, 1].
         kernel: (kh, kw), which is divided by its sum; or a text, as for the command:
             "gaussian:STD", "motion:LENGTH,ANGLE", "disk:RADIUS" in pixels and degrees, a file, or
-            "auto", which estimates one of these three: the result's `kernel` says which.
+            "auto", which estimates one of these three or a shake: the result's `kernel`.
         noise_std: of the noise in the image, on the scale from 0 for black to 1 for white;
             estimated if not given.
         method: its name, or the result of `load` on the image's device, which saves the loading. An

@@ -1,11 +1,12 @@
 """Estimate the kernel of a blurred picture from the picture alone.
 
-Gaussians, disks and straight motions compete. The judge is the likelihood of the picture's power
+Gaussians, disks and straight motions compete, and if none of them explains the picture, the shake
+that `shake.estimate` finds has to. The judge is the likelihood of the picture's power
 spectrum (Whittle 1953), computed by `model_check.fit`: the kernel wins with which a natural scene
 and noise explain the spectrum best. No image is estimated with it: Levin et al. (2011) show that
 the likelihood of the kernel alone finds the kernel, where that of image and kernel together favours
-no blur. A spectrum has no phases, so it cannot tell a kernel from its mirror image; each of these
-kernels is its own.
+no blur. A spectrum has no phases, so it cannot tell a kernel from its mirror image; the kernels of
+the three families are their own.
 """
 
 import itertools
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from jfbnb.common import UserError
 from jfbnb.core import kernels
-from jfbnb.photo import model_check
+from jfbnb.core.models import Restorer
+from jfbnb.photo import model_check, shake
 
 SURE = 0.0125  # the largest misfit that noise, JPEG and the scene leave to a right kernel
 RIVAL = 1.15  # times the least misfit: another kernel that has less may be right, too
@@ -29,6 +31,7 @@ FLOOR, FINE = 2, 0.35  # white noise that is added, relative to that beyond FINE
 BATCH = 16  # kernels that are judged at once: a processor's cache holds no more
 CLOSE = 20  # kernels of each family, the best of the grid, among which halves of the picture choose
 ALIKE = 0.9  # a choice that correlates less with the picture's kernel is another one
+AGREE = 0.92  # least correlation of the shakes that halves of a picture give
 ROUNDS = 4  # of the search around the grid's best points, each with half the step
 
 
@@ -76,19 +79,21 @@ FAMILIES = (Family("gaussian", kernels.gaussian, 0.4, 6, 1.22),
 Judge = Callable[[list[Tensor]], np.ndarray]  # the misfits of kernels
 
 
-def estimate(d: Tensor) -> tuple[str, str | None]:
-    """Estimate a blurred picture's kernel: a Gaussian, a disk or a straight motion.
+def estimate(d: Tensor, restorer: Restorer) -> tuple[str | Tensor, str | None]:
+    """Estimate a blurred picture's kernel: a Gaussian, a disk, a straight motion or a shake.
 
     Args:
         d: (C, h, w), in [0, 1].
+        restorer: the method that restores images to estimate a shake.
 
     Returns:
-        The kernel as `kernel_option.parse` takes it, e.g. motion:9,30, in pixels and degrees; and
-        that of another family which explains the picture nearly as well, or None.
+        The kernel as `kernel_option.parse` takes it, e.g. motion:9,30, in pixels and degrees, or
+        (kh, kw) for a shake; and that of another family which explains the picture nearly as well,
+        or None.
 
     Raises:
         UserError: if the picture is too small or smooth, or hardly blurred; if no kernel explains
-            its spectrum, as after a shake, or a motion of over 30 pixels; if its parts disagree.
+            its spectrum, as after a motion of over 30 pixels; if its parts disagree.
     """
     if min(d.shape[1:]) < SMALLEST or d.std() < FLAT:
         raise UserError("the picture is too small or too smooth to show its blur: give the kernel")
@@ -97,14 +102,19 @@ def estimate(d: Tensor) -> tuple[str, str | None]:
         raise UserError("the picture looks sharp, or too noisy to show its blur: give the kernel")
     found = [(*_best(judge, family), family) for family in FAMILIES]
     (misfit, point, _, family), (second, other, _, rival), *_ = sorted(found, key=itemgetter(0))
-    if misfit > SURE or math.exp(point[0]) > family.largest:
-        raise UserError("no Gaussian, disk or straight motion of up to 30 pixels explains the "
-                        "picture well enough: give the kernel")
+    (kernel,) = family.kernels([point])
+    named = misfit < SURE and math.exp(point[0]) < family.largest
+    if not named:
+        kernel, agreement = shake.estimate(d, restorer)
+        if judge([kernel]) > SURE or agreement < AGREE:
+            raise UserError("no Gaussian, disk, straight motion or shake of up to 30 pixels "
+                            "explains the picture well enough: give the kernel")
     others = [kernel for _, _, close, _ in found for kernel in close]
-    if any(_disagrees(half, *family.kernels([point]), others)
-           for half in (*d.chunk(2, dim=1), *d.chunk(2, dim=2))):
+    if any(_disagrees(half, kernel, others) for half in (*d.chunk(2, dim=1), *d.chunk(2, dim=2))):
         raise UserError("parts of the picture show different blurs, or lines of the scene pass for "
                         "one: give the kernel")
+    if not named:
+        return kernel, None
     return family.option(point), rival.option(other) if second < RIVAL * misfit else None
 
 

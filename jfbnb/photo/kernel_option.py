@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import scipy.io
 import torch
+from PIL import Image
 from torch import Tensor
 
-from jfbnb.common import UserError, printable
+from jfbnb.common import UserError, atomic_path, printable
 from jfbnb.core.kernels import MOST, disk, gaussian, motion
 from jfbnb.photo.files import read_pictures
 
@@ -56,6 +57,13 @@ def read(path: Path) -> Tensor:
     if notes:
         warnings.warn(f"kernel {path}: {'; '.join(notes)}", stacklevel=2)
     return torch.from_numpy(kernel)
+
+
+def write(path: Path, kernel: Tensor) -> None:
+    """Write a kernel (kh, kw), its largest weight white, as a PNG for `read`."""
+    with atomic_path(path) as temporary:
+        levels = (kernel / kernel.max() * 65535).round().numpy().astype(np.uint16)
+        Image.fromarray(levels).save(temporary, "png")
 
 
 def _numbers(path: Path, notes: list[str]) -> np.ndarray:

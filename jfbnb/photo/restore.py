@@ -50,7 +50,8 @@ class Restored:
         ends: how each tile's solve ended, as in `SolveInfo.ends`; None without a solver.
         doubtful: whether the method's image contradicts the model; the first warning says how. If
             `restore` was given a safer method, `image` is that method's.
-        kernel: the estimated one, e.g. "motion:9,30"; None if it was given.
+        kernel: the estimated one, as "motion:9,30", or (kh, kw) for a shake; None if it was
+            given.
     """
 
     image: Tensor = field(repr=False)
@@ -61,7 +62,7 @@ class Restored:
     residual: float | None = None
     converged: bool | None = None
     doubtful: bool = False
-    kernel: str | None = None
+    kernel: str | Tensor | None = None
     ends: list[str] | None = None
 
 
@@ -96,12 +97,13 @@ def restore(
             result is not finite.
     """
     if kernel is None:
-        option, rival = blind.estimate(light.decode(d, 1.0 if gamma is None else gamma))
-        found = restore(restorer, d, kernel_option.parse(option), noise_std, border, progress,
-                        safer, gamma)
+        estimated, rival = blind.estimate(light.decode(d, 1.0 if gamma is None else gamma),
+                                          restorer)
+        kernel = kernel_option.parse(estimated) if isinstance(estimated, str) else estimated
+        found = restore(restorer, d, kernel, noise_std, border, progress, safer, gamma)
         doubts = [Warning("kernel", "another kernel explains the blur nearly as well",
                           {"kernel": rival})] if rival else []
-        return replace(found, kernel=option, warnings=[*found.warnings, *doubts])
+        return replace(found, kernel=estimated, warnings=[*found.warnings, *doubts])
     (_, h, w), (kh, kw) = d.shape, kernel.shape
     if kh > h or kw > w:
         raise UserError(f"a picture of {w} x {h} pixels is smaller than the {kw} x {kh} blur "

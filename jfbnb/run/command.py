@@ -152,8 +152,8 @@ def _add_pictures(option: Callable) -> None:
     option("--out", required=True, type=Path, metavar="DIR", help="folder for the results")
     option("--kernel", default=f"gaussian:{paper['kernel_std']},{paper['kernel_size']}",
            help=f"{kernel_option.FORMS}; or a file: a picture, .npy, .npz, .mat, .txt, .csv or "
-                ".tsv; deblur also takes auto, which estimates a Gaussian, disk or motion; by "
-                "default the paper's, %(default)s")
+                ".tsv; deblur also takes auto, which estimates a Gaussian, disk, motion or "
+                "shake; by default the paper's, %(default)s")
     option("--border", choices=operators.BORDERS, default="unknown",
            help="beyond the picture: by default unknown, for a scene that continues")
     option("--range", metavar="LOW,HIGH",
@@ -254,6 +254,15 @@ def run_deblur(args: argparse.Namespace) -> int:
     method, *other = restorers.make_methods(names, args.weights, device).values()
     doubtful = []
 
+    def drawn(kernel: str | torch.Tensor, path: Path, i: int) -> str:
+        """A shake becomes a picture, one for each page."""
+        if isinstance(kernel, str):
+            return kernel
+        page = 1 + i // len(args.images)
+        target = args.out / f"{path.stem}-kernel{f'-{page}' if page > 1 else ''}.png"
+        kernel_option.write(target, kernel)
+        return f"a shake of {kernel.shape[1]} x {kernel.shape[0]} pixels, drawn in {target}"
+
     def deblur(picture: files.Picture, path: Path, i: int) -> tuple[files.Picture, str, str]:
         if gamma is None and picture.gamma:
             _warn(f"note: {path}: a camera's picture, restored in light; to prevent that, pass "
@@ -266,8 +275,8 @@ def run_deblur(args: argparse.Namespace) -> int:
             found = restore.restore(method, picture.pixels.to(device), kernel, noise_std,
                                     args.border, progress, *(other or [None]),
                                     gamma or picture.gamma)
-        if found.kernel:
-            _warn(f"note: {path}: kernel estimated: {found.kernel}")
+        if found.kernel is not None:
+            _warn(f"note: {path}: kernel estimated: {drawn(found.kernel, path, i)}")
         for warning in found.warnings:
             _warn(f"warning: {path}: {warning.line(_as_option)}")
         said = f"noise {found.noise_std:.2g}"
@@ -281,7 +290,7 @@ def run_deblur(args: argparse.Namespace) -> int:
             return picture.with_pixels(found.image), said, safer
         return picture.with_pixels(found.image), said, name
 
-    _each_picture(args, (name, safer), deblur)
+    _each_picture(args, (name, safer, "kernel"), deblur)
     return 3 if doubtful else 0
 
 

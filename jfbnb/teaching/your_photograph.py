@@ -108,8 +108,12 @@ class KernelControls(w.HBox):
             self.about.value = message(str(error), wrong=True)
             return
         if kernel is None:
-            self.about.value = "a Gaussian, disk or motion, from the picture"
+            self.about.value = "a Gaussian, disk, motion or shake, from the picture"
             return
+        self.draw(kernel)
+
+    def draw(self, kernel: Tensor) -> None:
+        """Show the kernel and its size."""
         self.about.value = f"{kernel.shape[1]} x {kernel.shape[0]} pixels"
         grey = (kernel / kernel.max()).expand(1, 3, -1, -1)
         larger = interpolate(grey, scale_factor=math.ceil(OUTLINE / max(kernel.shape)))
@@ -265,7 +269,11 @@ class PhotographExplorer(Alive):
         if noise_std is None:
             self.noise.value = first.noise_std
         self.show()
-        line = f"{METHODS[name].label}, kernel {first.kernel or text}, noise {first.noise_std:.2g}"
+        if isinstance(first.kernel, Tensor):
+            self.kernel.draw(first.kernel)
+            text = "a shake"
+        line = (f"{METHODS[name].label}, kernel {text or first.kernel}, "
+                f"noise {first.noise_std:.2g}")
         line += ", restored in light" * bool(self.pages[0].gamma)
         if first.iterations is not None:
             line += f", {first.iterations} iterations, residual {first.residual:.1e}"
