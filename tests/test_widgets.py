@@ -20,7 +20,7 @@ from jfbnb.core.maps import SplittingMap
 from jfbnb.core.metrics import psnr
 from jfbnb.core.operators import Blur
 from jfbnb.data import bundled_photos
-from jfbnb.photo import kernel_option
+from jfbnb.photo import blind, kernel_option
 from jfbnb.photo.model_check import Warning
 from jfbnb.photo.restore import Restored
 from jfbnb.teaching import explorers, swipe, your_photograph
@@ -397,6 +397,17 @@ def test_upload_is_restored_in_its_own_depth(explorer, text, dtype):
         result = np.asarray(Image.open(io.BytesIO(content)))
     assert result.dtype == dtype and result.shape == d.shape
     assert decibels(result / full, truth) > decibels(d / full, truth) + 1.5
+
+
+def test_an_estimated_shake_is_drawn_beside_the_controls(explorer, monkeypatch):
+    upload(explorer.upload, "mine.tif", tiff(blurred("disk:2.5", 0.01)[1].astype("float32")))
+    explorer.kernel.kind.value, explorer.method.value = "estimated", "total-variation"
+    assert explorer.kernel.outline.layout.display == "none"
+    monkeypatch.setattr(blind, "estimate", lambda d, restorer: (kernels.disk(2.5), None))
+    press(explorer)
+    assert "kernel a shake" in explorer.status.value
+    assert explorer.kernel.outline.layout.display == ""
+    assert "5 x 5 pixels" in explorer.kernel.about.value
 
 
 def test_every_kind_of_kernel_has_its_own_sliders():

@@ -261,6 +261,8 @@ class PhotographExplorer(Alive):
             self.say(f"restoring, {tiles * len(self.pages)} tiles: {share:.0%}"
                      + f", about {left:.0f} s to go" * bool(share))
 
+        if kernel is None:
+            self.say("estimating the kernel; a shake may take a minute")
         for page in self.pages:
             found.append(restore(self.loaded[name], page.pixels.to(device), kernel, noise_std,
                                  border, progress, gamma=page.gamma))
