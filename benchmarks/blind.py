@@ -41,11 +41,16 @@ def measure_blind(bench: Bench) -> None:
             rows.add(key | measured(name, kernel, noise, form))
 
 
-def measured(name: str, kernel: str, noise: float, form: str) -> dict[str, object]:
-    scene, true = np.atleast_3d(photograph(name)), KERNELS[kernel]
-    x, d = (middle(image, 256) for image in (scene, blurred(scene, true)))
+def taken(name: str, kernel: str, noise: float, form: str) -> tuple[np.ndarray, np.ndarray]:
+    """A scene and its picture."""
+    scene = np.atleast_3d(photograph(name))
+    x, d = (middle(image, 256) for image in (scene, blurred(scene, KERNELS[kernel])))
     Image.fromarray(noisy(d, noise).squeeze()).save(file := BytesIO(), form, quality=90)
-    d = np.atleast_3d(np.asarray(Image.open(file)) / 255)
+    return x, np.atleast_3d(np.asarray(Image.open(file)) / 255)
+
+
+def measured(name: str, kernel: str, noise: float, form: str) -> dict[str, object]:
+    (x, d), true = taken(name, kernel, noise, form), KERNELS[kernel]
     try:
         found, rival = blind.estimate(torch.from_numpy(d).permute(2, 0, 1), jfbnb.load())
     except jfbnb.UserError:
@@ -56,7 +61,7 @@ def measured(name: str, kernel: str, noise: float, form: str) -> dict[str, objec
         return {"estimated": found, "rival": rival, **quality(images, x)}
     correlation, shift = alike(found.numpy(), true)
     images = [d, *(jfbnb.deblur(d, k).image for k in (found, true))]
-    images[1] = np.roll(images[1], shift, axis=(0, 1))
+    images[:2] = (np.roll(image, shift, axis=(0, 1)) for image in images[:2])
     inside = [image[RIM:-RIM, RIM:-RIM] for image in (x, *images)]
     return {"estimated": "shake", "correlation": correlation, **quality(inside[1:], inside[0])}
 
